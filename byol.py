@@ -1,0 +1,316 @@
+"""BYOL: Bootstrap Your Own Latent (Grill et al., 2020, https://arxiv.org/abs/2006.07733).
+
+Two views of an image go through two networks. The online network (backbone f, projector g, predictor q) predicts what
+the target network (f', g') makes of the other view. No negatives: the target is a slow average of the online network,
+no gradient flows into it, and the predictor exists on one side only; together these keep the constant solution away.
+
+    view 1 -> f -> g -> q -> p1 --.
+                                   |  minimise |n(p1) - n(z2)|^2, and the same with the views exchanged
+    view 2 -> f' -> g' ---> z2 ---'   (n: L2-normalise)        f', g'  <-  tau f', g' + (1 - tau) f, g
+
+    differences       paper                       official code               here
+    target at start   -                           another random draw         copy of the online network
+    linear head       after training              trained along, on sg(f)     after training (evaluate.py)
+    random crop       Inception crop, bicubic     one draw, clipped           torchvision's ten tries, bicubic
+    brightness        -                           added, U(-.4, .4)           multiplied, U(.6, 1.4), as torchvision
+    contrast          -                           around each channel's mean  around the grey mean, as torchvision
+    saturation        -                           factor on HSV's S           blend with grey, as torchvision
+    blur's border     -                           zeros                       reflected, as torchvision
+    target BatchNorm  -                           batch statistics, own       the same
+                                                  running averages
+    batches           -                           shuffle buffer, endless     one permutation an epoch, tail dropped
+    small images      -                           imagenette at 128 px only   recipes below; 3x3 stem under 64 px
+    precision         fp32                        fp32                        bf16 autocast, loss and EMA in fp32
+
+Measured with this file: docs/byol.md, with commands, commits and devices.
+
+    python byol.py                                                           shapes, minutes on a laptop
+    torchrun --standalone --nproc_per_node=8 byol.py --data imagenet --root DIR
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "byol"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW, a small network, a low tau_0, and a predictor that learns ten times
+    # faster than the rest, without which the short run collapses towards what is easiest to predict (docs/byol.md).
+    "shapes": dict(
+        arch="resnet10_16", size=32, epochs=20, batch_size=64, optimizer="adamw", lr=8e-3, weight_decay=1e-4,
+        warmup_epochs=1, tau=0.97, hidden=256, dim=128, predictor_lr=10.0, eval_every=4,
+        views=[dict(scale=(0.3, 1.0), interpolation="bilinear", jitter=(0.8, 0.8, 0.8, 0.5), jitter_p=1.0, grey=0.2)] * 2,
+    ),
+    "cifar10": dict(
+        arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=2e-3,
+        warmup_epochs=10, tau=0.99, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,
+        views=[  # no blur at 32 px
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.0),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.2),
+        ],
+    ),
+    # The official 300-epoch preset. For 100 epochs: lr 0.45, tau 0.99; for 1000: lr 0.2, tau 0.996, wd 1.5e-6.
+    "imagenet": dict(
+        arch="resnet50", size=224, epochs=300, batch_size=4096,  # sec. 3.3
+        optimizer="lars", lr=0.3, weight_decay=1e-6, warmup_epochs=10,  # sec. 3.3; code: configs/byol.py
+        tau=0.99, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,  # sec. 3.3
+        views=[  # appendix B, table 6: the two views differ in blur and solarize
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=1.0, solarize=0.0),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=0.1, solarize=0.2),
+        ],
+    ),
+}  # fmt: skip
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    known = first.parse_known_args(argv)[0]
+    near = {"shapes-hard": "shapes", "cifar100": "cifar10"}.get(known.data, known.data)
+    recipe = known.recipe or (near if near in RECIPES else "imagenet")
+
+    p = argparse.ArgumentParser(
+        usage="python byol.py [flags]   (torchrun --standalone --nproc_per_node=N byol.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the backbones"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; all schedules stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="lars as in the paper; its lr fits no other")
+    p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
+    p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    # BYOL
+    p.add_argument(
+        "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
+    )
+    p.add_argument("--hidden", type=int, help="hidden width of projector and predictor")
+    p.add_argument("--dim", type=int, help="output width of projector and predictor")
+    p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
+    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
+    args = p.parse_args(argv)
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).name}"
+    return args
+
+
+# ============ the method ============
+
+
+def mlp(inputs, hidden, outputs):
+    """Projector and predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm on the output (sec. 3.3)."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
+    )
+
+
+def regression_loss(p, z):
+    """|n(p) - n(z)|^2 = 2 - 2 cos(p, z), mean over the batch (eq. 2). p, z: [B, D]; no gradient into z."""
+    p, z = F.normalize(p.float(), dim=1), F.normalize(z.detach().float(), dim=1)
+    return 2 - 2 * (p * z).sum(1).mean()
+
+
+class BYOL(nn.Module):
+    """Online network f, g, q and target network f', g'; `forward((v1, v2))` is the loss of sec. 3.1, between 0 and 8."""
+
+    def __init__(self, backbone, hidden=4096, dim=256):
+        super().__init__()
+        self.f = backbone
+        self.g = mlp(backbone.dim, hidden, dim)
+        self.q = mlp(dim, hidden, dim)
+        self.target = nn.ModuleDict({"f": copy.deepcopy(self.f), "g": copy.deepcopy(self.g)}).requires_grad_(False)
+
+    def forward(self, views):
+        v1, v2 = views
+        # One view after the other: BatchNorm takes its statistics per view, as in the official code.
+        p1, p2 = self.q(self.g(self.f(v1))), self.q(self.g(self.f(v2)))  # [B, D]
+        with torch.no_grad():  # the target stays in train mode: batch statistics, and running averages of its own
+            z1, z2 = (self.target["g"](self.target["f"](v)) for v in views)  # [B, D]
+        self.feature_std = F.normalize(z1.float(), dim=1).std(0).mean() * z1.shape[1] ** 0.5  # 1: spread, 0: collapsed
+        return regression_loss(p1, z2) + regression_loss(p2, z1)  # symmetrised, sec. 3.1
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        """xi <- tau xi + (1 - tau) theta (eq. 1). Parameters only: the target's BatchNorm keeps its own averages."""
+        xi = list(self.target.parameters())
+        theta = [*self.f.parameters(), *self.g.parameters()]
+        torch._foreach_lerp_(xi, theta, 1 - tau)
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    if args.batch_size % (world * args.accumulate):
+        common.fail(
+            f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}"
+        )
+    if args.batch_size > len(train):
+        common.fail(f"--batch-size {args.batch_size} is larger than the {len(train)} training images of {args.data}")
+    per_pass = args.batch_size // (world * args.accumulate)
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    try:
+        backbone = backbones.build(args.arch, args.size)
+    except ValueError as error:
+        common.fail(str(error))
+    model = BYOL(backbone, args.hidden, args.dim).to(device, memory_format=torch.channels_last)
+    ddp = model
+    if world > 1:
+        if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile(), model.target["f"].compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    groups = common.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
+    groups += common.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
+    optimizer = OPTIMIZERS[args.optimizer](groups, lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total, warmup = args.epochs * steps, round(args.warmup_epochs * steps)
+
+    # ============ recipe ============
+    tensors, decayed = (sum(len(g["params"]) for g in groups if g["weight_decay"] >= least) for least in (0, 1e-12))
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps")
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g} ({args.optimizer}), {warmup} steps of warm-up; q x {args.predictor_lr:g}")
+    say(f"{decayed} of {tensors} tensors decayed{' and adapted' * (args.optimizer == 'lars')}; tau {args.tau:g} -> 1")
+    say(f"{'bf16' if args.amp else 'fp32'}; loss of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = f"python {' '.join(sys.argv)}"
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {"arch": args.arch, "preprocess": preprocess, "state_dict": model.f.state_dict()}
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    if step == 0:
+        probe()  # the random network: what learning is measured against
+    while step < total:
+        epoch, stopped = step // steps, False
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now * group["lr_factor"]
+            for micro in range(1, args.accumulate + 1):
+                _, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            tau = common.cosine(step, total, args.tau, 1.0)  # sec. 3.2: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+            model.update_target(tau)  # after the step, as in the official code
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, tau=tau, feature_std=model.feature_std)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+        if args.eval_every and (epoch + 1) % args.eval_every == 0 and step < total:
+            probe()
+
+    # ============ final probe ============
+    log.bar.close()
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Plumbing that knows no method: processes, signals, schedules, LARS. Whoever skips it still understands the paper."""
+
+import copy
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+
+def fail(sentence):
+    """Bad input: one sentence on stderr and exit code 2."""
+    print(f"error: {sentence}", file=sys.stderr, flush=True)
+    sys.exit(2)
+
+
+def setup(wanted=None):
+    """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
+    device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if device == "cuda":
+        if local >= torch.cuda.device_count():
+            fail(f"--device cuda: process {local} has no GPU, {torch.cuda.device_count()} found; try --device cpu")
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")  # TF32 for what is not under autocast
+        torch.backends.cudnn.benchmark = True
+        device = f"cuda:{local}"
+    if "RANK" in os.environ and not dist.is_initialized():
+        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+    return rank, world, torch.device(device)
+
+
+def bf16_is_fast(device):
+    """Whether bf16 autocast pays: GPUs since Ampere, CPUs with bf16 instructions."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def any_rank(flag):
+    """True on every process if it is true on one; every process must call it."""
+    if not dist.is_initialized():
+        return bool(flag)
+    flag = torch.tensor(int(bool(flag)))
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def catch_signals():
+    """A list that fills when the run is asked to stop; the loop looks at it between steps. The third signal ends it at
+    once: torchrun passes a Ctrl-C on to processes that have had it from the terminal already."""
+    caught = []
+
+    def handler(number, frame):
+        caught.append(number)
+        if len(caught) > 2:
+            raise KeyboardInterrupt
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, handler)
+    return caught
+
+
+def seconds_per_pass(module, views, batch_size, device, amp):
+    """Time of one forward and backward pass, on a copy of the module and random images; every process must call it."""
+    n = batch_size if device.type == "cuda" else min(batch_size, 32)
+    xs, module = [torch.rand(n, 3, v["size"], v["size"], device=device) for v in views], copy.deepcopy(module)
+    for _ in range(2):  # the second one counts
+        start = time.perf_counter()
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            loss = module(xs)
+        loss.backward()
+        loss.item()
+    return (time.perf_counter() - start) * batch_size / n
+
+
+def cosine(step, total, start, end, warmup=0):
+    """Linear from 0 to `start` over `warmup` steps, then half a cosine from `start` to `end` at step `total`."""
+    if step < warmup:
+        return start * step / warmup
+    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def param_groups(module, weight_decay, **settings):
+    """Weights with decay and LARS adaptation; biases and BatchNorm (ndim < 2, never by name) with neither."""
+    params = [p for p in module.parameters() if p.requires_grad]
+    weights, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    weights = {"params": weights, "weight_decay": weight_decay, "adapt": True, **settings}
+    return [weights, {"params": rest, "weight_decay": 0.0, "adapt": False, **settings}]
+
+
+class LARS(torch.optim.Optimizer):
+    """LARS (You et al. 2017, arXiv:1708.03888) in the form of BYOL's code, with the learning rate outside the momentum
+    buffer:  u = g + lambda w;  q = eta |w| / |u|;  v <- mu v + q u;  w <- w - lr v.  q = 1 where a norm is 0 and in
+    groups with adapt=False, which is torch's SGD with momentum."""
+
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=1e-3):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, adapt=True))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            w = [p for p in group["params"] if p.grad is not None]
+            if not w:
+                continue
+            u = torch._foreach_add([p.grad for p in w], w, alpha=group["weight_decay"])
+            if group["adapt"]:
+                w_norm, u_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(u))
+                q = torch.where((w_norm > 0) & (u_norm > 0), group["eta"] * w_norm / u_norm, 1.0)
+                torch._foreach_mul_(u, list(q.unbind()))
+            v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in w]
+            torch._foreach_mul_(v, group["momentum"])
+            torch._foreach_add_(v, u)
+            torch._foreach_add_(w, v, alpha=-group["lr"])

@@ -1,0 +1,802 @@
+"""Data: named sets and folders, views of images for training, plain images for the probes.
+
+    python data.py show shapes            a PNG of images and of their views, as the network sees them
+    python data.py check DIR              lists the images that do not decode
+
+Two paths, one augmentation code. Small sets live in memory as one uint8 tensor on the training device and a batch is
+an index: no workers, no Python per image. Folders are decoded by workers, which also cut the random crops (uint8, at
+the output size); everything after the crop runs batched on the device in both paths.
+
+Randomness comes from generators seeded by a key such as (seed, epoch, step, rank): nothing needs saving, a run resumes
+exactly at any step, and no two ranks or views see the same numbers. The parameters are drawn on the CPU, one per image,
+and copied to the device, so that no step waits for the device to learn how many images an operation concerns.
+"""
+
+import argparse
+import difflib
+import functools
+import hashlib
+import importlib
+import math
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import datasets
+from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.transforms.v2 import functional as tvf
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+from common import fail
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
+IN_MEMORY = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
+BY_FILE = {  # name: (class, arguments of the training split, of the test split)
+    "imagenet": (datasets.ImageNet, {"split": "train"}, {"split": "val"}),
+    "places365": (datasets.Places365, {"split": "train-standard", "small": True}, {"split": "val", "small": True}),
+    "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
+    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "test"}),
+    "pets": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
+    "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
+    "aircraft": (datasets.FGVCAircraft, {"split": "trainval"}, {"split": "test"}),
+    "cars": (datasets.StanfordCars, {"split": "train"}, {"split": "test"}),
+    "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
+}
+NAMES = ["shapes", "shapes-hard", *IN_MEMORY, *BY_FILE]
+
+
+def generator(*key):
+    """A CPU generator whose stream depends on every number of `key` and on nothing else."""
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+# ============ data sets ============
+# Both kinds have: len(), name, classes (names, or None), fingerprint(), and `masks` ([N, H, W] uint8, or None).
+
+
+class Images:
+    """A set in memory: images [N, 3, H, W] uint8 on `device`, labels [N] int64 on the CPU (or None)."""
+
+    def __init__(self, name, images, labels=None, classes=None, masks=None):
+        self.name, self.images, self.labels, self.classes, self.masks = name, images, labels, classes, masks
+
+    def __len__(self):
+        return len(self.images)
+
+    def fingerprint(self):
+        """Changes when any pixel or label does; the cache of features asks for it."""
+        digest = hashlib.sha1(self.images.cpu().numpy().tobytes())
+        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        return digest.hexdigest()
+
+
+class Files:
+    """A set read image by image: `items` is a list of (path, label), or one of torchvision's data sets.
+
+    `read(i)` gives (uint8 [3, H, W], label), with label -1 where there is none, and raises OSError for a file that does
+    not decode.
+    """
+
+    masks = None
+
+    def __init__(self, name, items, classes=None):
+        self.name, self.items, self.classes = name, items, classes
+
+    def __len__(self):
+        return len(self.items)
+
+    def read(self, i):
+        try:
+            item, label = self.items[i]
+            if isinstance(item, Image.Image):
+                return tvf.pil_to_tensor(item.convert("RGB")), int(label)
+            return decode(item), label
+        except Exception as error:  # decoders raise whatever they like (SyntaxError for a broken PNG)
+            raise OSError(f"{self.path(i)}: {error}") from error
+
+    def path(self, i):
+        return self.items[i][0] if isinstance(self.items, list) else f"image {i} of {self.name}"
+
+    def fingerprint(self):
+        digest = hashlib.sha1(f"{self.name} {len(self)}".encode())
+        for path, label in self.items if isinstance(self.items, list) else []:
+            stat = os.stat(path)
+            digest.update(f"{path} {label} {stat.st_size} {stat.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+
+def decode(path):
+    """The image in a file as uint8 [3, H, W]; torchvision's decoder, and Pillow for what that one cannot read."""
+    try:
+        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+        if image.ndim == 3:  # an animated GIF has four
+            return image
+    except RuntimeError:
+        pass
+    with Image.open(path) as image:
+        return tvf.pil_to_tensor(image.convert("RGB"))
+
+
+def list_folder(folder):
+    """All images below `folder` as sorted (path, label) and the class names.
+
+    The classes are the names of the first folders on the way down; without at least two such folders holding every
+    image there are none, and every label is -1.
+    """
+    paths = sorted(
+        Path(base, f) for base, _, files in os.walk(folder, followlinks=True) for f in files
+        if Path(f).suffix.lower() in SUFFIXES
+    )  # fmt: skip
+    tops = [p.relative_to(folder).parts[0] if p.parent != Path(folder) else None for p in paths]
+    classes = sorted(set(tops) - {None})
+    if None in tops or len(classes) < 2:
+        return [(str(p), -1) for p in paths], None
+    number = {c: i for i, c in enumerate(classes)}
+    return [(str(p), number[t]) for p, t in zip(paths, tops, strict=True)], classes
+
+
+def load_folder(folder, split, name):
+    """A tree of images. `train/` and `val/` or `test/` are used when there. With classes but neither of the last two,
+    every tenth image is the probes' test set; it is trained on all the same, without its label."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        near = difflib.get_close_matches(str(folder), NAMES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else f". Named sets: {', '.join(NAMES)}"
+        fail(f"--data {folder}: neither a named set nor a folder{hint}")
+    held_out = next((d for d in ("val", "test") if (folder / d).is_dir()), None)
+    train = folder / "train" if (folder / "train").is_dir() else folder
+    items, classes = list_folder(train)
+    if not items:
+        fail(f"no images in {train} (looked for {' '.join(sorted(SUFFIXES))})")
+    if train == folder:  # no split by folder: "val" or "test" could only be a class like any other
+        held_out = None
+    if split == "test" and held_out:
+        items, test_classes = list_folder(folder / held_out)
+        if test_classes and test_classes != classes:  # label by the training classes; fewer of them is fine
+            if unknown := sorted(set(test_classes) - set(classes or [])):
+                fail(f"{folder / held_out} has a class that {train} lacks: {unknown[0]!r}")
+            items = [(path, classes.index(test_classes[label])) for path, label in items]
+        if not items:
+            fail(f"no images in {folder / held_out}")
+    elif classes and not held_out and split != "pretrain":
+        items = [item for i, item in enumerate(items) if (i % 10 == 9) == (split == "test")]
+    return Files(name or str(folder), items, classes)
+
+
+def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0, memory=False):
+    """The set `name` (one of NAMES, or a folder): split "pretrain" (all that may be trained on), "train" or "test".
+
+    A named set is downloaded into `root` where torchvision can; a folder of images at `root`/`name` serves instead.
+    `limit` keeps that many training images, chosen by `seed`. `memory`: decode a folder once into one tensor (small
+    images of one size). The same set asked for twice is the same object.
+    """
+    if split == "pretrain" and name in NAMES and name != "stl10":
+        split = "train"  # only STL-10 and folders have images to train on that the probes must not see
+    return _load(name, str(root), split, str(device), 0 if split == "test" else limit, seed, memory)
+
+
+@functools.lru_cache(maxsize=4)
+def _load(name, root, split, device, limit, seed, memory):
+    if name.startswith("shapes") and name in NAMES:
+        n, first = (2_000, 1_000_000) if split == "test" else (limit or 10_000, 0)
+        images, labels, masks = draw_shapes(n, first=first, hard=name == "shapes-hard")
+        return Images(name, images.to(device), labels, SHAPES, masks)
+    own = Path(root, name)
+    if name in NAMES and own.is_dir() and list_folder(own / "train" if (own / "train").is_dir() else own)[0]:
+        files = load_folder(own, split, name)
+        return in_memory(files, device, limit, seed) if memory or name in IN_MEMORY else subset(files, limit, seed)
+    if name in IN_MEMORY:
+        return subset(load_small(name, root, split, device), limit, seed)
+    if name in BY_FILE:
+        cls, train, test = BY_FILE[name]
+        download = {} if name in ("imagenet", "cars") else {"download": True}
+        made = first_rank_first(lambda: cls(root, **(test if split == "test" else train), **download), name, root)
+        return subset(Files(name, getattr(made, "samples", made), getattr(made, "classes", [])), limit, seed)
+    files = load_folder(name, split, None)
+    return in_memory(files, device, limit, seed) if memory else subset(files, limit, seed)
+
+
+def load_small(name, root, split, device):
+    """CIFAR-10, CIFAR-100 or STL-10 as one tensor. STL-10's 100,000 unlabelled images are for pretraining only."""
+    if name == "stl10":
+        kwargs = {"split": {"pretrain": "train+unlabeled"}.get(split, split)}
+    else:
+        kwargs = {"train": split != "test"}
+    made = first_rank_first(lambda: IN_MEMORY[name](root, download=True, **kwargs), name, root)
+    images = torch.from_numpy(made.data)
+    images = images if name == "stl10" else images.permute(0, 3, 1, 2)
+    labels = torch.as_tensor(made.labels if name == "stl10" else made.targets).long()
+    return Images(name, images.contiguous().to(device), labels, made.classes)
+
+
+def first_rank_first(make, name, root):
+    """Call `make` on local rank 0 first, so that a download happens once a machine; then on the others."""
+    try:
+        if torch.distributed.is_initialized():
+            local = int(os.environ["LOCAL_RANK"])
+            made = make() if local == 0 else None
+            torch.distributed.barrier()
+            return made or make()
+        return make()
+    except (RuntimeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        fail(
+            f"{name} is not in {root} and could not be fetched ({reason}); a folder of images at {root}/{name} will do"
+        )
+
+
+def in_memory(files, device, limit=0, seed=0):
+    """Decode `files`, which must all have one size, into a set in memory. Those that do not decode are left out."""
+    files, images, labels, bad = subset(files, limit, seed), [], [], []
+    for i in range(len(files)):
+        try:
+            image, label = files.read(i)
+        except OSError as error:
+            bad.append(str(error))
+            continue
+        images.append(image)
+        labels.append(label)
+        if image.shape != images[0].shape:
+            fail(f"{files.path(i)} has another size than the first image, so they do not fit one tensor in memory")
+    if len(bad) > max(1, len(files) // 100) or not images:
+        fail(f"{len(bad)} of {len(files)} images do not decode, more than 1 %: python data.py check lists them")
+    if bad:
+        print(
+            f"warning: left out {len(bad)} of {len(files)} images that do not decode; the first: {bad[0]}", flush=True
+        )
+    labels = torch.tensor(labels) if files.classes else None
+    return Images(files.name, torch.stack(images).to(device), labels, files.classes)
+
+
+def subset(data, limit, seed):
+    """`limit` images of a set (0: all), the same ones for the same seed, in their old order."""
+    if limit > len(data):
+        fail(f"--limit {limit} is more than the {len(data)} images of {data.name}")
+    if not limit:
+        return data
+    keep = torch.randperm(len(data), generator=generator(seed, "limit"))[:limit].sort().values
+    if isinstance(data, Files):
+        items = data.items
+        items = [items[i] for i in keep.tolist()] if isinstance(items, list) else Subset(items, keep.tolist())
+        return Files(data.name, items, data.classes)
+    pick = [None if t is None else t[keep.to(t.device)] for t in (data.images, data.labels, data.masks)]
+    return Images(data.name, pick[0], pick[1], data.classes, pick[2])
+
+
+# ============ shapes: a data set drawn by code ============
+
+SHAPES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "flower", "pill")
+
+
+def star(r, a, n, inner):
+    """Signed distance to a star of n tips at radius 1; `inner` is the radius of the notches (cos(pi/n): a polygon)."""
+    a = ((a + math.pi / n) % (2 * math.pi / n) - math.pi / n).abs()  # fold the plane into half of one tip
+    ix, iy = inner * math.cos(math.pi / n), inner * math.sin(math.pi / n)  # the edge runs from (1, 0) to here
+    return ((r * a.cos() - 1) * iy + r * a.sin() * (1 - ix)) / math.hypot(iy, 1 - ix)
+
+
+def outline(k, x, y):
+    """Signed distance to the edge of class k (negative inside) in object units: the object fills the unit disc."""
+    r, a, ax, ay = (x * x + y * y).sqrt(), torch.atan2(x, -y), x.abs(), y.abs()
+    if k == 0:
+        return r - 0.85
+    if k == 1:
+        return torch.maximum(ax, ay) - 0.75
+    if k == 2:
+        return star(r, a, 3, 0.5)
+    if k == 3:
+        return star(r, a, 5, 0.45)
+    if k == 4:
+        return torch.maximum(torch.maximum(ax, ay) - 0.9, torch.minimum(ax, ay) - 0.32)
+    if k == 5:
+        return (r - 0.62).abs() - 0.28
+    if k == 6:
+        return torch.minimum(
+            (ax + y.add(-0.1).abs() - 0.8) / 2**0.5, ((ax - 0.4) ** 2 + (y + 0.3) ** 2).sqrt() - 0.4 * 2**0.5
+        )
+    if k == 7:
+        return torch.maximum(r - 0.95, 0.72 - ((x - 0.5) ** 2 + y * y).sqrt())
+    if k == 8:
+        return (r - 0.72 - 0.22 * (6 * a).cos()) * 0.7
+    return (((ax - 0.5).clamp(min=0)) ** 2 + y * y).sqrt() - 0.42
+
+
+def pattern(k, x, y, p):
+    """Surface of class k in [-1, 1], before sharpening; p: phase"""
+    r, a = (x * x + y * y).sqrt(), torch.atan2(y, x)
+
+    def s(t, w):
+        return (2 * math.pi * t / w + p).sin()
+
+    if k == 0:
+        return s(x, 0.9)  # broad stripes
+    if k == 1:
+        return s(x, 0.75) * (s(y, 0.75) * 1)  # checks
+    if k == 2:
+        return s(y, 0.45)  # narrow stripes
+    if k == 3:
+        return s(r, 0.6)  # circles
+    if k == 4:
+        return torch.maximum(s(x, 0.6), s(y, 0.6)) - 0.6  # grid lines
+    if k == 5:
+        return (6 * a + p).sin()  # spokes
+    if k == 6:
+        return (s(x, 0.5) + s(y, 0.5)) / 2 - 0.3  # dots
+    if k == 7:
+        return s(x, 3.0)  # plain shade
+    if k == 8:
+        return (2 * a + p + 6 * r).sin()  # spiral
+    return s(y + 0.25 * (2 * (x / 0.7 % 1) - 1).abs(), 0.5)  # zigzag
+
+
+def colour(h, s, v):
+    """HSV -> RGB for h in sixths of a turn: one clamp a channel instead of six cases."""
+    w = torch.stack([((h + o) % 6 - 3).abs().sub(1).clamp(0, 1) for o in (0, 4, 2)], 1)
+    return v[:, None] * (1 - s[:, None] * (1 - w))
+
+
+def draw_shapes(n, size=32, seed=0, first=0, hard=False, rot=math.pi, smin=0.6, smax=0.9):
+    gen = torch.Generator().manual_seed(seed * 1_000_003 + first)
+    u = lambda lo, hi, *shape: torch.rand(n, *shape, generator=gen) * (hi - lo) + lo
+    labels = torch.randint(10, (n,), generator=gen)
+    scale, angle = u(smin, smax), u(-rot, rot)
+    cx, cy = u(-1, 1) * (1.05 - scale), u(-1, 1) * (1.05 - scale)
+    phase, h = u(0, 2 * math.pi), u(0, 6)
+    light = colour(h, u(0.3, 0.7), u(0.8, 1))
+    dark = colour(h + u(1, 5), u(0.5, 1), u(0.15, 0.35))
+    back = colour(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
+    back2 = (back + u(-0.15, 0.15, 3)).clamp(0, 1)
+    ba = u(0, 2 * math.pi)
+    grid = (torch.arange(size) + 0.5) / size * 2 - 1
+    images, masks = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, size, size, dtype=torch.bool)
+    for k in range(10):
+        for i in (labels == k).nonzero()[:, 0].split(500):
+            v = lambda t: t[i, None, None]
+            X, Y = grid[None, None, :], grid[None, :, None]
+            px, py = (X - v(cx)) / v(scale), (Y - v(cy)) / v(scale)
+            c, s = v(angle).cos(), v(angle).sin()
+            x, y = c * px + s * py, c * py - s * px
+            d = outline(k, x, y) * v(scale) * size / 2
+            alpha = (0.5 - d).clamp(0, 1)[:, None]
+            t = (0.5 + 2.5 * pattern(k, x, y, v(phase))).clamp(0, 1)[:, None]
+            obj = dark[i, :, None, None] * t + light[i, :, None, None] * (1 - t)
+            g = (0.5 + 0.5 * (X * v(ba).cos() + Y * v(ba).sin())).clamp(0, 1)[:, None]
+            bg = back[i, :, None, None] * g + back2[i, :, None, None] * (1 - g)
+            images[i] = ((bg + alpha * (obj - bg)) * 255).round().to(torch.uint8)
+            masks[i] = d < 0
+    return images, labels, masks
+
+
+# ============ geometry: random crops and flips ============
+
+
+def sample_boxes(n, height, width, scale, ratio, g):
+    """`n` crops (top, left, height, width) [n, 4], distributed as torchvision's RandomResizedCrop: area U(scale) of the
+    image, log-uniform aspect ratio; of ten tries the first that fits, else the largest central crop of allowed ratio."""
+    area = height * width * (scale[0] + (scale[1] - scale[0]) * torch.rand(n, 10, generator=g))
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * torch.rand(n, 10, generator=g))
+    w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
+    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+    first = fits.int().argmax(1, keepdim=True)  # the first True
+    w, h = w.gather(1, first)[:, 0], h.gather(1, first)[:, 0]
+    place = torch.rand(n, 2, generator=g)
+    top, left = (place[:, 0] * (height - h + 1)).floor(), (place[:, 1] * (width - w + 1)).floor()
+    central_w = width if width / height <= ratio[1] else round(height * ratio[1])
+    central_h = height if width / height >= ratio[0] else round(width / ratio[0])
+    central = torch.tensor([(height - central_h) // 2, (width - central_w) // 2, central_h, central_w]).float()
+    return torch.where(fits.any(1, keepdim=True), torch.stack([top, left, h, w], 1), central)
+
+
+def resize_weights(start, length, inputs, outputs, interpolation):
+    """Weights [B, outputs, inputs] that resize `length` pixels from `start` on to `outputs` pixels, antialiased: the
+    kernel is stretched by the reduction and cut off at the crop's edge, as in torchvision's resized_crop."""
+    reduction = (length / outputs)[:, None, None]
+    centre = start[:, None, None] + (torch.arange(outputs)[:, None] + 0.5) * reduction  # [B, outputs, 1]
+    pixel = torch.arange(inputs) + 0.5  # [inputs]
+    d = ((pixel - centre) / reduction.clamp(min=1)).abs()  # [B, outputs, inputs]
+    if interpolation == "bilinear":
+        weight = (1 - d).clamp(min=0)
+    else:  # bicubic with a = -0.5
+        near, far = (1.5 * d - 2.5) * d * d + 1, ((-0.5 * d + 2.5) * d - 4) * d + 2
+        weight = torch.where(d < 1, near, torch.where(d < 2, far, torch.zeros(())))
+    end = (start + length)[:, None, None]
+    weight = weight * ((pixel > start[:, None, None]) & (pixel < end))
+    return weight / weight.sum(-1, keepdim=True)
+
+
+def crop_resize(images, boxes, flip, size, interpolation):
+    """Crops of a batch in memory: uint8 [B, 3, H, W], boxes [B, 4], flip [B] bool -> float [B, 3, size, size] in [0, 1].
+
+    A crop and resize is linear and separable, so it is two batched matrix products, exact for reduction and
+    enlargement alike; the flip reverses the rows of one matrix and costs nothing.
+    """
+    (b, c, height, width), device = images.shape, images.device
+    down = resize_weights(boxes[:, 0], boxes[:, 2], height, size, interpolation)  # [B, size, H]
+    across = resize_weights(boxes[:, 1], boxes[:, 3], width, size, interpolation)  # [B, size, W]
+    across = torch.where(flip[:, None, None], across.flip(1), across) / 255
+    down, across = down.to(device, non_blocking=True), across.to(device, non_blocking=True)
+    x = torch.bmm(images.reshape(b, c * height, width).float(), across.transpose(1, 2)).view(b, c, height, size)
+    x = torch.matmul(down[:, None], x)  # [B, 3, size, size]
+    return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots at edges
+
+
+def random_crops(images, view, g):
+    """Random crops and flips of a batch in memory, by the numbers of `view`."""
+    n, _, height, width = images.shape
+    boxes = sample_boxes(n, height, width, view["scale"], view["ratio"], g)
+    flip = torch.rand(n, generator=g) < view["flip"]
+    return crop_resize(images, boxes, flip, view["size"], view["interpolation"])
+
+
+def random_crop(image, view, g):
+    """The same for one image of a folder, in a worker: uint8 [3, H, W] -> uint8 [3, size, size]."""
+    top, left, h, w = sample_boxes(1, *image.shape[1:], view["scale"], view["ratio"], g)[0].int().tolist()
+    mode, size = tvf.InterpolationMode(view["interpolation"]), [view["size"], view["size"]]
+    crop = tvf.resized_crop(image, top, left, h, w, size, mode, antialias=True)
+    return crop.flip(-1) if torch.rand((), generator=g) < view["flip"] else crop
+
+
+def fit(image, size, interpolation="bilinear"):
+    """An image [..., H, W] as a network sees it in evaluation: an image of the right size as it is; others with the
+    short side at 256/224 of `size` (below 64 px at `size`) and the centre cut out."""
+    if tuple(image.shape[-2:]) == (size, size):
+        return image
+    short = size if size < 64 else round(size * 256 / 224)
+    image = tvf.resize(image, [short], tvf.InterpolationMode(interpolation), antialias=True)
+    return tvf.center_crop(image, [size, size])
+
+
+# ============ colour: operations on batches in [0, 1], one parameter per image ============
+# Each equals torchvision's operation of that name on a float image (tests/test_data.py compares them).
+
+
+def grey(x):
+    """[B, 3, H, W] -> luma [B, 1, H, W] (ITU-R 601)."""
+    return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
+
+
+def brightness(x, f):
+    return (x * f).clamp_(0, 1)
+
+
+def contrast(x, f):
+    return (x * f).add_((1 - f) * grey(x).mean((1, 2, 3), keepdim=True)).clamp_(0, 1)
+
+
+def saturation(x, f):
+    return (x * f).add_((1 - f) * grey(x)).clamp_(0, 1)
+
+
+def hue(x, shift):
+    """Turn the hue by `shift` (in turns) without going through HSV and back: with V = max, C = max - min and the hue h
+    in sixths of a turn, a channel is V - C + C clamp(|(h + o) mod 6 - 3| - 1, 0, 1), o = 0, 4, 2 for R, G, B."""
+    r, g, b = x[:, 0:1], x[:, 1:2], x[:, 2:3]
+    v, c = x.amax(1, keepdim=True), None
+    c = v - x.amin(1, keepdim=True)
+    safe = torch.where(c == 0, torch.ones_like(c), c)
+    h = torch.where(v == r, (g - b) / safe, torch.where(v == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    offset = torch.tensor([0.0, 4.0, 2.0], device=x.device).view(1, 3, 1, 1)
+    ramp = (h + 6 * shift + offset).remainder_(6).sub_(3).abs_().sub_(1).clamp_(0, 1)  # [B, 3, H, W]
+    return ramp.mul_(c).add_(v - c)
+
+
+JITTER = (brightness, contrast, saturation, hue)
+
+
+def jitter(x, factors, order):
+    """Colour jitter in place. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the CPU: which
+    operation an image meets first, second, third, fourth; 4 stands for none."""
+    counts = [torch.bincount(order[:, slot], minlength=5).tolist() for slot in range(4)]
+    rows = order.argsort(0).to(x.device, non_blocking=True)  # [B, 4]: in each slot the images grouped by operation
+    factors = factors.to(x.device, non_blocking=True)
+    for slot in range(4):
+        for number, group in enumerate(rows[:, slot].split(counts[slot])[:4]):
+            if len(group):
+                x[group] = JITTER[number](x[group], factors[group, number].view(-1, 1, 1, 1))
+    return x
+
+
+def blur(x, sigma, size):
+    """Gaussian blur, sigma [B] in pixels, kernel of `size` pixels, reflected at the border (as torchvision's)."""
+    (b, c, h, w), half = x.shape, size // 2
+    kernel = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=x.device) / sigma[:, None]) ** 2)  # [B, size]
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # [B * 3, size]
+    x = F.pad(x.reshape(1, b * c, h, w), (half, half, half, half), mode="reflect")
+    x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
+    return F.conv2d(x, kernel[:, None, :, None], groups=b * c).view(b, c, h, w)
+
+
+def solarize(x):
+    return torch.where(x < 0.5, x, 1 - x)
+
+
+def normalise(x, mean=MEAN, std=STD):
+    mean, std = (torch.tensor(t).to(x.device, non_blocking=True).view(3, 1, 1) for t in (mean, std))
+    return (x - mean).div_(std)
+
+
+def uniform(n, low, high, g):
+    return low + (high - low) * torch.rand(n, generator=g)
+
+
+def chosen(n, p, g, device):
+    """The images, each with probability `p`, that an operation concerns; known to the host without asking the device."""
+    return (torch.rand(n, generator=g) < p).nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def augment(x, view, g):
+    """The part of a view after the crop: float [B, 3, S, S] in [0, 1] (overwritten) -> normalised.
+
+    Jitter, grey, blur, solarize, in the order of BYOL's appendix B; an operation of probability 0 costs nothing.
+    """
+    n, device = len(x), x.device
+    if view["jitter_p"]:
+        b, c, s, h = view["jitter"]
+        bounds = [(max(0, 1 - b), 1 + b), (max(0, 1 - c), 1 + c), (max(0, 1 - s), 1 + s), (-h, h)]
+        factors = torch.stack([uniform(n, low, high, g) for low, high in bounds], 1)
+        order = torch.rand(n, 4, generator=g).argsort(1)  # torchvision, too, draws an order for every image
+        order[torch.rand(n, generator=g) >= view["jitter_p"]] = 4
+        x = jitter(x, factors, order)
+    if view["grey"]:
+        rows = chosen(n, view["grey"], g, device)
+        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
+    if view["blur"]:
+        rows = chosen(n, view["blur"], g, device)
+        sigma = uniform(len(rows), *view["sigma"], g).to(device, non_blocking=True)
+        if len(rows):
+            x[rows] = blur(x[rows], sigma, 2 * int(view["size"] / 20) + 1)  # 23 taps at 224 px, 3 at 32 px
+    if view["solarize"]:
+        rows = chosen(n, view["solarize"], g, device)
+        x[rows] = solarize(x[rows])
+    return normalise(x, view["mean"], view["std"])
+
+
+def view(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", flip=0.5, jitter=(0, 0, 0, 0),
+         jitter_p=0.0, grey=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD):  # fmt: skip
+    """The numbers of one view; the scripts spell out those that their paper sets.
+
+    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop. jitter: strengths of brightness,
+    contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip, jitter_p, grey, blur,
+    solarize: probabilities.
+    """
+    return dict(size=size, scale=scale, ratio=ratio, interpolation=interpolation, flip=flip, jitter=jitter,
+                jitter_p=jitter_p, grey=grey, blur=blur, sigma=sigma, solarize=solarize, mean=mean, std=std)  # fmt: skip
+
+
+# ============ batches ============
+
+
+class Loader:
+    """Batches of views for training. `epoch(e)` yields (index [b], [view_1, ..., view_V]), each view a normalised float
+    [b, 3, S, S] on the device and `index` the images' places in the set, which memory banks key on.
+
+    Every process draws the same permutation of the set per epoch and takes its own slice of each batch; a ragged tail
+    is dropped, so that all processes make the same `steps`.
+    """
+
+    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
+        self.data, self.views, self.batch_size, self.seed = data, views, batch_size, seed
+        self.rank, self.world, self.device = rank, world, torch.device(device)
+        self.steps = len(data) // (batch_size * world)
+        self.bad = set()
+        if isinstance(data, Files):
+            self.keys = []  # batches of (epoch, index), read by the DataLoader when an epoch begins
+            self.loader = DataLoader(
+                Crops(data, views, seed), batch_sampler=_Reread(self), collate_fn=Crops.collate, num_workers=workers,
+                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals,
+            )  # fmt: skip
+
+    def epoch(self, epoch, start=0):
+        """The batches of epoch `epoch` from step `start` on; the same ones whenever they are asked for."""
+        order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
+        order = order[: self.steps * self.batch_size * self.world].view(self.steps, self.world, self.batch_size)
+        order = order[:, self.rank]  # [steps, b]
+        for step, (index, crops) in enumerate(self.crops(order, epoch, start), start):
+            g = generator(self.seed, epoch, step, self.rank)
+            if crops is None:
+                crops = [random_crops(self.data.images[index], view, g) for view in self.views]
+            yield index, [augment(crop, view, g) for crop, view in zip(crops, self.views, strict=True)]
+
+    def crops(self, order, epoch, start):
+        if isinstance(self.data, Images):
+            yield from ((index, None) for index in order[start:].to(self.device))
+            return
+        self.keys = [[(epoch, i) for i in batch] for batch in order[start:].tolist()]
+        for index, crops, bad in self.loader:
+            self.report(bad)
+            crops = [c.to(self.device, non_blocking=True).float().div_(255) for c in crops]
+            yield index.to(self.device, non_blocking=True), crops
+
+    def report(self, bad):
+        """Name each file that did not decode once; above 1 % of the set, and more than one, stop."""
+        for i in set(bad) - self.bad:
+            self.bad.add(i)
+            tqdm.write(
+                f"warning: {self.data.path(i)} does not decode; another image took its place ({len(self.bad)} so far)"
+            )
+        if len(self.bad) > max(1, len(self.data) // 100):
+            fail(
+                f"{len(self.bad)} of {len(self.data)} images do not decode, more than 1 %: python data.py check lists them"
+            )
+
+
+def ignore_signals(_):
+    """In workers: a signal to stop is for the training process, which finishes its step and saves."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
+class _Reread:
+    """A batch sampler that hands out whatever keys its loader holds now, so that workers can live for all epochs."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def __iter__(self):
+        return iter(self.loader.keys)
+
+    def __len__(self):
+        return len(self.loader.keys)
+
+
+class Crops(Dataset):
+    """What a worker does: decode one image and cut its views. The key (epoch, index) decides all randomness, so it does
+    not matter which worker does it."""
+
+    def __init__(self, files, views, seed):
+        self.files, self.views, self.seed = files, views, seed
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        g, at, bad = generator(self.seed, "crop", epoch, index), index, []
+        image = torch.zeros(3, 8, 8, dtype=torch.uint8)  # only if twenty images in a row are broken
+        for _ in range(20):
+            try:
+                image, _ = self.files.read(at)
+                break
+            except OSError:
+                bad.append(at)
+                at = int(torch.randint(len(self.files), (), generator=g))
+        return index, [random_crop(image, view, g) for view in self.views], bad
+
+    @staticmethod
+    def collate(samples):
+        index, crops, bad = zip(*samples, strict=True)
+        return (
+            torch.tensor(index),
+            [torch.stack(view) for view in zip(*crops, strict=True)],
+            [i for b in bad for i in b],
+        )
+
+
+class Plain(Dataset):
+    """Images of a folder without augmentation, for the probes; a broken one is black and keeps its place."""
+
+    def __init__(self, files, size, interpolation):
+        self.files, self.size, self.interpolation = files, size, interpolation
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        try:
+            image, label = self.files.read(index)
+        except OSError:
+            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
+        return fit(image, self.size, self.interpolation), label
+
+
+def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=None):
+    """Plain images in order: yields (x normalised [b, 3, S, S] on the device, labels [b] on the CPU, -1 for none)."""
+    size, interpolation = preprocess["size"], preprocess["interpolation"]
+    indices = torch.arange(len(data)) if indices is None else indices
+    if isinstance(data, Images):
+        for index in indices.split(batch_size):
+            x = fit(data.images[index.to(data.images.device)].to(device), size, interpolation)
+            labels = torch.full((len(index),), -1) if data.labels is None else data.labels[index]
+            yield normalise(x.float() / 255, preprocess["mean"], preprocess["std"]), labels
+        return
+    plain = Subset(Plain(data, size, interpolation), indices.tolist())
+    pin = torch.device(device).type == "cuda"
+    for x, labels in DataLoader(plain, batch_size, num_workers=workers, pin_memory=pin):
+        x = x.to(device, non_blocking=True).float().div_(255)
+        yield normalise(x, preprocess["mean"], preprocess["std"]), labels
+
+
+# ============ pictures and checks ============
+
+
+def picture(batches_, views, n=8):
+    """The first `n` images of each batch, one row per batch, normalisation undone: float [3, H, W] in [0, 1]. Views of
+    different sizes are enlarged to the largest."""
+    size, rows = max(v["size"] for v in views), []
+    for x, v in zip(batches_, views, strict=True):
+        mean, std = (torch.tensor(v[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
+        rows.append(F.interpolate(x[:n].float() * std + mean, (size, size), mode="nearest"))
+    return make_grid(torch.cat(rows).clamp(0, 1).cpu(), nrow=n, padding=2, pad_value=1)
+
+
+def show(args):
+    recipes = importlib.import_module(args.method).RECIPES
+    recipe = recipes[args.recipe or (args.data if args.data in recipes else "imagenet")]
+    size = args.size or recipe["size"]
+    views = [view(size, **v) for v in recipe["views"]]
+    dataset = load(args.data, args.root, "train")
+    g = generator(args.seed, "show")
+    index = torch.randperm(len(dataset), generator=g)[: args.n]
+    if isinstance(dataset, Files):
+        images = [dataset.read(i)[0] for i in index.tolist()]
+        crops = [torch.stack([random_crop(x, v, g) for x in images]) / 255 for v in views]
+    else:
+        images = dataset.images[index]
+        crops = [random_crops(images, v, g) for v in views]
+    plain = normalise(torch.stack([fit(x, size) for x in images]) / 255)
+    rows = [plain, *(augment(crop, v, g) for crop, v in zip(crops, views, strict=True))]
+    grid = picture(rows, [view(size), *views], len(images))
+    if dataset.masks is not None:
+        masks = F.interpolate(dataset.masks[index][:, None].float(), (size, size)).expand(-1, 3, -1, -1)
+        grid = torch.cat([grid, make_grid(masks, nrow=len(images), padding=2, pad_value=1)[:, 2:]], 1)
+    zoom = max(1, round(96 / size))
+    save_image(F.interpolate(grid[None], scale_factor=zoom, mode="nearest"), args.out)
+    names = ["images", *(f"view {i + 1}" for i in range(len(views)))] + ["masks"] * (dataset.masks is not None)
+    print(f"{args.out}: rows from the top: {', '.join(names)}; views as in {args.method}.py")
+
+
+def check(args):
+    if not Path(args.folder).is_dir():
+        fail(f"{args.folder}: no such folder")
+    items, _ = list_folder(args.folder)
+    if not items:
+        fail(f"no images in {args.folder} (looked for {' '.join(sorted(SUFFIXES))})")
+    files = Files(args.folder, items)
+
+    def problem(i):
+        try:
+            files.read(i)
+        except OSError as error:
+            return str(error)
+
+    with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
+        bad = [e for e in tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None) if e]
+    for error in bad:
+        print(error)
+    print(f"{len(files)} images, {len(bad)} do not decode")
+    return 1 if bad else 0
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = p.add_subparsers(required=True)
+    s = commands.add_parser("show", help="write a PNG of images and of their views")
+    s.add_argument("data", help=f"a folder, or one of {', '.join(NAMES)}")
+    s.add_argument("--method", default="byol", help="the script whose views to show")
+    s.add_argument("--recipe", help="of that script (default: by data)")
+    s.add_argument("--size", type=int, help="px (default: the recipe's)")
+    s.add_argument("--root", default="datasets", help="where named sets live")
+    s.add_argument("--n", type=int, default=10, help="how many images")
+    s.add_argument("--seed", type=int, default=0, help="which images and views")
+    s.add_argument("--out", default="show.png", help="the file to write")
+    s.set_defaults(run=show)
+    c = commands.add_parser(
+        "check", help="list the images of a folder that do not decode; exit code 1 if there are any"
+    )
+    c.add_argument("folder")
+    c.set_defaults(run=check)
+    args = p.parse_args()
+    return args.run(args)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,152 @@
+"""The run folder: checkpoints that survive anything, resume that refuses what does not fit, and logs.
+
+    checkpoint.pt        all that is needed to go on (checkpoint.prev.pt: the one before it)
+    backbone.pt          the representation: what evaluate.py and other programs read
+    metrics.jsonl        one JSON object per log line and probe; the same numbers as TensorBoard events beside it
+
+All files of torch.save hold tensors and plain values only and load with weights_only=True.
+"""
+
+import json
+import math
+import os
+import pickle
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from common import any_rank, fail
+
+
+def write(path, content):
+    """torch.save that leaves `path` whole whenever the process dies: written aside, then renamed."""
+    aside = Path(f"{path}.tmp")
+    try:
+        with open(aside, "wb") as f:
+            torch.save(content, f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+        aside.unlink(missing_ok=True)
+        fail(f"could not write {path} ({str(error).splitlines()[0]}); the checkpoint before it is intact")
+
+
+def save(out, content):
+    """OUT/checkpoint.pt; the one before it stays as OUT/checkpoint.prev.pt. Rank 0 only."""
+    write(Path(out, "checkpoint.new.pt"), content)
+    if Path(out, "checkpoint.pt").exists():
+        os.replace(Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt"))
+    os.replace(Path(out, "checkpoint.new.pt"), Path(out, "checkpoint.pt"))
+
+
+def load(path):
+    """A dict from a file of torch.save, which is read as data and never executed. EOFError if the file is damaged."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        fail(f"{path} is refused, not executed: it holds something other than tensors and plain values")
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise EOFError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+    return content if isinstance(content, dict) else fail(f"{path} is not a checkpoint: it holds no dict")
+
+
+def resume(out, method, settings, fresh=False):
+    """The checkpoint to go on from, or None; the previous one if the last is damaged. Refuses a run of other settings."""
+    found = None
+    for path in () if fresh else (Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt")):
+        if found is None and path.exists():
+            try:
+                found = load(path)
+            except EOFError as error:
+                print(f"warning: {error}; trying the one before it", file=sys.stderr, flush=True)
+    if found and found.get("method") != method:
+        fail(f"{out} holds a run of {found.get('method', 'something else')}, not of {method}; choose another --out")
+    was = found["settings"] if found else settings
+    changed = [
+        f"{k} {was.get(k)} -> {settings.get(k)}" for k in sorted({*was, *settings}) if was.get(k) != settings.get(k)
+    ]
+    if changed:
+        fail(
+            f"{out} holds a run with other settings ({', '.join(changed)}); choose another --out, or --fresh to start over"
+        )
+    return found
+
+
+class Log:
+    """metrics.jsonl, TensorBoard and the progress bar of a run. Every process has one; only rank 0 writes.
+
+    On resume the lines of steps that will be made again are dropped, so that curves do not double back; a run that
+    starts at step 0 clears what an older one left in the folder.
+    """
+
+    def __init__(self, out, name, step, total, batch_size, rank, text):
+        self.out, self.rank, self.batch_size, self.warned = Path(out), rank, batch_size, False
+        self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None if rank == 0 else True)
+        self.start_interval(step)
+        if rank == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            for pattern in ("events.*", "*.pt", "*.tmp", "metrics.jsonl", "evaluate.json") if step == 0 else ("*.tmp",):
+                for old in self.out.glob(pattern):
+                    old.unlink()
+            file = self.out / "metrics.jsonl"
+            lines = file.read_text().splitlines() if file.exists() else []
+            lines = [s for s in lines if s.endswith("}") and json.loads(s)["step"] <= step]
+            file.write_text("".join(s + "\n" for s in lines))
+            self.writer = SummaryWriter(out, purge_step=step + 1)
+            self.writer.add_text("recipe", text, step)
+
+    def start_interval(self, step):
+        self.loss, self.step, self.wait, self.clock = 0.0, step, 0.0, time.perf_counter()
+
+    def watch(self, batches):
+        """The same batches; the time spent waiting for them is counted."""
+        while True:
+            asked = time.perf_counter()
+            batch = next(batches, None)
+            self.wait += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def train(self, step, lr, amp, **numbers):
+        """One line on the steps since the last. It reads from the device, which no other part of a step does, and stops
+        a run whose loss is no longer finite. Every process must call it."""
+        numbers = {k: float(v) for k, v in numbers.items()}
+        loss, seconds = float(self.loss) / (step - self.step), time.perf_counter() - self.clock
+        if any_rank(not math.isfinite(loss)):
+            sys.exit(
+                f"error: the loss is not finite at step {step} (lr {lr:.3g}, {'bf16' if amp else 'fp32'}); the last good "
+                "checkpoint is kept. Try a lower --lr, a longer --warmup-epochs, or --no-amp"
+            )
+        rate, wait = self.batch_size * (step - self.step) / seconds, self.wait / seconds
+        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} img/s, data wait {wait:.0%}")
+        self.bar.update(step - self.bar.n)
+        if numbers.get("feature_std", 1) < 0.05 and not self.warned:
+            self.warned = True
+            self.say(f"warning: outputs are nearly constant at step {step}, feature std {numbers['feature_std']:.3f} of 1 "
+                     "(collapse): try a lower --lr, and check that no gradient reaches the targets")  # fmt: skip
+        self.record("train", step, loss=loss, lr=lr, images_per_second=rate, data_wait=wait, **numbers)
+        self.start_interval(step)
+
+    def record(self, kind, step, **numbers):
+        """One JSON line, and scalars `kind`/NAME for TensorBoard."""
+        if self.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as f:
+                f.write(json.dumps({"step": step, **numbers}) + "\n")
+            for name, value in numbers.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, step)
+
+    def image(self, name, picture):
+        if self.rank == 0:
+            self.writer.add_image(name, picture)
+
+    def say(self, text):
+        """A line on stdout that does not break the progress bar; rank 0 only."""
+        if self.rank == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
