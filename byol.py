@@ -54,9 +54,9 @@ RECIPES = {
     # Quick on a CPU, so unlike the paper: AdamW, a small network, a low tau_0, and a predictor that learns ten times
     # faster than the rest, without which the short run collapses towards what is easiest to predict (docs/byol.md).
     "shapes": dict(
-        arch="resnet10_16", size=32, epochs=20, batch_size=64, optimizer="adamw", lr=8e-3, weight_decay=1e-4,
-        warmup_epochs=1, tau=0.97, hidden=256, dim=128, predictor_lr=10.0, eval_every=4,
-        views=[dict(scale=(0.3, 1.0), interpolation="bilinear", jitter=(0.8, 0.8, 0.8, 0.5), jitter_p=1.0, grey=0.2)] * 2,
+        arch="resnet10_16", size=32, epochs=20, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
+        warmup_epochs=1.0, tau=0.9, hidden=256, dim=128, predictor_lr=10.0, eval_every=2,
+        views=[dict(scale=(0.3, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)] * 2,
     ),
     "cifar10": dict(
         arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=2e-3,

@@ -33,6 +33,7 @@ from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
+import shapes
 from common import fail
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
@@ -186,9 +187,9 @@ def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0,
 @functools.lru_cache(maxsize=4)
 def _load(name, root, split, device, limit, seed, memory):
     if name.startswith("shapes") and name in NAMES:
-        n, first = (2_000, 1_000_000) if split == "test" else (limit or 10_000, 0)
-        images, labels, masks = draw_shapes(n, first=first, hard=name == "shapes-hard")
-        return Images(name, images.to(device), labels, SHAPES, masks)
+        n, list_seed = (2_000, 1) if split == "test" else (limit or 10_000, 0)
+        images, labels, masks = shapes.draw_shapes(n, seed=list_seed, hard=name == "shapes-hard")
+        return Images(name, images.to(device), labels, shapes.CLASSES, masks)
     own = Path(root, name)
     if name in NAMES and own.is_dir() and list_folder(own / "train" if (own / "train").is_dir() else own)[0]:
         files = load_folder(own, split, name)
@@ -269,110 +270,6 @@ def subset(data, limit, seed):
         return Files(data.name, items, data.classes)
     pick = [None if t is None else t[keep.to(t.device)] for t in (data.images, data.labels, data.masks)]
     return Images(data.name, pick[0], pick[1], data.classes, pick[2])
-
-
-# ============ shapes: a data set drawn by code ============
-
-SHAPES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "flower", "pill")
-
-
-def star(r, a, n, inner):
-    """Signed distance to a star of n tips at radius 1; `inner` is the radius of the notches (cos(pi/n): a polygon)."""
-    a = ((a + math.pi / n) % (2 * math.pi / n) - math.pi / n).abs()  # fold the plane into half of one tip
-    ix, iy = inner * math.cos(math.pi / n), inner * math.sin(math.pi / n)  # the edge runs from (1, 0) to here
-    return ((r * a.cos() - 1) * iy + r * a.sin() * (1 - ix)) / math.hypot(iy, 1 - ix)
-
-
-def outline(k, x, y):
-    """Signed distance to the edge of class k (negative inside) in object units: the object fills the unit disc."""
-    r, a, ax, ay = (x * x + y * y).sqrt(), torch.atan2(x, -y), x.abs(), y.abs()
-    if k == 0:
-        return r - 0.85
-    if k == 1:
-        return torch.maximum(ax, ay) - 0.75
-    if k == 2:
-        return star(r, a, 3, 0.5)
-    if k == 3:
-        return star(r, a, 5, 0.45)
-    if k == 4:
-        return torch.maximum(torch.maximum(ax, ay) - 0.9, torch.minimum(ax, ay) - 0.32)
-    if k == 5:
-        return (r - 0.62).abs() - 0.28
-    if k == 6:
-        return torch.minimum(
-            (ax + y.add(-0.1).abs() - 0.8) / 2**0.5, ((ax - 0.4) ** 2 + (y + 0.3) ** 2).sqrt() - 0.4 * 2**0.5
-        )
-    if k == 7:
-        return torch.maximum(r - 0.95, 0.72 - ((x - 0.5) ** 2 + y * y).sqrt())
-    if k == 8:
-        return (r - 0.72 - 0.22 * (6 * a).cos()) * 0.7
-    return (((ax - 0.5).clamp(min=0)) ** 2 + y * y).sqrt() - 0.42
-
-
-def pattern(k, x, y, p):
-    """Surface of class k in [-1, 1], before sharpening; p: phase"""
-    r, a = (x * x + y * y).sqrt(), torch.atan2(y, x)
-
-    def s(t, w):
-        return (2 * math.pi * t / w + p).sin()
-
-    if k == 0:
-        return s(x, 0.9)  # broad stripes
-    if k == 1:
-        return s(x, 0.75) * (s(y, 0.75) * 1)  # checks
-    if k == 2:
-        return s(y, 0.45)  # narrow stripes
-    if k == 3:
-        return s(r, 0.6)  # circles
-    if k == 4:
-        return torch.maximum(s(x, 0.6), s(y, 0.6)) - 0.6  # grid lines
-    if k == 5:
-        return (6 * a + p).sin()  # spokes
-    if k == 6:
-        return (s(x, 0.5) + s(y, 0.5)) / 2 - 0.3  # dots
-    if k == 7:
-        return s(x, 3.0)  # plain shade
-    if k == 8:
-        return (2 * a + p + 6 * r).sin()  # spiral
-    return s(y + 0.25 * (2 * (x / 0.7 % 1) - 1).abs(), 0.5)  # zigzag
-
-
-def colour(h, s, v):
-    """HSV -> RGB for h in sixths of a turn: one clamp a channel instead of six cases."""
-    w = torch.stack([((h + o) % 6 - 3).abs().sub(1).clamp(0, 1) for o in (0, 4, 2)], 1)
-    return v[:, None] * (1 - s[:, None] * (1 - w))
-
-
-def draw_shapes(n, size=32, seed=0, first=0, hard=False, rot=math.pi, smin=0.6, smax=0.9):
-    gen = torch.Generator().manual_seed(seed * 1_000_003 + first)
-    u = lambda lo, hi, *shape: torch.rand(n, *shape, generator=gen) * (hi - lo) + lo
-    labels = torch.randint(10, (n,), generator=gen)
-    scale, angle = u(smin, smax), u(-rot, rot)
-    cx, cy = u(-1, 1) * (1.05 - scale), u(-1, 1) * (1.05 - scale)
-    phase, h = u(0, 2 * math.pi), u(0, 6)
-    light = colour(h, u(0.3, 0.7), u(0.8, 1))
-    dark = colour(h + u(1, 5), u(0.5, 1), u(0.15, 0.35))
-    back = colour(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
-    back2 = (back + u(-0.15, 0.15, 3)).clamp(0, 1)
-    ba = u(0, 2 * math.pi)
-    grid = (torch.arange(size) + 0.5) / size * 2 - 1
-    images, masks = torch.empty(n, 3, size, size, dtype=torch.uint8), torch.empty(n, size, size, dtype=torch.bool)
-    for k in range(10):
-        for i in (labels == k).nonzero()[:, 0].split(500):
-            v = lambda t: t[i, None, None]
-            X, Y = grid[None, None, :], grid[None, :, None]
-            px, py = (X - v(cx)) / v(scale), (Y - v(cy)) / v(scale)
-            c, s = v(angle).cos(), v(angle).sin()
-            x, y = c * px + s * py, c * py - s * px
-            d = outline(k, x, y) * v(scale) * size / 2
-            alpha = (0.5 - d).clamp(0, 1)[:, None]
-            t = (0.5 + 2.5 * pattern(k, x, y, v(phase))).clamp(0, 1)[:, None]
-            obj = dark[i, :, None, None] * t + light[i, :, None, None] * (1 - t)
-            g = (0.5 + 0.5 * (X * v(ba).cos() + Y * v(ba).sin())).clamp(0, 1)[:, None]
-            bg = back[i, :, None, None] * g + back2[i, :, None, None] * (1 - g)
-            images[i] = ((bg + alpha * (obj - bg)) * 255).round().to(torch.uint8)
-            masks[i] = d < 0
-    return images, labels, masks
 
 
 # ============ geometry: random crops and flips ============
@@ -592,7 +489,7 @@ class Loader:
             self.keys = []  # batches of (epoch, index), read by the DataLoader when an epoch begins
             self.loader = DataLoader(
                 Crops(data, views, seed), batch_sampler=_Reread(self), collate_fn=Crops.collate, num_workers=workers,
-                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=ignore_signals,
+                persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
             )  # fmt: skip
 
     def epoch(self, epoch, start=0):
@@ -629,10 +526,12 @@ class Loader:
             )
 
 
-def ignore_signals(_):
-    """In workers: a signal to stop is for the training process, which finishes its step and saves."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def outlive_signals(_):
+    """In workers: a signal to stop may reach every process, but it is for the one that trains, which still needs its next
+    batch to finish the step and save. SIGTERM, which is also how Python ends workers at exit, works after five seconds."""
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class _Reread:

@@ -22,6 +22,10 @@ from tqdm import tqdm
 from common import any_rank, fail
 
 
+def reason(error):
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def write(path, content):
     """torch.save that leaves `path` whole whenever the process dies: written aside, then renamed."""
     aside = Path(f"{path}.tmp")
@@ -33,7 +37,7 @@ def write(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         aside.unlink(missing_ok=True)
-        fail(f"could not write {path} ({str(error).splitlines()[0]}); the checkpoint before it is intact")
+        fail(f"could not write {path} ({reason(error)}); the checkpoint before it is intact")
 
 
 def save(out, content):
@@ -51,7 +55,7 @@ def load(path):
     except pickle.UnpicklingError:
         fail(f"{path} is refused, not executed: it holds something other than tensors and plain values")
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise EOFError(f"{path} is damaged ({str(error).splitlines()[0]})") from error
+        raise EOFError(f"{path} is damaged: {reason(error)}") from error
     return content if isinstance(content, dict) else fail(f"{path} is not a checkpoint: it holds no dict")
 
 

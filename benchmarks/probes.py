@@ -1,0 +1,159 @@
+"""Probes: k-NN against its bare products and against lightly's, and the linear probe against a frozen-backbone loop.
+
+    python benchmarks/probes.py                                          about ten minutes on two CPU cores
+    python benchmarks/probes.py --size 5000 --epochs 5 --repeats 2       short
+
+Features are synthetic: clusters in 512 dimensions, several to a class, wide enough that neighbours are sometimes wrong.
+"""
+
+import argparse
+import ctypes
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import timing
+
+import backbones
+import common
+import data
+import evaluate
+
+try:
+    from lightly.utils.benchmarking import knn_predict
+except ImportError:
+    knn_predict = None
+
+CLASSES, CLUSTERS, DIM, CHUNK, K = 10, 200, 512, 500, max(evaluate.KS)
+
+
+def features(n, g, centres):
+    """`n` points around `centres`, which belong to the classes in turn."""
+    cluster = torch.randint(len(centres), (n,), generator=g)
+    return centres[cluster] + 4 * torch.randn(n, DIM, generator=g), cluster % CLASSES
+
+
+def peak_mib(f, device):
+    """Memory that a call takes on top of what was in use, in MiB; on the CPU from Linux's high-water mark."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+    def status(key):
+        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(key))
+        return int(line.split()[1]) / 1024
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left behind would hide new memory
+        Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
+        before = status("VmRSS")
+        f()
+        return status("VmHWM") - before
+    except (OSError, AttributeError):
+        return float("nan")
+
+
+def knn_benchmark(args, device, bank, labels, queries, answers):
+    unit = {torch.float32: [F.normalize(t, dim=1) for t in (bank, queries)]}
+    unit[torch.bfloat16] = [t.bfloat16() for t in unit[torch.float32]]
+    accuracy = {}
+
+    @torch.inference_mode()
+    def floor(dtype):
+        for q in unit[dtype][1].split(CHUNK):
+            (q @ unit[dtype][0].T).topk(K, dim=1)
+
+    def ours(name, bf16):
+        scores = evaluate.knn(bank, labels, queries, answers, bf16=bf16, chunk=CHUNK)
+        accuracy[name] = " ".join(f"{weighted:.2f}" for weighted, _ in scores.values())
+
+    @torch.inference_mode()
+    def lightly(name):
+        bank_t, right = unit[torch.float32][0].T, 0
+        for q, y in zip(unit[torch.float32][1].split(256), answers.split(256), strict=True):
+            right += (knn_predict(q, bank_t, labels, CLASSES, K, 0.1)[:, 0] == y).sum()
+        accuracy[name] = f"{100 * right.item() / len(queries):.2f}"
+
+    variants = {
+        "ours fp32, all k": lambda: ours("ours fp32, all k", False),
+        "product + topk fp32": lambda: floor(torch.float32),
+        "ours bf16, all k": lambda: ours("ours bf16, all k", True),
+        "product + topk bf16": lambda: floor(torch.bfloat16),
+    }
+    if knn_predict:
+        variants[f"lightly fp32, k={K}"] = lambda: lightly(f"lightly fp32, k={K}")
+    times = timing.interleaved(variants, device, args.repeats)
+    rows = []
+    for name, seconds in times.items():
+        row = [name, f"{statistics.median(seconds):.3f}", timing.spread(seconds)]
+        references = (f"product + topk {'bf16' if 'bf16' in name else 'fp32'}", f"lightly fp32, k={K}")
+        row += [timing.ratio(times, name, reference) for reference in references]
+        rows.append([*row, f"{peak_mib(variants[name], device):.0f}", accuracy.get(name, "-")])
+    title = f"k-NN, {len(queries)} queries, bank {len(bank)} x {DIM}, k = {' '.join(map(str, evaluate.KS))}"
+    head = ["", "s", "spread", "speed vs product + topk", "vs lightly", "extra MiB", "top-1 % (weighted)"]
+    timing.table(title, head, rows)
+
+
+def linear_benchmark(args, device, x, y, test_x, test_y):
+    """The whole grid, all epochs, against one epoch of the loop that runs the frozen backbone on every batch anew."""
+    backbone = backbones.build("resnet18", 32).to(device, memory_format=torch.channels_last).eval()
+    images = torch.randn(256, 3, 32, 32, device=device)
+    results = []
+
+    @torch.no_grad()
+    def forward(bf16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            for _ in range(args.batches):
+                backbone(images)
+
+    loops = {"frozen backbone, 1 epoch, bf16": True, "frozen backbone, 1 epoch, fp32": False}
+    variants = {name: lambda bf16=bf16: forward(bf16) for name, bf16 in loops.items()}
+    times = timing.interleaved(variants, device, args.repeats)
+    times = {name: [s * len(x) / 256 / args.batches for s in seconds] for name, seconds in times.items()}
+
+    name = f"ours, {len(evaluate.LRS) * len(evaluate.DECAYS)} heads + the best again, {args.epochs} epochs"
+    times[name] = []
+    for _ in range(args.repeats):
+        start = timing.clock(device)
+        results.append(evaluate.linear_sgd(x, y, test_x, test_y, epochs=args.epochs))
+        times[name].append(timing.clock(device) - start)
+    rows = []
+    for n, seconds in times.items():
+        how = "measured" if n == name else f"from {args.batches} batches"
+        rows.append([n, f"{statistics.median(seconds):.2f}", timing.spread(seconds), how])
+    timing.table(f"linear probe, {len(x)} x {x.shape[1]}, {CLASSES} classes", ["", "s", "spread", ""], rows)
+    r = results[-1]
+    print(f"top-1 {r['top1']:.2f} with lr {r['lr']:g}, wd {r['weight_decay']:g}")
+    print("The loop's figures are forward passes only (ResNet-18 at 32 px, eval(), batch 256), a few of them timed and")
+    print("multiplied up to an epoch. Augmentation, head and optimiser would come on top, for one head and not a grid.")
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--repeats", type=int, default=3, help="rounds; every variant runs once in each")
+    p.add_argument("--size", type=int, default=50_000, help="training features; a fifth as many queries")
+    p.add_argument("--epochs", type=int, default=100, help="of the linear probe")
+    p.add_argument("--batches", type=int, default=3, help="forward passes of the frozen backbone to time")
+    p.add_argument("--threads", type=int, default=2, help="on the CPU")
+    args = p.parse_args()
+    _, _, device = common.setup()
+    torch.set_num_threads(args.threads)
+    timing.where(device)
+    if not knn_predict:
+        print("lightly is not installed: left out")
+    g = data.generator("probes")
+    centres = torch.randn(CLUSTERS, DIM, generator=g)
+    pairs = [features(n, g, centres) for n in (args.size, args.size // 5)]
+    tensors = [t.to(device) for pair in pairs for t in pair]
+    knn_benchmark(args, device, *tensors)
+    linear_benchmark(args, device, *tensors)
+
+
+if __name__ == "__main__":
+    main()

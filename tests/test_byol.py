@@ -1,0 +1,341 @@
+import json
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import TINY, run, start, write_images
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import byol
+import runs
+
+SMALL = ["byol.py", *TINY, "--limit", "48"]  # 3 steps an epoch, 2 epochs
+
+
+def weights(out, name="checkpoint.pt"):
+    found = runs.load(out / name)
+    return {"step": found["step"], **found["model"], **{f"o{i}": s for i, s in found["optimizer"]["state"].items()}}
+
+
+def equal(a, b):
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# ============ the loss and the method ============
+
+
+def test_loss_equals_a_naive_loop_and_known_values():
+    g = torch.Generator().manual_seed(0)
+    p, z = torch.randn(7, 5, generator=g), torch.randn(7, 5, generator=g)
+    naive = sum(((a / a.norm() - b / b.norm()) ** 2).sum() for a, b in zip(p, z, strict=True)) / 7  # eq. 2
+    assert torch.allclose(byol.regression_loss(p, z), naive, atol=1e-6)
+    x = torch.eye(4)
+    for other, value in ((x, 0.0), (3 * x, 0.0), (-x, 4.0), (x.roll(1, 0), 2.0)):
+        assert byol.regression_loss(x, other).item() == pytest.approx(value, abs=1e-6)
+    assert byol.regression_loss(p.bfloat16(), z).dtype == torch.float32
+
+
+def test_no_gradient_reaches_the_targets():
+    z = torch.randn(4, 3, requires_grad=True)
+    p = torch.randn(4, 3, requires_grad=True)
+    byol.regression_loss(p, z).backward()
+    assert z.grad is None and p.grad.abs().sum() > 0
+    model = tiny_model()
+    model(views(8)).backward()
+    assert all(q.grad is None for q in model.target.parameters())
+    assert all(q.grad is not None for q in [*model.f.parameters(), *model.g.parameters(), *model.q.parameters()])
+
+
+def tiny_model(seed=0):
+    torch.manual_seed(seed)
+    return byol.BYOL(backbones.build("resnet10_16", 16), hidden=32, dim=8)
+
+
+def views(n, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return [torch.randn(n, 3, 16, 16, generator=g) for _ in range(2)]
+
+
+def test_forward_is_the_symmetrised_loss_with_batchnorm_per_view():
+    model, (v1, v2) = tiny_model(), views(8)
+    loss = model([v1, v2])
+    f, g, q = model.f, model.g, model.q  # the target is a copy, so the online network gives its values too
+    p1, p2, z1, z2 = q(g(f(v1))), q(g(f(v2))), g(f(v1)), g(f(v2))
+    expected = (F.normalize(p1) - F.normalize(z2)).square().sum(1) + (F.normalize(p2) - F.normalize(z1)).square().sum(1)
+    assert torch.allclose(loss, expected.mean(), atol=1e-5)
+    assert 0 <= loss.item() <= 8
+
+
+def test_target_moves_as_eq_1_and_keeps_its_own_batchnorm():
+    model, other = tiny_model(0), tiny_model(1)
+    before = [p.clone() for p in model.target.parameters()]
+    model.f.load_state_dict(other.f.state_dict())
+    model(views(8))
+    running = model.target["f"].bn1.running_mean.clone()
+    assert running.abs().sum() > 0  # its forward ran in train mode
+    model.update_target(0.9)
+    online = [*model.f.parameters(), *model.g.parameters()]
+    for xi, was, theta in zip(model.target.parameters(), before, online, strict=True):
+        assert torch.allclose(xi, 0.9 * was + 0.1 * theta, atol=1e-6)
+    assert torch.equal(model.target["f"].bn1.running_mean, running)
+
+
+def test_the_loss_falls():
+    model, xs = tiny_model(), views(32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    losses = []
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = model(xs)
+        loss.backward()
+        optimizer.step()
+        model.update_target(0.9)
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_heads_are_the_papers():
+    model = byol.BYOL(backbones.build("resnet50", 224))
+    assert [tuple(m.weight.shape) for m in model.g if isinstance(m, nn.Linear)] == [(4096, 2048), (256, 4096)]
+    assert [tuple(m.weight.shape) for m in model.q if isinstance(m, nn.Linear)] == [(4096, 256), (256, 4096)]
+    assert model.g[0].bias is not None and model.g[3].bias is None
+    recipe = byol.RECIPES["imagenet"]
+    assert recipe["lr"] * 4096 / 256 == pytest.approx(4.8) and recipe["tau"] == 0.99
+    assert [v.get("blur", 0) for v in recipe["views"]] == [1.0, 0.1]
+    assert [v.get("solarize", 0) for v in recipe["views"]] == [0.0, 0.2]
+
+
+# ============ one process with 2N images, two with N ============
+
+
+def frozen_statistics(model):
+    """BatchNorm aside: in eval mode the forward of one image does not depend on the others."""
+    return model.eval()
+
+
+def half(rank, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    ddp = DistributedDataParallel(frozen_statistics(tiny_model()))
+    loss = ddp([v[rank * 8 : rank * 8 + 8] for v in views(16)])
+    loss.backward()
+    torch.distributed.all_reduce(loss := loss.detach())
+    if rank == 0:
+        torch.save({"loss": loss / 2, "grads": [p.grad for p in ddp.module.parameters() if p.requires_grad]}, out)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
+    whole = frozen_statistics(tiny_model())
+    loss = whole(views(16))
+    loss.backward()
+    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "two.pt"), nprocs=2)
+    two = torch.load(tmp_path / "two.pt")
+    assert torch.allclose(two["loss"], loss, atol=1e-6)
+    for g, p in zip(two["grads"], (p for p in whole.parameters() if p.requires_grad), strict=True):
+        assert torch.allclose(g, p.grad, atol=1e-6)
+
+
+# ============ whole runs ============
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    printed, err = run(*SMALL, "--out", out)
+    return out, printed, err
+
+
+def test_a_run_writes_what_it_promises(unbroken):
+    out, printed, _ = unbroken
+    assert {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json"} <= set(os.listdir(out))
+    assert any(name.startswith("events.out") for name in os.listdir(out))
+    last = printed.splitlines()[-1]
+    assert last.startswith("byol shapes: knn ") and last.endswith(f"({out})")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"step", "epoch", "loss", "lr", "images_per_second", "data_wait", "feature_std"} <= set(lines[1])
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert [line["step"] for line in lines if "knn20" in line] == [0]  # the random network
+    for file in out.glob("*.pt"):
+        torch.load(file, weights_only=True)
+    about = torch.load(out / "backbone.pt", weights_only=True)
+    assert set(about) == {"arch", "state_dict", "preprocess", "method", "data", "command", "epoch"}
+    load = printed.splitlines()[-3:-1]
+    exec("\n".join(load), scope := {})
+    assert equal(dict(scope["net"].state_dict()), about["state_dict"])
+
+
+def test_tensorboard_has_scalars_text_views_and_projector(unbroken):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(unbroken[0]))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/feature_std", "eval/knn20", "eval/final_knn"} <= set(tags["scalars"])
+    assert tags["images"] == ["views"] and "recipe/text_summary" in tags["tensors"]
+    assert (unbroken[0] / "projector_config.pbtxt").exists()
+
+
+def test_a_finished_run_says_so(unbroken):
+    out, printed, _ = unbroken
+    before = (out / "checkpoint.pt").read_bytes()
+    again, _ = run(*SMALL, "--out", out)
+    assert "is finished" in again and again.splitlines()[-1] == printed.splitlines()[-1]
+    assert (out / "checkpoint.pt").read_bytes() == before
+
+
+def stop_at(out, step, number, *args, processes=1):
+    """Start the run, send it signal `number` once it has logged `step`, return its exit code."""
+    process = start(*SMALL, "--out", out, *args, processes=processes)
+    log = out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(number)
+    return process.communicate(timeout=120), process.returncode
+
+
+@pytest.mark.parametrize("step", [1, 3, 4])  # in the middle of an epoch, at its end, in the second
+def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path, step):
+    out = tmp_path / "run"
+    (printed, err), code = stop_at(out, step, signal.SIGTERM)
+    assert code == 0 and "stopped by a signal" in printed, err
+    assert step <= runs.load(out / "checkpoint.pt")["step"] <= 6
+    again, _ = run(*SMALL, "--out", out)
+    assert "going on from step" in again
+    assert equal(weights(out), weights(unbroken[0]))
+
+
+def test_two_processes_stop_and_resume_exactly(tmp_path):
+    run(*SMALL, "--out", tmp_path / "whole", processes=2)
+    (printed, err), code = stop_at(tmp_path / "run", 2, signal.SIGTERM, processes=2)
+    assert "stopped by a signal" in printed, err
+    assert runs.load(tmp_path / "run" / "checkpoint.pt")["step"] < 6
+    run(*SMALL, "--out", tmp_path / "run", processes=2)
+    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_ten_kills_at_random_instants_still_end_with_the_same_weights(unbroken, tmp_path):
+    out, chance = tmp_path / "run", random.Random(0)
+    command = [*SMALL, "--out", out]
+    for _ in range(10):
+        process = start(*command)
+        time.sleep(chance.uniform(2.0, 8.0))
+        process.kill()
+        process.communicate()
+    run(*command)
+    assert equal(weights(out), weights(unbroken[0]))
+
+
+def test_accumulation_moves_target_and_schedules_once_an_update(tmp_path):
+    out = tmp_path / "run"
+    run(*SMALL, "--accumulate", "2", "--out", out)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [line for line in lines if "tau" in line]
+    assert [line["step"] for line in steps] == [1, 2, 3, 4, 5, 6]  # as many as without
+    assert steps[0]["tau"] == 0.9 or steps[0]["tau"] == byol.RECIPES["shapes"]["tau"]
+    assert all(2 < line["loss"] < 6 for line in steps)
+
+
+def test_accumulated_gradients_are_those_of_the_mean():
+    xs, one, two = views(16), frozen_statistics(tiny_model()), frozen_statistics(tiny_model())
+    one(xs).backward()
+    for k in range(2):
+        (two([v[8 * k : 8 * k + 8] for v in xs]) / 2).backward()
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+def test_folder_with_a_corrupt_image_and_workers(tmp_path):
+    folder = write_images(tmp_path / "images", 64)
+    bad = sorted(folder.rglob("*.jpg"))[3]
+    bad.write_bytes(b"no image")
+    flags = ["--data", folder, "--recipe", "shapes", "--workers", "2", "--eval-every", "1", "--out", tmp_path / "run"]
+    printed, err = run("byol.py", *TINY, "--limit", "0", *flags)
+    assert str(bad) in printed and "knn" in printed.splitlines()[-1]
+
+
+def test_folder_without_labels_trains_and_says_so(tmp_path):
+    folder = write_images(tmp_path / "images", 32, classes=1)
+    flags = ["--data", folder, "--recipe", "shapes", "--workers", "0", "--limit", "0", "--out", tmp_path / "run"]
+    printed, _ = run("byol.py", *TINY, *flags)
+    assert "no labels" in printed and "effective_rank" in printed
+
+
+def test_other_optimisers_and_compile_flag(tmp_path):
+    for optimizer in ("lars", "sgd"):
+        out, _ = run(*SMALL, "--epochs", "1", "--optimizer", optimizer, "--out", tmp_path / optimizer)
+        assert ("adapted" in out) == (optimizer == "lars")
+
+
+def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path):
+    out, _ = run("byol.py", "--dry-run", "--out", tmp_path / "run")
+    assert "x 64 / 256 =" in out and "tensors decayed" in out and "min" in out
+    assert not (tmp_path / "run").exists()
+
+
+# ============ bad input: one sentence, exit code 2 ============
+
+
+def bad_folder(tmp_path, kind):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    if kind == "corrupt":
+        write_images(folder, 32)
+        for path in folder.rglob("*.jpg"):
+            path.write_bytes(b"no image")
+    return folder if kind != "missing" else tmp_path / "nowhere"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--batch-size", "100000"], "larger than"),
+        (["--batch-size", "15", "--accumulate", "2"], "not a multiple"),
+        (["--arch", "resnet81"], "did you mean"),
+        (["--data", "cifr10"], "did you mean 'cifar10'"),
+        (["--limit", "1000000"], "--limit"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--size", "0"], "--size"),
+        (["--epochs", "-1"], "--epochs"),
+    ],
+)
+def test_bad_flags(flags, words, tmp_path):
+    _, err = run(*SMALL, *flags, "--out", tmp_path / "run", code=2)
+    assert words in err and "Traceback" not in err and len(err.strip().splitlines()) <= 2
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("kind", "words"), [("missing", "neither"), ("empty", "no images"), ("corrupt", "do not decode")])
+def test_bad_folders(kind, words, tmp_path):
+    flags = ["--data", bad_folder(tmp_path, kind), "--recipe", "shapes", "--workers", "2", "--limit", "0"]
+    _, err = run("byol.py", *TINY, *flags, "--out", tmp_path / "run", code=2)
+    assert words in err and "Traceback" not in err
+
+
+def test_batch_not_divisible_by_processes(tmp_path):
+    process = start(*SMALL, "--batch-size", "15", "--out", tmp_path / "run", processes=2)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "error: --batch-size 15 is not a multiple of 2 processes" in err
+
+
+def test_other_settings_are_refused(unbroken):
+    _, err = run(*SMALL, "--lr", "0.123", "--out", unbroken[0], code=2)
+    assert "lr" in err and "-> 0.123" in err and "--fresh" in err and len(err.splitlines()) == 1
+
+
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    out = tmp_path / "run"
+    _, err = run(*SMALL, "--lr", "1e30", "--optimizer", "sgd", "--no-amp", "--out", out, code=1)
+    assert "not finite at step" in err and "--no-amp" in err
+    assert not (out / "checkpoint.pt").exists() or all(
+        v.isfinite().all() for v in runs.load(out / "checkpoint.pt")["model"].values() if v.is_floating_point()
+    )
