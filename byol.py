@@ -133,6 +133,7 @@ def parse_args(argv=None):
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
     args = p.parse_args(argv)
+    common.at_least_one(args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).name}"
     return args
 

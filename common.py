@@ -17,6 +17,12 @@ def fail(sentence):
     sys.exit(2)
 
 
+def at_least_one(args, *names):
+    for name in names:
+        if getattr(args, name) < 1:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+
+
 def setup(wanted=None):
     """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
     device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")

@@ -187,9 +187,9 @@ def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0,
 @functools.lru_cache(maxsize=4)
 def _load(name, root, split, device, limit, seed, memory):
     if name.startswith("shapes") and name in NAMES:
-        n, list_seed = (2_000, 1) if split == "test" else (limit or 10_000, 0)
+        n, list_seed = (2_000, 1) if split == "test" else (10_000, 0)
         images, labels, masks = shapes.draw_shapes(n, seed=list_seed, hard=name == "shapes-hard")
-        return Images(name, images.to(device), labels, shapes.CLASSES, masks)
+        return subset(Images(name, images.to(device), labels, shapes.CLASSES, masks), limit, seed)
     own = Path(root, name)
     if name in NAMES and own.is_dir() and list_folder(own / "train" if (own / "train").is_dir() else own)[0]:
         files = load_folder(own, split, name)

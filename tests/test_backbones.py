@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 import torch
 import torchvision
@@ -27,7 +29,7 @@ def test_every_backbone_keeps_the_contract(name, size):
     net, x = backbones.build(name, size), torch.randn(2, 3, size, size)
     assert net.eval()(x).shape == (2, net.dim)
     maps = net.stages(x)
-    assert maps[-1].shape[1] == net.dim and all(a.shape[-1] >= b.shape[-1] for a, b in zip(maps, maps[1:], strict=False))
+    assert maps[-1].shape[1] == net.dim and all(a.shape[-1] >= b.shape[-1] for a, b in itertools.pairwise(maps))
 
 
 def test_small_images_keep_their_resolution():

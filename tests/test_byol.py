@@ -216,7 +216,7 @@ def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path, step):
 
 def test_two_processes_stop_and_resume_exactly(tmp_path):
     run(*SMALL, "--out", tmp_path / "whole", processes=2)
-    (printed, err), code = stop_at(tmp_path / "run", 2, signal.SIGTERM, processes=2)
+    (printed, err), _ = stop_at(tmp_path / "run", 2, signal.SIGTERM, processes=2)
     assert "stopped by a signal" in printed, err
     assert runs.load(tmp_path / "run" / "checkpoint.pt")["step"] < 6
     run(*SMALL, "--out", tmp_path / "run", processes=2)
@@ -259,7 +259,7 @@ def test_folder_with_a_corrupt_image_and_workers(tmp_path):
     bad = sorted(folder.rglob("*.jpg"))[3]
     bad.write_bytes(b"no image")
     flags = ["--data", folder, "--recipe", "shapes", "--workers", "2", "--eval-every", "1", "--out", tmp_path / "run"]
-    printed, err = run("byol.py", *TINY, "--limit", "0", *flags)
+    printed, _ = run("byol.py", *TINY, "--limit", "0", *flags)
     assert str(bad) in printed and "knn" in printed.splitlines()[-1]
 
 

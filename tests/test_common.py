@@ -167,5 +167,5 @@ def test_a_log_that_goes_on_drops_what_will_be_made_again(tmp_path):
 def test_a_missing_gpu_is_one_sentence():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    out, err = run("byol.py", "--device", "cuda", code=2)
+    _, err = run("byol.py", "--device", "cuda", code=2)
     assert err.startswith("error: ") and len(err.splitlines()) == 1

@@ -1,0 +1,79 @@
+"""What all method scripts promise together: one structure, the same plumbing word for word, no script importing another."""
+
+import argparse
+import ast
+import importlib
+import itertools
+from unittest import mock
+
+import pytest
+from conftest import ROOT
+
+SHARED = {"data", "shapes", "backbones", "evaluate", "common", "runs"}
+METHODS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in SHARED)
+SECTIONS = ["data", "model", "optimiser", "recipe", "resume", "training", "final probe"]
+OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same
+LONGEST = {"common.py": 150, "runs.py": 160}
+
+
+def test_there_are_scripts():
+    assert "byol" in METHODS
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_structure(method):
+    text = (ROOT / f"{method}.py").read_text()
+    sections = [line.split("=")[12].strip() for line in text.splitlines() if line.startswith("    # ============ ")]
+    assert sections == SECTIONS
+    imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
+    assert not imported & set(METHODS)
+    assert text.startswith('"""') and "paper" in text and "official code" in text and "here" in text
+    assert text.endswith('if __name__ == "__main__":\n    main()\n')
+
+
+@pytest.mark.parametrize("file", LONGEST)
+def test_plumbing_stays_short(file):
+    assert len((ROOT / file).read_text().splitlines()) <= LONGEST[file]
+
+
+def functions(method):
+    tree = ast.parse((ROOT / f"{method}.py").read_text())
+    return {n.name: ast.dump(n) for n in tree.body if isinstance(n, ast.FunctionDef) and n.name not in OWN}
+
+
+def flags(method):
+    """Every flag of a script with its type, choices and help; defaults are the recipes' business."""
+    found = {}
+    add = argparse.ArgumentParser.add_argument
+
+    def spy(self, *names, **kwargs):
+        if "help" in kwargs:
+            found[names[0]] = {k: str(v) for k, v in kwargs.items() if k != "default"}
+        return add(self, *names, **kwargs)
+
+    with mock.patch.object(argparse.ArgumentParser, "add_argument", spy):
+        importlib.import_module(method).parse_args([])
+    return found
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(METHODS, 2)))
+def test_what_has_one_name_is_one_thing(a, b):
+    for table in (functions, flags):
+        one, two = table(a), table(b)
+        assert {k: one[k] for k in one.keys() & two.keys()} == {k: two[k] for k in one.keys() & two.keys()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_flag_of_the_design_is_there(method):
+    promised = "data root size arch epochs batch-size lr weight-decay workers eval-every seed out device amp compile limit dry-run"
+    assert {f"--{name}" for name in promised.split()} <= set(flags(method))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recipes_are_defaults_of_flags(method):
+    script = importlib.import_module(method)
+    assert set(script.RECIPES) == {"shapes", "cifar10", "imagenet"}
+    for name, recipe in script.RECIPES.items():
+        args = vars(script.parse_args(["--data", name]))
+        assert {k: args[k] for k in recipe if k != "views"} == {k: v for k, v in recipe.items() if k != "views"}
+        assert vars(script.parse_args(["--data", name, "--epochs", "7"]))["epochs"] == 7
