@@ -125,9 +125,10 @@ def fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed):
     for epoch in range(epochs):
         order = torch.randperm(len(x), generator=g)[: steps * batch_size].to(x.device)
         for step, rows in enumerate(order.view(steps, batch_size), epoch * steps):
-            xb = x[rows]
-            p = (xb @ w.T).view(batch_size, -1, classes).softmax(-1).sub_(target[rows][:, None])  # [b, G, C]
-            u = (p.flatten(1).T @ xb).div_(batch_size).addcmul_(w, decay)
+            xb = x.index_select(0, rows)
+            # The batch as last dimension: a softmax over the last one is slow where there are few classes.
+            p = (w @ xb.T).view(-1, classes, batch_size).softmax(1).sub_(target[rows].T)  # [G, C, b]
+            u = (p.flatten(0, 1) @ xb).div_(batch_size).addcmul_(w, decay)
             v.mul_(0.9).add_(u)
             w.addcmul_(lr, u.add_(v, alpha=0.9), value=-common.cosine(step, epochs * steps, 1.0, 0.0))
     return w.view(-1, classes, x.shape[1]).split([x.shape[1] - 1, 1], 2)
