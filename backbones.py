@@ -14,6 +14,8 @@ from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import cfgs, make_layers
 
+from common import fail
+
 SMALL = 64  # px; below this the small-image stem is used
 
 RESNETS = {  # name: (block, blocks per stage, channels of the first stage)
@@ -115,7 +117,7 @@ def alexnet_bn(small):
 def build(name, size=224):
     """The backbone called `name` for images of `size` px, freshly initialised from torch's global generator.
 
-    Raises ValueError, with the nearest known name, for an unknown one.
+    An unknown name ends the program with exit code 2 and the nearest known one.
     """
     small = size < SMALL
     if name in VGGS:
@@ -126,7 +128,7 @@ def build(name, size=224):
         block, depths, channels = RESNETS[name.removesuffix("_w2")]
         return ResNet(block, depths, channels, 2 if name.endswith("_w2") else 1, small)
     near = difflib.get_close_matches(name, NAMES, 1, 0.0)[0]
-    raise ValueError(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
+    fail(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
 
 
 def describe(net, name, size):

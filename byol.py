@@ -197,23 +197,15 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
-    if args.batch_size % (world * args.accumulate):
-        common.fail(
-            f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}"
-        )
-    if args.batch_size > len(train):
-        common.fail(f"--batch-size {args.batch_size} is larger than the {len(train)} training images of {args.data}")
-    per_pass = args.batch_size // (world * args.accumulate)
+    per_pass = common.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    try:
-        backbone = backbones.build(args.arch, args.size)
-    except ValueError as error:
-        common.fail(str(error))
-    model = BYOL(backbone, args.hidden, args.dim).to(device, memory_format=torch.channels_last)
+    model = BYOL(backbones.build(args.arch, args.size), args.hidden, args.dim).to(
+        device, memory_format=torch.channels_last
+    )
     ddp = model
     if world > 1:
         if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
@@ -231,14 +223,15 @@ def main(argv=None):
     total, warmup = args.epochs * steps, round(args.warmup_epochs * steps)
 
     # ============ recipe ============
-    tensors, decayed = (sum(len(g["params"]) for g in groups if g["weight_decay"] >= least) for least in (0, 1e-12))
     minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
     say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
     say(backbones.describe(model.f, args.arch, args.size))
-    say(f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps")
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g} ({args.optimizer}), {warmup} steps of warm-up; q x {args.predictor_lr:g}")
-    say(f"{decayed} of {tensors} tensors decayed{' and adapted' * (args.optimizer == 'lars')}; tau {args.tau:g} -> 1")
-    say(f"{'bf16' if args.amp else 'fp32'}; loss of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, x {args.predictor_lr:g} on q")
+    say(f"{args.optimizer}: {common.count(optimizer)}; tau {args.tau:g} -> 1; {'bf16' if args.amp else 'fp32'}")
+    say(f"loss of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
     if args.dry_run:
         return
 
@@ -292,7 +285,7 @@ def main(argv=None):
                 log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
-            tau = common.cosine(step, total, args.tau, 1.0)  # sec. 3.2: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+            tau = common.cosine(step, total, args.tau, 1.0)  # sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
             model.update_target(tau)  # after the step, as in the official code
             step += 1
             stopped = common.any_rank(stop)
@@ -315,3 +308,4 @@ def main(argv=None):
 
 if __name__ == "__main__":
     main()
+    common.leave()

@@ -40,6 +40,21 @@ def setup(wanted=None):
     return rank, world, torch.device(device)
 
 
+def leave():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def images_per_pass(args, world, images):
+    """The share of --batch-size that one process sees at a time."""
+    parts = world * args.accumulate
+    if args.batch_size % parts:
+        fail(f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}")
+    if args.batch_size > images:
+        fail(f"--batch-size {args.batch_size} is larger than the {images} training images of {args.data}")
+    return args.batch_size // parts
+
+
 def bf16_is_fast(device):
     """Whether bf16 autocast pays: GPUs since Ampere, CPUs with bf16 instructions."""
     if device.type == "cuda":
@@ -97,6 +112,15 @@ def param_groups(module, weight_decay, **settings):
     weights, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
     weights = {"params": weights, "weight_decay": weight_decay, "adapt": True, **settings}
     return [weights, {"params": rest, "weight_decay": 0.0, "adapt": False, **settings}]
+
+
+def count(optimizer):
+    """How many tensors the optimiser moves, decays and (LARS only) adapts."""
+    groups, lars = optimizer.param_groups, isinstance(optimizer, LARS)
+    moved, decayed, adapted = (
+        sum(len(g["params"]) for g in groups if g[k]) for k in ("params", "weight_decay", "adapt")
+    )
+    return f"{moved} tensors, {decayed} decayed, {adapted * lars} adapted"
 
 
 class LARS(torch.optim.Optimizer):

@@ -297,8 +297,8 @@ def resize_weights(start, length, inputs, outputs, interpolation):
     """Weights [B, outputs, inputs] that resize `length` pixels from `start` on to `outputs` pixels, antialiased: the
     kernel is stretched by the reduction and cut off at the crop's edge, as in torchvision's resized_crop."""
     reduction = (length / outputs)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(outputs)[:, None] + 0.5) * reduction  # [B, outputs, 1]
-    pixel = torch.arange(inputs) + 0.5  # [inputs]
+    centre = start[:, None, None] + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * reduction
+    pixel = torch.arange(inputs, device=start.device) + 0.5  # [inputs]
     d = ((pixel - centre) / reduction.clamp(min=1)).abs()  # [B, outputs, inputs]
     q, p = (1 - d).clamp_(min=0), (2 - d).clamp_(min=0)
     # Bicubic with a = -0.5: p^2 (p - 1) / 2 is its outer piece, and the second term what the inner one has on top.
@@ -315,10 +315,10 @@ def crop_resize(images, boxes, flip, size, interpolation):
     enlargement alike; the flip reverses the rows of one matrix and costs nothing.
     """
     (b, c, height, width), device = images.shape, images.device
+    boxes, flip = boxes.to(device, non_blocking=True), flip.to(device, non_blocking=True)
     down = resize_weights(boxes[:, 0], boxes[:, 2], height, size, interpolation)  # [B, size, H]
     across = resize_weights(boxes[:, 1], boxes[:, 3], width, size, interpolation)  # [B, size, W]
     across = torch.where(flip[:, None, None], across.flip(1), across) / 255
-    down, across = down.to(device, non_blocking=True), across.to(device, non_blocking=True)
     x = torch.bmm(images.reshape(b, c * height, width).float(), across.transpose(1, 2)).view(b, c, height, size)
     x = torch.matmul(down[:, None], x)  # [B, 3, size, size]
     return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots at edges

@@ -306,7 +306,7 @@ def open_backbone(target, arch, size, seed):
         heads = ("fc.", "classifier.")
         backbone.load_state_dict({k: v for k, v in found.items() if not k.startswith(heads)})
         return backbone, preprocess, {}, path
-    except (ValueError, EOFError) as error:
+    except EOFError as error:
         common.fail(str(error))
     except RuntimeError as error:  # load_state_dict is strict: the first line names the class, the second what is wrong
         common.fail(f"{target} does not fit the architecture: {' '.join(str(error).split())[:300]}")

@@ -13,7 +13,20 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(2)
 
-TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--probes", "knn", "--log-every", "1", "--device", "cpu"]
+TINY = [
+    "--limit",
+    "64",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "2",
+    "--probes",
+    "knn",
+    "--log-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def start(*args, processes=1, **kwargs):

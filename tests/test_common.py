@@ -135,7 +135,10 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path, monkeypatch, capsys):
 def test_other_settings_and_other_methods_are_refused(tmp_path, capsys):
     runs.save(tmp_path, checkpoint(1, lr=0.1, seed=0))
     assert runs.resume(tmp_path, "m", {"lr": 0.1, "seed": 0})["step"] == 1
-    for method, settings, words in (("m", {"lr": 0.2, "seed": 0}, "lr 0.1 -> 0.2"), ("n", {"lr": 0.1, "seed": 0}, "run of m")):
+    for method, settings, words in (
+        ("m", {"lr": 0.2, "seed": 0}, "lr 0.1 -> 0.2"),
+        ("n", {"lr": 0.1, "seed": 0}, "run of m"),
+    ):
         with pytest.raises(SystemExit) as stop:
             runs.resume(tmp_path, method, settings)
         assert stop.value.code == 2 and words in capsys.readouterr().err

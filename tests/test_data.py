@@ -62,7 +62,9 @@ def test_grey_solarize_normalise_equal_torchvision():
 @pytest.mark.parametrize("size", [3, 23])
 def test_blur_equals_torchvision(size):
     x, sigma = images(5), torch.tensor([0.1, 0.5, 1.0, 1.5, 2.0])
-    expected = torch.stack([tvf.gaussian_blur(i, [size, size], [s] * 2) for i, s in zip(x, sigma.tolist(), strict=True)])
+    expected = torch.stack(
+        [tvf.gaussian_blur(i, [size, size], [s] * 2) for i, s in zip(x, sigma.tolist(), strict=True)]
+    )
     assert torch.allclose(data.blur(x, sigma, size), expected, atol=1e-5)
 
 

@@ -133,7 +133,9 @@ def trained(tmp_path_factory):
 
 def test_command_probes_caches_and_writes_json(trained):
     first, _ = run("evaluate.py", trained, "--limit", 200, "--probe", "knn", "linear", "lbfgs")
-    assert all(word in first for word in ("weighted", "majority", "linear   top-1", "lbfgs    top-1", "held-out", "frozen"))
+    assert all(
+        word in first for word in ("weighted", "majority", "linear   top-1", "lbfgs    top-1", "held-out", "frozen")
+    )
     files = sorted(trained.glob("features-*.pt"))
     assert len(files) == 2
     stamps = [f.stat().st_mtime_ns for f in files]
@@ -163,7 +165,9 @@ def test_other_data_random_baseline_and_few_images(trained, tmp_path):
     folder = write_images(tmp_path / "images", 40)
     out, _ = run("evaluate.py", trained, "--data", folder)
     assert "36 training and 4 test images" in out
-    out, _ = run("evaluate.py", "random:resnet10_16", "--data", "shapes", "--size", 32, "--limit", 200, "--probe", "knn")
+    out, _ = run(
+        "evaluate.py", "random:resnet10_16", "--data", "shapes", "--size", 32, "--limit", 200, "--probe", "knn"
+    )
     assert "k=200" in out
     flat = write_images(tmp_path / "flat", 8, classes=1)
     out, _ = run("evaluate.py", trained, "--data", flat)
@@ -174,7 +178,9 @@ def test_plain_torchvision_state_dict(tmp_path):
     net = torchvision.models.resnet18()
     torch.save(net.state_dict(), tmp_path / "resnet18.pth")
     folder = write_images(tmp_path / "images", 20)
-    out, _ = run("evaluate.py", tmp_path / "resnet18.pth", "--arch", "resnet18", "--data", folder, "--probe", "knn", "--size", 64)
+    out, _ = run(
+        "evaluate.py", tmp_path / "resnet18.pth", "--arch", "resnet18", "--data", folder, "--probe", "knn", "--size", 64
+    )
     assert "k=1" in out
     _, err = run("evaluate.py", tmp_path / "resnet18.pth", "--arch", "resnet50", "--data", folder, code=2)
     assert "does not fit" in err

@@ -28,7 +28,7 @@ def test_structure(method):
     imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
     assert not imported & set(METHODS)
     assert text.startswith('"""') and "paper" in text and "official code" in text and "here" in text
-    assert text.endswith('if __name__ == "__main__":\n    main()\n')
+    assert text.endswith('if __name__ == "__main__":\n    main()\n    common.leave()\n')
 
 
 @pytest.mark.parametrize("file", LONGEST)
