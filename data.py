@@ -225,7 +225,7 @@ def first_rank_first(make, name, root):
             local = int(os.environ["LOCAL_RANK"])
             made = make() if local == 0 else None
             torch.distributed.barrier()
-            return made or make()
+            return make() if made is None else made
         return make()
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]

@@ -268,7 +268,7 @@ def finish(backbone, bank, test, preprocess, device, args, log, method, step):
     log.record("eval", step, **{f"final_{k}": v for k, v in figures.items()}, **results["health"])
     some = torch.randperm(len(test), generator=data.generator("projector"))[:1000]
     x, _ = next(data.batches(test, preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}, len(some), "cpu", 0, some))
-    names = [test.classes[i] if test.classes and i >= 0 else "?" for i in pairs[1][1][some].tolist()]
+    names = [str(test.classes[i]) if test.classes and i >= 0 else "?" for i in pairs[1][1][some].tolist()]
     log.writer.add_embedding(pairs[1][0][some.to(device)].cpu(), names, x, step)
     log.writer.close()
     return f"{method} {args.data}: {' '.join(f'{k} {v:.1f}' for k, v in figures.items())} ({args.out})"

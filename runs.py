@@ -89,7 +89,8 @@ class Log:
     """
 
     def __init__(self, out, name, step, total, batch_size, rank, text):
-        self.out, self.rank, self.batch_size, self.warned = Path(out), rank, batch_size, False
+        self.out, self.rank, self.batch_size = Path(out), rank, batch_size
+        self.warned, self.said = False, time.perf_counter()
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None if rank == 0 else True)
         self.start_interval(step)
         if rank == 0:
@@ -128,8 +129,12 @@ class Log:
                 "checkpoint is kept. Try a lower --lr, a longer --warmup-epochs, or --no-amp"
             )
         rate, wait = self.batch_size * (step - self.step) / seconds, self.wait / seconds
-        self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:.0f} img/s, data wait {wait:.0%}")
+        line = f"loss {loss:.3f}, {rate:.0f} img/s, data wait {wait:.0%}"
+        self.bar.set_postfix_str(line)
         self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.perf_counter() > self.said + 60:  # not a terminal: a line a minute
+            self.said = time.perf_counter()
+            self.say(f"step {step} of {self.bar.total}: {line}")
         if numbers.get("feature_std", 1) < 0.05 and not self.warned:
             self.warned = True
             self.say(f"warning: outputs are nearly constant at step {step}, feature std {numbers['feature_std']:.3f} of 1 "

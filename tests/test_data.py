@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torchvision.transforms.v2 import functional as tvf
 import byol
 import data
 from shapes import draw_shapes
+
+REAL = os.environ.get("TEST_DATA")
 
 
 def images(n=6, size=32, seed=0):
@@ -301,3 +304,22 @@ def test_a_whole_view_equals_torchvisions_compose():
     for i, (top, left, h, w) in enumerate(boxes.int().tolist()):
         crop = tvf.resized_crop(x[i] / 255, top, left, h, w, [32, 32], tvf.InterpolationMode.BICUBIC, antialias=True)
         assert torch.allclose(ours[i], after(crop.clamp(0, 1)), atol=1e-4)
+
+
+# ============ real images, where there are any ============
+
+
+@pytest.mark.skipif(
+    not REAL, reason="set TEST_DATA to a folder that holds cifar10/train/CLASS/*.jpg and cifar10/test/..."
+)
+def test_real_images_through_both_paths():
+    files = data.load(f"{REAL}/cifar10", limit=64)
+    memory = data.load("cifar10", REAL, limit=64)
+    assert len(data.load(f"{REAL}/cifar10", split="test")) == 10_000
+    assert isinstance(files, data.Files) and isinstance(memory, data.Images) and len(memory.classes) == 10
+    preprocess = {"mean": data.MEAN, "std": data.STD, "size": 32, "interpolation": "bilinear"}
+    (x, y), (a, b) = (next(data.batches(d, preprocess)) for d in (memory, files))
+    assert torch.equal(x, a) and torch.equal(y, b)
+    for dataset in (files, memory):
+        _, (v, w) = next(loader(dataset).epoch(0))
+        assert v.shape == (8, 3, 16, 16) and w.shape == (8, 3, 8, 8) and v.std() > 0.3

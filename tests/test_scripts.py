@@ -65,8 +65,8 @@ def test_what_has_one_name_is_one_thing(a, b):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_flag_of_the_design_is_there(method):
-    promised = "data root size arch epochs batch-size lr weight-decay workers eval-every seed out device amp compile limit dry-run"
-    assert {f"--{name}" for name in promised.split()} <= set(flags(method))
+    promised = "data root size arch epochs batch-size lr weight-decay workers eval-every seed out device amp compile"
+    assert {f"--{name}" for name in [*promised.split(), "limit", "dry-run", "fresh"]} <= set(flags(method))
 
 
 @pytest.mark.parametrize("method", METHODS)
