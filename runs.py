@@ -21,6 +21,9 @@ from tqdm import tqdm
 
 from common import any_rank, fail
 
+# What a run writes, and all that a fresh start may delete.
+OWN = ("checkpoint*.pt*", "backbone.pt*", "features-backbone-*.pt*", "metrics.jsonl", "evaluate.json", "events.out.*")
+
 
 def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
@@ -61,13 +64,17 @@ def load(path):
 
 def resume(out, method, settings, fresh=False):
     """The checkpoint to go on from, or None; the previous one if the last is damaged. Refuses a run of other settings."""
-    found = None
+    found, damaged = None, []
     for path in () if fresh else (Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt")):
         if found is None and path.exists():
             try:
                 found = load(path)
             except EOFError as error:
-                print(f"warning: {error}; trying the one before it", file=sys.stderr, flush=True)
+                damaged.append(str(error))
+    if damaged and not found:
+        fail(f"{'; '.join(damaged)}; nothing to go on from: choose another --out, or --fresh to start over")
+    for error in damaged:
+        print(f"warning: {error}; going on from the one before it", file=sys.stderr, flush=True)
     if found and found.get("method") != method:
         fail(f"{out} holds a run of {found.get('method', 'something else')}, not of {method}; choose another --out")
     was = found["settings"] if found else settings
@@ -95,9 +102,8 @@ class Log:
         self.start_interval(step)
         if rank == 0:
             self.out.mkdir(parents=True, exist_ok=True)
-            for pattern in ("events.*", "*.pt", "*.tmp", "metrics.jsonl", "evaluate.json") if step == 0 else ("*.tmp",):
-                for old in self.out.glob(pattern):
-                    old.unlink()
+            for old in (p for pattern in OWN if step == 0 for p in self.out.glob(pattern)):
+                old.unlink()
             file = self.out / "metrics.jsonl"
             lines = file.read_text().splitlines() if file.exists() else []
             lines = [s for s in lines if s.endswith("}") and json.loads(s)["step"] <= step]

@@ -167,6 +167,22 @@ def test_a_log_that_goes_on_drops_what_will_be_made_again(tmp_path):
     assert steps == [0, 10, 20, 25]
 
 
+def test_two_damaged_checkpoints_are_not_a_fresh_start(tmp_path, capsys):
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        (tmp_path / name).write_bytes(b"PK\3\4 torn")
+    with pytest.raises(SystemExit) as stop:
+        runs.resume(tmp_path, "m", {})
+    assert stop.value.code == 2 and "--fresh" in capsys.readouterr().err
+
+
+def test_a_fresh_start_deletes_only_what_a_run_writes(tmp_path):
+    for name in ("checkpoint.pt", "checkpoint.prev.pt", "metrics.jsonl", "mine.pt", "notes.txt"):
+        (tmp_path / name).write_text("")
+    runs.Log(tmp_path, "m", 0, 100, 8, 0, "text")
+    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}
+    assert left == {"metrics.jsonl", "mine.pt", "notes.txt"}
+
+
 def test_a_missing_gpu_is_one_sentence():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
