@@ -120,6 +120,8 @@ def build(name, size=224):
     An unknown name ends the program with exit code 2 and the nearest known one.
     """
     small = size < SMALL
+    if size < 32 and name in (*VGGS, "alexnet_bn"):
+        fail(f"--size {size}: {name} halves an image five times and needs 32 px or more")
     if name in VGGS:
         return ConvNet(make_layers(cfgs[VGGS[name]], batch_norm=True), 512)
     if name == "alexnet_bn":

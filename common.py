@@ -1,6 +1,8 @@
 """Plumbing that knows no method: processes, signals, schedules, LARS. Whoever skips it still understands the paper."""
 
+import argparse
 import copy
+import datetime
 import math
 import os
 import signal
@@ -17,10 +19,14 @@ def fail(sentence):
     sys.exit(2)
 
 
-def at_least_one(args, *names):
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """--help with the script's docstring as it stands, and every default."""
+
+
+def at_least(least, args, *names):
     for name in names:
-        if getattr(args, name) < 1:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least 1")
+        if getattr(args, name) < least:
+            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
 
 
 def setup(wanted=None):
@@ -31,12 +37,13 @@ def setup(wanted=None):
         if local >= torch.cuda.device_count():
             fail(f"--device cuda: process {local} has no GPU, {torch.cuda.device_count()} found; try --device cpu")
         torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")  # TF32 for what is not under autocast
         torch.backends.cudnn.benchmark = True
         device = f"cuda:{local}"
     if "RANK" in os.environ and not dist.is_initialized():
-        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo")
+        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU. The others wait while one process
+        # fits the final probes, which can take long.
+        backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
     return rank, world, torch.device(device)
 
 
@@ -52,6 +59,8 @@ def images_per_pass(args, world, images):
         fail(f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}")
     if args.batch_size > images:
         fail(f"--batch-size {args.batch_size} is larger than the {images} training images of {args.data}")
+    if args.batch_size // parts < 2:
+        fail(f"--batch-size {args.batch_size} leaves one image a pass, and BatchNorm needs two")
     return args.batch_size // parts
 
 
@@ -71,6 +80,16 @@ def any_rank(flag):
     return bool(flag)
 
 
+def same_everywhere(value, sentence):
+    """Stop every process with `sentence` unless they all hold the same number."""
+    if dist.is_initialized():
+        low, high = torch.tensor(value), torch.tensor(value)
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        if low != high:
+            fail(sentence)
+
+
 def catch_signals():
     """A list that fills when the run is asked to stop; the loop looks at it between steps. The third signal ends it at
     once: torchrun passes a Ctrl-C on to processes that have had it from the terminal already."""
@@ -81,8 +100,9 @@ def catch_signals():
         if len(caught) > 2:
             raise KeyboardInterrupt
 
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, handler)
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows lacks the last
+            signal.signal(getattr(signal, name), handler)
     return caught
 
 

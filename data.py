@@ -53,6 +53,12 @@ BY_FILE = {  # name: (class, arguments of the training split, of the test split)
 NAMES = ["shapes", "shapes-hard", *IN_MEMORY, *BY_FILE]
 
 
+def recipe_for(name):
+    """The name of the recipe whose numbers fit a set: its own, or that of the set most like it."""
+    alike = {"shapes-hard": "shapes", "cifar100": "cifar10", "svhn": "cifar10"}.get(name, name)
+    return alike if alike in ("shapes", "cifar10") else "imagenet"
+
+
 def generator(*key):
     """A CPU generator whose stream depends on every number of `key` and on nothing else."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
@@ -111,6 +117,7 @@ class Files:
         for path, label in self.items if isinstance(self.items, list) else []:
             stat = os.stat(path)
             digest.update(f"{path} {label} {stat.st_size} {stat.st_mtime_ns}".encode())
+        digest.update(str(getattr(self.items, "indices", "")).encode())  # which ones, of one of torchvision's sets
         return digest.hexdigest()
 
 
@@ -118,14 +125,19 @@ def decode(path):
     """The image in a file as uint8 [3, H, W]; torchvision's decoder, and Pillow for what that one cannot read."""
     try:
         image = decode_image(read_file(str(path)), ImageReadMode.RGB)
+        if image.dtype == torch.uint16:  # a PNG of 16 bits
+            image = (image.int() // 257).byte()
         if image.ndim == 3:  # an animated GIF has four
             return image
     except RuntimeError:
         pass
     with Image.open(path) as image:
+        if image.mode[0] in "IF":
+            raise OSError(f"{path}: more than 8 bits a channel, which Pillow would clip to white")
         return tvf.pil_to_tensor(image.convert("RGB"))
 
 
+@functools.lru_cache(maxsize=8)
 def list_folder(folder):
     """All images below `folder` as sorted (path, label) and the class names.
 
@@ -134,7 +146,7 @@ def list_folder(folder):
     """
     paths = sorted(
         Path(base, f) for base, _, files in os.walk(folder, followlinks=True) for f in files
-        if Path(f).suffix.lower() in SUFFIXES
+        if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")
     )  # fmt: skip
     tops = [p.relative_to(folder).parts[0] if p.parent != Path(folder) else None for p in paths]
     classes = sorted(set(tops) - {None})
@@ -168,14 +180,15 @@ def load_folder(folder, split, name):
         if not items:
             fail(f"no images in {folder / held_out}")
     elif classes and not held_out and split != "pretrain":
-        items = [item for i, item in enumerate(items) if (i % 10 == 9) == (split == "test")]
+        tenth = min(10, len(items))
+        items = [item for i, item in enumerate(items) if (i % tenth == tenth - 1) == (split == "test")]
     return Files(name or str(folder), items, classes)
 
 
 def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0, memory=False):
     """The set `name` (one of NAMES, or a folder): split "pretrain" (all that may be trained on), "train" or "test".
 
-    A named set is downloaded into `root` where torchvision can; a folder of images at `root`/`name` serves instead.
+    A named set is downloaded into `root` where torchvision can; a folder `root`/`name` with train/ (and test/) in it serves instead.
     `limit` keeps that many training images, chosen by `seed`. `memory`: decode a folder once into one tensor (small
     images of one size). The same set asked for twice is the same object.
     """
@@ -191,7 +204,7 @@ def _load(name, root, split, device, limit, seed, memory):
         images, labels, masks = shapes.draw_shapes(n, seed=list_seed, hard=name == "shapes-hard")
         return subset(Images(name, images.to(device), labels, shapes.CLASSES, masks), limit, seed)
     own = Path(root, name)
-    if name in NAMES and own.is_dir() and list_folder(own / "train" if (own / "train").is_dir() else own)[0]:
+    if name in NAMES and (own / "train").is_dir():
         files = load_folder(own, split, name)
         return in_memory(files, device, limit, seed) if memory or name in IN_MEMORY else subset(files, limit, seed)
     if name in IN_MEMORY:
@@ -230,7 +243,7 @@ def first_rank_first(make, name, root):
     except (RuntimeError, OSError) as error:
         reason = str(error).splitlines()[0]
         fail(
-            f"{name} is not in {root} and could not be fetched ({reason}); a folder of images at {root}/{name} will do"
+            f"{name} is not in {root} and could not be fetched ({reason}); a folder of images {root}/{name}/train will do"
         )
 
 
@@ -529,10 +542,11 @@ class Loader:
 def outlive_signals(_):
     """In workers: a signal to stop may reach every process, but it is for the one that trains, which still needs its next
     batch to finish the step and save. SIGTERM, which is also how Python ends workers at exit, works after five seconds."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):  # not on Windows, where processes are not stopped by signals
+        signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(0))
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class _Reread:
@@ -610,7 +624,8 @@ def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=N
         return
     plain = Subset(Plain(data, size, interpolation), indices.tolist())
     pin = torch.device(device).type == "cuda"
-    for x, labels in DataLoader(plain, batch_size, num_workers=workers, pin_memory=pin):
+    loader = DataLoader(plain, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=outlive_signals)
+    for x, labels in loader:
         x = x.to(device, non_blocking=True).float().div_(255)
         yield normalise(x, preprocess["mean"], preprocess["std"]), labels
 
@@ -629,8 +644,9 @@ def picture(batches_, views, n=8):
 
 
 def show(args):
-    recipes = importlib.import_module(args.method).RECIPES
-    recipe = recipes[args.recipe or (args.data if args.data in recipes else "imagenet")]
+    if not (Path(__file__).parent / f"{args.method}.py").is_file():
+        fail(f"--method {args.method}: there is no {args.method}.py")
+    recipe = importlib.import_module(args.method).RECIPES[args.recipe or recipe_for(args.data)]
     size = args.size or recipe["size"]
     views = [view(size, **v) for v in recipe["views"]]
     dataset = load(args.data, args.root, "train")
@@ -682,7 +698,7 @@ def main():
     s = commands.add_parser("show", help="write a PNG of images and of their views")
     s.add_argument("data", help=f"a folder, or one of {', '.join(NAMES)}")
     s.add_argument("--method", default="byol", help="the script whose views to show")
-    s.add_argument("--recipe", help="of that script (default: by data)")
+    s.add_argument("--recipe", choices=("shapes", "cifar10", "imagenet"), help="of that script (default: by data)")
     s.add_argument("--size", type=int, help="px (default: the recipe's)")
     s.add_argument("--root", default="datasets", help="where named sets live")
     s.add_argument("--n", type=int, default=10, help="how many images")

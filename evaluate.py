@@ -14,6 +14,7 @@ import argparse
 import hashlib
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ import data
 import runs
 
 KS = (1, 10, 20, 100, 200)
+FEWEST = 10  # labelled images that a linear probe needs
 PROBES = ("knn", "linear", "lbfgs")
 
 
@@ -62,13 +64,17 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
 
 
 def labelled(features, labels):
-    return features[(labels >= 0).to(features.device)], labels[labels >= 0].to(features.device)
+    keep = labels >= 0
+    if not keep.all():
+        features, labels = features[keep.to(features.device)], labels[keep]
+    return features, labels.to(features.device)
 
 
 def health(features):
     """Label-free figures: feature_std, the mean per-dimension standard deviation of the L2-normalised features times
     sqrt(d) (1: spread over the sphere, 0: collapsed), and the effective rank (Roy and Vetterli 2007) of 2,000 of them."""
-    z = F.normalize(features[:2000].float(), dim=1)
+    some = torch.linspace(0, len(features) - 1, min(2000, len(features)), device=features.device).long()
+    z = F.normalize(features[some].float(), dim=1)  # spread over the set, which may be sorted by class
     s = torch.linalg.svdvals(z - z.mean(0))
     p = s / s.sum().clamp(min=1e-12)
     rank = torch.exp(-(p * p.clamp(min=1e-12).log()).sum())
@@ -79,22 +85,21 @@ def health(features):
 
 
 @torch.inference_mode()
-def knn(bank, bank_labels, queries, query_labels, ks=KS, temperature=0.1, bf16=False, chunk=500):
+def knn(bank, bank_labels, queries, query_labels, ks=KS, temperature=0.1, chunk=500):
     """Top-1 in per cent of the k-NN classifier with cosine similarity: {k: (weighted, majority)}.
 
     bank [N, d], queries [M, d], any scale; labels int64, all >= 0. One top-k of the largest k, sorted, serves every k.
     Weighted: each neighbour votes exp(s / T) (Wu et al. 2018, sec. 3.4); majority: each votes 1, the nearer class wins
-    a tie. Memory is bounded by `chunk` x N similarities. `bf16`: similarities in bf16, 2-3x faster where the device
-    has it, equal to 0.1 point.
+    a tie. A k beyond the bank is left out; of a bank smaller than every k, all is used. Memory is bounded by `chunk` x N
+    similarities, in fp32: in bf16 the neighbours of a random or half collapsed network, all of them close, blur.
     """
-    classes, ks = int(max(bank_labels.max(), query_labels.max())) + 1, [k for k in ks if k <= len(bank)]
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    bank = F.normalize(bank.float(), dim=1).to(dtype).T
-    queries = F.normalize(queries.float(), dim=1).to(dtype)
+    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    ks = [k for k in ks if k <= len(bank)] or [len(bank)]
+    bank, queries = F.normalize(bank.float(), dim=1).T, F.normalize(queries.float(), dim=1)
     right = torch.zeros(len(ks), 2, device=bank.device)
     for q, y in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
         s, neighbour = (q @ bank).topk(max(ks), dim=1)  # [c, k], nearest first
-        s, votes = s.float(), bank_labels[neighbour]
+        votes = bank_labels[neighbour]
         ballots = torch.stack([torch.exp((s - 1) / temperature), 1 + s * 1e-4])  # [2, c, k]
         for i, k in enumerate(ks):
             box = torch.zeros(2, len(q), classes, device=s.device)
@@ -208,9 +213,9 @@ def online(backbone, bank, test, preprocess, device, workers=0, amp=False):
     x, y = extract(backbone, first(bank, 50_000), preprocess, device, workers=workers, amp=amp)
     numbers = health(x)
     x, y = labelled(x, y)
-    if len(x):
-        test_x, test_y = labelled(*extract(backbone, first(test, 10_000), preprocess, device, workers=workers, amp=amp))
-        scores = knn(x, y, test_x, test_y, (20, 200), bf16=amp)
+    test_x, test_y = labelled(*extract(backbone, first(test, 10_000), preprocess, device, workers=workers, amp=amp))
+    if len(x) and len(test_x):
+        scores = knn(x, y, test_x, test_y, (20, 200))
         numbers |= {f"knn{k}": weighted for k, (weighted, _) in scores.items()}
     return numbers
 
@@ -219,7 +224,7 @@ def first(dataset, n):
     return data.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
-def probe(train, test, probes, temperature=0.1, bf16=False, seed=0, say=print):
+def probe(train, test, probes, temperature=0.1, seed=0, say=print):
     """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict."""
     results = {"health": health(train[0])}
     say("health   " + "  ".join(f"{k} {v:.3g}" for k, v in results["health"].items()))
@@ -232,12 +237,15 @@ def probe(train, test, probes, temperature=0.1, bf16=False, seed=0, say=print):
         return results
     sizes = f"{len(x)} training and {len(test_x)} test images, no augmentation, frozen pooled {x.shape[1]}-d features"
     if "knn" in probes:
-        scores = knn(x, y, test_x, test_y, temperature=temperature, bf16=bf16)
+        scores = knn(x, y, test_x, test_y, temperature=temperature)
         results["knn"] = {f"{k}": {"weighted": w, "majority": m} for k, (w, m) in scores.items()}
         say("k-NN     " + "".join(f"{f'k={k}':>8}" for k in scores))
         say("weighted " + "".join(f"{w:8.2f}" for w, _ in scores.values()))
         say("majority " + "".join(f"{m:8.2f}" for _, m in scores.values()))
         say(f"         cosine similarity, weight exp(s / {temperature:g}); {sizes}")
+    if len(x) < FEWEST:
+        say(f"fewer than {FEWEST} labelled images: linear probes left out")
+        return results
     if "linear" in probes:
         r = results["linear"] = linear_sgd(x, y, test_x, test_y, seed=seed)
         say(
@@ -258,9 +266,13 @@ def finish(backbone, bank, test, preprocess, device, args, log, method, step):
     """The end of a training run: the probes, OUT/evaluate.json, TensorBoard's embedding projector, and the result line.
     Every process must call it."""
     pairs = [extract(backbone, s, preprocess, device, workers=args.workers, amp=args.amp) for s in (bank, test)]
-    if log.rank:
-        return None
-    results, figures = probe(*pairs, args.probes, bf16=args.amp, seed=args.seed, say=log.say), {}
+    result = report(pairs, test, preprocess, device, args, log, method, step) if log.rank == 0 else None
+    common.any_rank(False)  # the others wait here: none leaves while one still works
+    return result
+
+
+def report(pairs, test, preprocess, device, args, log, method, step):
+    results, figures = probe(*pairs, args.probes, seed=args.seed, say=log.say), {}
     write_json(log.out, args.data, results)
     if "knn" in results:
         figures["knn"] = results["knn"]["20" if "20" in results["knn"] else "1"]["weighted"]
@@ -278,7 +290,7 @@ def write_json(out, name, results):
     path = Path(out, "evaluate.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     known.setdefault(str(name), {}).update(results)
-    path.write_text(json.dumps(known, indent=1) + "\n")
+    runs.write_text(path, json.dumps(known, indent=1) + "\n")
     return path
 
 
@@ -315,7 +327,7 @@ def open_backbone(target, arch, size, seed):
 def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
     """`extract` with a file beside the checkpoint; its name has a hash of checkpoint, data and preprocessing, and an
     old file of the same split goes when a new one is written."""
-    if path is None:
+    if path is None or not os.access(path.parent, os.W_OK):
         return extract(backbone, dataset, preprocess, device, workers=workers, amp=amp, progress=True)
     key = hashlib.sha1(path.read_bytes())
     key.update(f"{dataset.fingerprint()} {sorted(preprocess.items())} {amp}".encode())
@@ -335,13 +347,11 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("checkpoint", help="a run folder, its backbone.pt, a torchvision state dict, or random:ARCH")
     p.add_argument("--data", help="named set or folder (default: what the checkpoint was trained on)")
     p.add_argument("--root", default="datasets", help="where named sets live")
-    p.add_argument(
-        "--probe", nargs="+", choices=PROBES, default=["knn", "linear"], help="which probes (default: knn linear)"
-    )
+    p.add_argument("--probe", nargs="+", choices=PROBES, default=["knn", "linear"], help="which probes")
     p.add_argument("--arch", help="the architecture of a plain state dict")
     p.add_argument("--size", type=int, default=0, help="image size in px (default: the checkpoint's, else 224)")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
@@ -351,6 +361,11 @@ def main():
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 (default: where the device has it)")
     args = p.parse_args()
+    if args.temperature <= 0:
+        common.fail(f"--temperature {args.temperature}: it must be above 0")
+    common.at_least(0, args, "limit", "size", "workers")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        common.fail("evaluate.py runs in one process: start it with python, not torchrun")
 
     _, _, device = common.setup(args.device)
     amp = common.bf16_is_fast(device) if args.amp is None else args.amp
@@ -361,7 +376,7 @@ def main():
     backbone.to(device, memory_format=torch.channels_last)
     sets = {s: data.load(name, args.root, s, device, args.limit, args.seed) for s in ("train", "test")}
     pairs = [cached(backbone, path, sets[s], s, preprocess, device, args.workers, amp) for s in sets]
-    results = probe(*pairs, args.probe, args.temperature, amp, args.seed)
+    results = probe(*pairs, args.probe, args.temperature, args.seed)
     if path:
         print(f"written to {write_json(path.parent, name, results)}")
 

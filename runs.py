@@ -22,7 +22,15 @@ from tqdm import tqdm
 from common import any_rank, fail
 
 # What a run writes, and all that a fresh start may delete.
-OWN = ("checkpoint*.pt*", "backbone.pt*", "features-backbone-*.pt*", "metrics.jsonl", "evaluate.json", "events.out.*")
+OWN = (
+    "checkpoint*.pt*",
+    "backbone.pt*",
+    "features-backbone-*.pt*",
+    "metrics.jsonl",
+    "evaluate.json",
+    "events.out.*",
+    "projector_config.pbtxt",
+)
 
 
 def reason(error):
@@ -40,7 +48,12 @@ def write(path, content):
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
         aside.unlink(missing_ok=True)
-        fail(f"could not write {path} ({reason(error)}); the checkpoint before it is intact")
+        fail(f"could not write {path} ({reason(error)}); what was there before is intact")
+
+
+def write_text(path, text):
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
 
 
 def save(out, content):
@@ -88,6 +101,15 @@ def resume(out, method, settings, fresh=False):
     return found
 
 
+def stop_unless_finite(finite, what, step, lr, amp):
+    """Every process must call it; the last checkpoint stays as it is."""
+    if any_rank(not finite):
+        sys.exit(
+            f"error: the {what} is not finite at step {step} (lr {lr:.3g}, {'bf16' if amp else 'fp32'}); the last good "
+            "checkpoint is kept. Try a lower --lr, a longer --warmup-epochs, or --no-amp"
+        )
+
+
 class Log:
     """metrics.jsonl, TensorBoard and the progress bar of a run. Every process has one; only rank 0 writes.
 
@@ -101,15 +123,23 @@ class Log:
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None if rank == 0 else True)
         self.start_interval(step)
         if rank == 0:
-            self.out.mkdir(parents=True, exist_ok=True)
+            try:
+                self.out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                fail(f"--out {out}: {reason(error)}")
             for old in (p for pattern in OWN if step == 0 for p in self.out.glob(pattern)):
                 old.unlink()
             file = self.out / "metrics.jsonl"
             lines = file.read_text().splitlines() if file.exists() else []
-            lines = [s for s in lines if s.endswith("}") and json.loads(s)["step"] <= step]
-            file.write_text("".join(s + "\n" for s in lines))
+            lines = [s for s in lines if s.endswith("}") and self.stays(json.loads(s), step)]
+            write_text(file, "".join(s + "\n" for s in lines))
             self.writer = SummaryWriter(out, purge_step=step + 1)
             self.writer.add_text("recipe", text, step)
+
+    @staticmethod
+    def stays(line, step):
+        """Whether a line of an earlier part of the run stays when it goes on from `step`, beginning with a probe."""
+        return line["step"] < step or (line["step"] == step and "loss" in line)
 
     def start_interval(self, step):
         self.loss, self.step, self.wait, self.clock = 0.0, step, 0.0, time.perf_counter()
@@ -129,11 +159,7 @@ class Log:
         a run whose loss is no longer finite. Every process must call it."""
         numbers = {k: float(v) for k, v in numbers.items()}
         loss, seconds = float(self.loss) / (step - self.step), time.perf_counter() - self.clock
-        if any_rank(not math.isfinite(loss)):
-            sys.exit(
-                f"error: the loss is not finite at step {step} (lr {lr:.3g}, {'bf16' if amp else 'fp32'}); the last good "
-                "checkpoint is kept. Try a lower --lr, a longer --warmup-epochs, or --no-amp"
-            )
+        stop_unless_finite(math.isfinite(loss), "loss", step, lr, amp)
         rate, wait = self.batch_size * (step - self.step) / seconds, self.wait / seconds
         line = f"loss {loss:.3f}, {rate:.0f} img/s, data wait {wait:.0%}"
         self.bar.set_postfix_str(line)

@@ -82,7 +82,7 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False):
         hue = u(0, 6)
         light, dark = colour(hue, u(0.3, 0.7), u(0.8, 1)), colour(hue + u(1, 5), u(0.5, 1), u(0.15, 0.35))
         ground = colour(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
-        other = (ground + torch.stack([u(-0.15, 0.15) for _ in range(3)], 1)[..., None, None]).clamp(0, 1)
+        other = (ground + torch.stack([u(-0.4, 0.4) for _ in range(3)], 1)[..., None, None]).clamp(0, 1)
 
         def frame(scale: Tensor, free: Tensor):
             """The pixels' coordinates in a frame of its own for each image: turned, shrunk, moved within `free`."""
@@ -95,8 +95,8 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False):
             mix = (0.5 + size / 13 * pattern(k, x, y, phase[i, None, None])).clamp(0, 1)[:, None]  # edges of one pixel
             return a[i] + (b[i] - a[i]) * mix
 
-        scale = u(0.6, 0.87)
-        x, y = frame(scale, free=1.05 - scale)
+        scale = u(0.55, 0.85)
+        x, y = frame(scale, free=1.2 - 0.8 * scale)
         phase = u(0, TURN)
         bx, by = frame(u(0.6, 0.87), free=torch.ones(len(part)))
         canvas = ground + (other - ground) * (0.5 + 0.35 * bx).clamp(0, 1)[:, None]  # a soft slope between two tints

@@ -60,40 +60,32 @@ def peak_mib(f, device):
 
 
 def knn_benchmark(args, device, bank, labels, queries, answers):
-    unit = {torch.float32: [F.normalize(t, dim=1) for t in (bank, queries)]}
-    unit[torch.bfloat16] = [t.bfloat16() for t in unit[torch.float32]]
-    accuracy = {}
+    unit, accuracy = [F.normalize(t, dim=1) for t in (bank, queries)], {}
 
     @torch.inference_mode()
-    def floor(dtype):
-        for q in unit[dtype][1].split(CHUNK):
-            (q @ unit[dtype][0].T).topk(K, dim=1)
+    def floor():
+        for q in unit[1].split(CHUNK):
+            (q @ unit[0].T).topk(K, dim=1)
 
-    def ours(name, bf16):
-        scores = evaluate.knn(bank, labels, queries, answers, bf16=bf16, chunk=CHUNK)
-        accuracy[name] = " ".join(f"{weighted:.2f}" for weighted, _ in scores.values())
+    def ours():
+        scores = evaluate.knn(bank, labels, queries, answers, chunk=CHUNK)
+        accuracy["ours, all k"] = " ".join(f"{weighted:.2f}" for weighted, _ in scores.values())
 
     @torch.inference_mode()
-    def lightly(name):
-        bank_t, right = unit[torch.float32][0].T, 0
-        for q, y in zip(unit[torch.float32][1].split(256), answers.split(256), strict=True):
+    def lightly():
+        bank_t, right = unit[0].T, 0
+        for q, y in zip(unit[1].split(256), answers.split(256), strict=True):
             right += (knn_predict(q, bank_t, labels, CLASSES, K, 0.1)[:, 0] == y).sum()
-        accuracy[name] = f"{100 * right.item() / len(queries):.2f}"
+        accuracy[f"lightly, k={K}"] = f"{100 * right.item() / len(queries):.2f}"
 
-    variants = {
-        "ours fp32, all k": lambda: ours("ours fp32, all k", False),
-        "product + topk fp32": lambda: floor(torch.float32),
-        "ours bf16, all k": lambda: ours("ours bf16, all k", True),
-        "product + topk bf16": lambda: floor(torch.bfloat16),
-    }
+    variants = {"ours, all k": ours, "product + topk": floor}
     if knn_predict:
-        variants[f"lightly fp32, k={K}"] = lambda: lightly(f"lightly fp32, k={K}")
+        variants[f"lightly, k={K}"] = lightly
     times = timing.interleaved(variants, device, args.repeats)
     rows = []
     for name, seconds in times.items():
         row = [name, f"{statistics.median(seconds):.3f}", timing.spread(seconds)]
-        references = (f"product + topk {'bf16' if 'bf16' in name else 'fp32'}", f"lightly fp32, k={K}")
-        row += [timing.ratio(times, name, reference) for reference in references]
+        row += [timing.ratio(times, name, reference) for reference in ("product + topk", f"lightly, k={K}")]
         rows.append([*row, f"{peak_mib(variants[name], device):.0f}", accuracy.get(name, "-")])
     title = f"k-NN, {len(queries)} queries, bank {len(bank)} x {DIM}, k = {' '.join(map(str, evaluate.KS))}"
     head = ["", "s", "spread", "speed vs product + topk", "vs lightly", "extra MiB", "top-1 % (weighted)"]

@@ -308,10 +308,13 @@ def bad_folder(tmp_path, kind):
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["--size", "0"], "--size"),
         (["--epochs", "-1"], "--epochs"),
+        (["--limit", "-5"], "--limit"),
+        (["--batch-size", "1"], "BatchNorm"),
+        (["--out", "README.md"], "--out"),
     ],
 )
 def test_bad_flags(flags, words, tmp_path):
-    _, err = run(*SMALL, *flags, "--out", tmp_path / "run", code=2)
+    _, err = run(*SMALL, "--out", tmp_path / "run", *flags, code=2)
     assert words in err and "Traceback" not in err and len(err.strip().splitlines()) <= 2
     assert not (tmp_path / "run").exists()
 

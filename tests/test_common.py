@@ -162,6 +162,8 @@ def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
 def test_a_log_that_goes_on_drops_what_will_be_made_again(tmp_path):
     lines = [json.dumps({"step": s, "loss": 1.0}) for s in (0, 10, 20, 30)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 40, "lo')  # the last one torn by a kill
+    with open(tmp_path / "metrics.jsonl", "a") as f:
+        f.write('\n{"step": 20, "knn20": 50.0}\n')  # the probe at step 20 will be made again
     runs.Log(tmp_path, "m", 20, 100, 8, 0, "text").record("train", 25, loss=0.5)
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [0, 10, 20, 25]
