@@ -188,9 +188,9 @@ def load_folder(folder, split, name):
 def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0, memory=False):
     """The set `name` (one of NAMES, or a folder): split "pretrain" (all that may be trained on), "train" or "test".
 
-    A named set is downloaded into `root` where torchvision can; a folder `root`/`name` with train/ (and test/) in it serves instead.
-    `limit` keeps that many training images, chosen by `seed`. `memory`: decode a folder once into one tensor (small
-    images of one size). The same set asked for twice is the same object.
+    A named set is downloaded into `root` where torchvision can; a folder `root`/`name` with train/ (and test/) in it
+    serves instead. `limit` keeps that many training images, chosen by `seed`. `memory`: decode a folder once into one
+    tensor (small images of one size). The same set asked for twice is the same object.
     """
     if split == "pretrain" and name in NAMES and name != "stl10":
         split = "train"  # only STL-10 and folders have images to train on that the probes must not see

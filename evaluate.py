@@ -35,7 +35,6 @@ PROBES = ("knn", "linear", "lbfgs")
 # ============ features ============
 
 
-@torch.inference_mode()
 def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, amp=False, progress=False):
     """Features [N, d] fp32 on `device` and labels [N] on the CPU (-1: none) of the un-augmented images, in order.
 
@@ -47,10 +46,10 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
     was_training, features, labels = backbone.training, [], []
     backbone.eval()
     plain = data.batches(dataset, preprocess, batch_size, device, workers, mine)
-    for x, y in tqdm(plain, "features", math.ceil(share / batch_size), leave=False, disable=not progress):
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for x, y in tqdm(plain, "features", math.ceil(share / batch_size), leave=False, disable=not progress or None):
             features.append(backbone(x).float())
-        labels.append(y)
+            labels.append(y)
     backbone.train(was_training)
     features, labels = torch.cat(features), torch.cat(labels)
     if world > 1:
