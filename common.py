@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import ctypes
 import datetime
 import math
 import os
@@ -29,6 +30,18 @@ def at_least(least, args, *names):
             fail(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
 
 
+def keep_freed_memory():
+    """On a CPU: glibc gives blocks above 32 MB back to the system as soon as they are freed, so that with large batches
+    every activation is paged in anew, a fifth of the time of a step. Elsewhere than in glibc nothing happens."""
+    if sys.platform == "linux":
+        try:
+            libc = ctypes.CDLL("libc.so.6")
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for any size
+            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+        except (OSError, AttributeError):
+            pass
+
+
 def setup(wanted=None):
     """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
     device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -39,6 +52,8 @@ def setup(wanted=None):
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
         device = f"cuda:{local}"
+    else:
+        keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
         # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU. The others wait while one process
         # fits the final probes, which can take long.
