@@ -9,7 +9,6 @@ same network: torchvision's ResNet-18 with the stem for small images, heads 512-
 
 import argparse
 import copy
-import ctypes
 import statistics
 import sys
 import time
@@ -113,20 +112,6 @@ class Lightly(nn.Module):
         self.count += 1
 
 
-def as_glibc_does(function):
-    """`function` with glibc's own way of keeping memory, which common.setup changes for this process: the peer does
-    not have that. The figures are those that glibc adapts to by itself with large blocks."""
-
-    def call():
-        if sys.platform == "linux":
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-3, 32 << 20), libc.mallopt(-4, 65536), libc.mallopt(-1, 64 << 20)
-        function()
-        common.keep_freed_memory()
-
-    return call
-
-
 def compare(args, device, amp):
     g = data.generator("step")
     xs = [torch.randn(args.batch_size, 3, SIZE, SIZE, generator=g).to(device) for _ in range(2)]
@@ -136,9 +121,6 @@ def compare(args, device, amp):
     if NegativeCosineSimilarity:
         runs |= {"lightly as shipped": Lightly(device, False), "lightly bf16": Lightly(device, True)}
     variants = {name: lambda run=run: run.step(xs) for name, run in runs.items()}
-    variants = {
-        n: as_glibc_does(f) if n.startswith("lightly") and device.type == "cpu" else f for n, f in variants.items()
-    }
     times = timing.interleaved(variants, device, args.repeats, args.seconds)
     rows = []
     for name, seconds in times.items():
