@@ -32,7 +32,7 @@ def at_least(least, args, *names):
 
 def keep_freed_memory():
     """On a CPU: glibc gives blocks above 32 MB back to the system as soon as they are freed, so that with large batches
-    every activation is paged in anew, a fifth of the time of a step. Elsewhere than in glibc nothing happens."""
+    every activation is paged in anew, about a quarter of a step's time. Elsewhere than in glibc nothing happens."""
     if sys.platform == "linux":
         try:
             libc = ctypes.CDLL("libc.so.6")
