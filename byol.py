@@ -158,14 +158,14 @@ def parse_args(argv=None):
 
 
 def mlp(inputs, hidden, outputs):
-    """Projector and predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm on the output (sec. 3.3)."""
+    """Projector and predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm on the output (BYOL, sec. 3.3)."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )
 
 
 def regression_loss(p, z):
-    """|n(p) - n(z)|^2 = 2 - 2 cos(p, z), mean over the batch (eq. 2). p, z: [B, D]; no gradient into z."""
+    """|n(p) - n(z)|^2 = 2 - 2 cos(p, z), mean over the batch (BYOL, eq. 2). p, z: [B, D]; no gradient into z."""
     p, z = F.normalize(p.float(), dim=1), F.normalize(z.detach().float(), dim=1)
     return 2 - 2 * (p * z).sum(1).mean()
 
@@ -191,7 +191,7 @@ class BYOL(nn.Module):
 
     @torch.no_grad()
     def update_target(self, tau):
-        """xi <- tau xi + (1 - tau) theta (eq. 1). Parameters only: the target's BatchNorm keeps its own averages."""
+        """xi <- tau xi + (1 - tau) theta (BYOL, eq. 1). Parameters only: the target's BatchNorm keeps its own averages."""
         xi = list(self.target.parameters())
         theta = [*self.f.parameters(), *self.g.parameters()]
         torch._foreach_lerp_(xi, theta, 1 - tau)

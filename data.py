@@ -13,6 +13,7 @@ and copied to the device, so that no step waits for the device to learn how many
 """
 
 import argparse
+import collections
 import difflib
 import functools
 import hashlib
@@ -276,13 +277,71 @@ def subset(data, limit, seed):
         fail(f"--limit {limit} is more than the {len(data)} images of {data.name}")
     if not limit:
         return data
-    keep = torch.randperm(len(data), generator=generator(seed, "limit"))[:limit].sort().values
+    return pick(data, torch.randperm(len(data), generator=generator(seed, "limit"))[:limit].sort().values)
+
+
+def pick(data, indices):
+    """The images of a set at `indices` (int64, on the CPU), in that order, as a set of the same kind."""
     if isinstance(data, Files):
-        items = data.items
-        items = [items[i] for i in keep.tolist()] if isinstance(items, list) else Subset(items, keep.tolist())
+        items, rows = data.items, indices.tolist()
+        if isinstance(items, Subset):  # one list of places, however often a set is cut: the fingerprint reads it
+            items, rows = items.dataset, [items.indices[i] for i in rows]
+        items = [items[i] for i in rows] if isinstance(items, list) else Subset(items, rows)
         return Files(data.name, items, data.classes)
-    pick = [None if t is None else t[keep.to(t.device)] for t in (data.images, data.labels, data.masks)]
-    return Images(data.name, pick[0], pick[1], data.classes, pick[2])
+    parts = [None if t is None else t[indices.to(t.device)] for t in (data.images, data.labels, data.masks)]
+    return Images(data.name, parts[0], parts[1], data.classes, parts[2])
+
+
+def labels_of(data):
+    """The labels of a set, int64 [N] on the CPU (-1: none), without decoding an image."""
+    if isinstance(data, Images):
+        return torch.full((len(data),), -1) if data.labels is None else data.labels
+    items = data.items
+    if isinstance(items, list):
+        return torch.tensor([label for _, label in items], dtype=torch.long)
+    if isinstance(items, Subset):
+        return labels_of(Files(data.name, items.dataset))[torch.tensor(items.indices)]
+    for name in ("targets", "_labels", "labels"):  # torchvision has no common name for them
+        if hasattr(items, name):
+            return torch.as_tensor(getattr(items, name)).long()
+    if hasattr(items, "_samples"):  # Stanford Cars
+        return torch.tensor([label for _, label in items._samples])
+    fail(f"the labels of {data.name} cannot be read without decoding its images")
+
+
+def share(labels, percent, seed):
+    """Sorted indices of `percent` per cent of the labelled images: of each class, in an order drawn by `seed`, the first
+    max(1, round(percent / 100 of them)). So shares are balanced as the set is, and a smaller one lies in a larger."""
+    kept = []
+    for c in labels[labels >= 0].unique().tolist():
+        members = (labels == c).nonzero()[:, 0]
+        order = torch.randperm(len(members), generator=generator(seed, "share", c))
+        kept.append(members[order[: max(1, round(percent / 100 * len(members)))]])
+    return torch.cat(kept).sort().values if kept else torch.empty(0, dtype=torch.long)
+
+
+def listed(data, file):
+    """Sorted indices of the images that a text file names, one file name (or CLASS/FILE) a line, as the official lists of
+    ImageNet do. A name that is not in the set, or that two of its images have, ends the program with exit code 2."""
+    try:
+        names = Path(file).read_text().split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"--label-list {file}: {error}")
+    names = [name for line in names if (name := line.strip())]
+    if not isinstance(data, Files) or not isinstance(data.items, list):
+        fail(f"--label-list {file}: the images of {data.name} have no file names; use --labels")
+    if not names:
+        fail(f"--label-list {file}: it names no image")
+    parts = 2 if "/" in names[0] else 1
+    keys = ["/".join(Path(path).parts[-parts:]) for path, _ in data.items]
+    place = {key: i for i, key in enumerate(keys)}
+    if missing := next((name for name in names if name not in place), None):
+        fail(f"--label-list {file}: {missing!r} is not among the {len(data)} images of {data.name}")
+    if len(place) < len(keys):
+        often = collections.Counter(keys)
+        if twice := next((name for name in names if often[name] > 1), None):
+            fail(f"--label-list {file}: {often[twice]} images of {data.name} are called {twice!r}; list CLASS/FILE")
+    return torch.tensor(sorted({place[name] for name in names}))
 
 
 # ============ geometry: random crops and flips ============

@@ -1,17 +1,24 @@
-"""Probes of frozen features, for any checkpoint of this repository, plain torchvision weights, or a random network.
+"""Probes for any checkpoint of this repository, plain torchvision weights, or a random network.
 
     python evaluate.py runs/byol-shapes                               k-NN and linear probes on the data it was trained on
     python evaluate.py runs/byol-cifar10 --data cifar100 --probe knn linear lbfgs
     python evaluate.py resnet50.pth --arch resnet50 --data DIR        a plain torchvision state dict
     python evaluate.py random:resnet18 --data cifar10 --size 32       the baseline that every number stands beside
+    python evaluate.py RUN --probe finetune --labels 1 10             all weights, on 1 % and on 10 % of the labels
+    python evaluate.py RUN --probe finetune --labels 100 --save FILE  the same on all labels, kept as a classifier
+    python evaluate.py RUN --probe perceptual --classifier FILE       does it recognise the images that RUN recovers?
+    python evaluate.py RUN --probe pictures --beside RUN2             RUN/reconstructions.png
 
-Features come from the backbone in eval() and inference mode, once, and are cached beside the checkpoint: whatever the
-probes do, the backbone is frozen by construction. Every number is printed with its protocol, and RUN/evaluate.json
-keeps them. The training scripts call the same functions.
+For k-NN and linear probes features come from the backbone in eval() and inference mode, once, and are cached beside the
+checkpoint: whatever these probes do, the backbone is frozen by construction. Every number is printed with its protocol,
+and RUN/evaluate.json keeps them. The training scripts call the same functions.
 """
 
 import argparse
+import contextlib
+import copy
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -20,6 +27,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageDraw
+from torch import nn
+from torchvision.transforms.v2 import functional as tvf
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 import backbones
@@ -29,7 +41,8 @@ import runs
 
 KS = (1, 10, 20, 100, 200)
 FEWEST = 10  # labelled images that a linear probe needs
-PROBES = ("knn", "linear", "lbfgs")
+PROBES = ("knn", "linear", "lbfgs")  # of frozen features: what the training scripts can end with
+MORE = ("finetune", "perceptual", "pictures")
 
 
 # ============ features ============
@@ -203,6 +216,271 @@ def linear_lbfgs(x, y, test_x, test_y, penalties=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     return {"top1": top1.item(), "top5": top5.item(), "penalty": best, "grid": grid}
 
 
+def classes_of(dataset):
+    """How many classes a set has: its names, and where it has none, its largest label."""
+    return len(dataset.classes) if dataset.classes else int(data.labels_of(dataset).max()) + 1
+
+
+@contextlib.contextmanager
+def in_eval(*modules):
+    """Within it the modules are in eval mode; after it each of their parts is in the mode it was in."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
+# ============ fine-tuning on a share of the labels ============
+
+# The semi-supervised protocol of SwAV (eval_semisup.py), which SaGe follows: SGD with momentum 0.9, 20 epochs, rates x 0.2
+# at 60 % and 80 %, batch 256, no weight decay, random crops and flips, one rate for the trunk and one for the head.
+# SwAV's rates on ImageNet (trunk, head) are 0.02, 5 for 1 % and 0.01, 0.2 for 10 %; SaGe's configs have a grid of 0.1, 0.01
+# and 0.001, the head's 1, 10 or 100 times that. What fits the head depends on the scale of the features, which differs by
+# method: a small grid. Measured, BYOL on 16,000 CIFAR-10 images, 10 epochs, resnet10_32, features of norm 13, top-1:
+#     1 %, batch 32    head 0.02  0.2   1     5           10 %, batch 256    head 0.02  0.2
+#     trunk 0.002      38.3 36.1 28.4  22.7               trunk 0.02         49.7 49.5
+#     trunk 0.02       41.7 37.3 24.3  13.9               trunk 0.1          53.7 51.3
+#     trunk 0.1        39.4 35.1 25.1   9.9               1 % in batches of 256, an update an epoch: 30.8 at best
+TRUNK_LRS, HEAD_LRS = (0.02, 0.1), (0.02, 0.2)
+SCRATCH_LRS = (0.1,), (0.1,)  # random:ARCH, a network trained with labels alone: the trunk has everything to learn
+
+
+def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs, batch_size, weight_decay=0.0, workers=0,
+                 amp=False, seed=0):  # fmt: skip
+    """A copy of `backbone` and a linear head on top, trained together: (nn.Sequential, mean loss of the last epoch).
+
+    BatchNorm is in train mode, the head starts at zero. The loss is NaN or infinite, and training stops, if it diverges.
+    """
+    y = data.labels_of(train).to(device)
+    net = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.dim, classes_of(train))).to(device).train()
+    for p in net[1].parameters():
+        nn.init.zeros_(p)
+    groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip(net, (trunk_lr, head_lr), strict=True)]
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
+    drops = [math.ceil(0.6 * epochs), math.ceil(0.8 * epochs)]
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, 0.2)
+    view = data.view(**{k: preprocess[k] for k in ("size", "interpolation", "mean", "std")})
+    loader = data.Loader(train, [view], min(batch_size, len(train)), seed, workers=workers, device=device)
+    for epoch in tqdm(range(epochs), f"lr {trunk_lr:g} {head_lr:g}", unit="epoch", leave=False, disable=None):
+        total = 0.0
+        for index, (x,) in loader.epoch(epoch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                logits = net(x)
+            loss = F.cross_entropy(logits.float(), y[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.detach()
+        schedule.step()
+        mean = float(total) / loader.steps
+        if not math.isfinite(mean):
+            break
+    return net, mean
+
+
+def finetune(backbone, train, test, preprocess, device, trunk_lrs=TRUNK_LRS, head_lrs=HEAD_LRS, epochs=20, batch_size=256,
+             weight_decay=0.0, workers=0, amp=False, seed=0):  # fmt: skip
+    """Fine-tune `backbone`, which stays as it is, on `train`, all of it labelled, and classify `test`.
+
+    Of several pairs of learning rates the best is chosen on a held-out tenth of `train`, then fitted on all of it.
+    Returns (nn.Sequential of trunk and head in eval mode, {"top1", "top5", "images", "trunk_lr", "head_lr",
+    "weight_decay", "epochs", "batch_size", "updates", "grid"}). Ends the program where training diverges.
+    """
+    pairs, grid = [(a, b) for a in trunk_lrs for b in head_lrs], {}
+    # Of few images smaller batches, so that an epoch still has updates; BatchNorm needs some images in each.
+    batch_size = min(batch_size, max(32, len(train) // 16))
+    settings = (epochs, batch_size, weight_decay, workers, amp, seed)
+    if len(pairs) > 1:
+        rows, val = (data.pick(train, part) for part in held_out(len(train), seed))
+        for pair in pairs:
+            net, loss = fit_finetune(backbone, rows, preprocess, device, *pair, *settings)
+            top1, _ = accuracy(*labelled(*extract(net, val, preprocess, device, workers=workers, amp=amp)))
+            grid[pair] = round(top1.item(), 2) if math.isfinite(loss) else -1.0
+    pair = max(pairs, key=lambda pair: grid.get(pair, 0.0))  # the first of the best
+    net, loss = fit_finetune(backbone, train, preprocess, device, *pair, *settings)
+    if not math.isfinite(loss):
+        common.fail(f"fine-tuning diverged at --trunk-lr {pair[0]:g} --head-lr {pair[1]:g}: try lower ones")
+    top1, top5 = accuracy(*labelled(*extract(net, test, preprocess, device, workers=workers, amp=amp)))
+    updates = epochs * (len(train) // min(batch_size, len(train)))
+    result = {"top1": top1.item(), "top5": top5.item(), "images": len(train), "trunk_lr": pair[0], "head_lr": pair[1]}
+    result |= {"weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "updates": updates}
+    return net.eval(), result | {"grid": {f"trunk {a:g} head {b:g}": score for (a, b), score in grid.items()}}
+
+
+# ============ classifiers ============
+
+
+class Classifier(nn.Module):
+    """A frozen network whose forward takes images in [-1, 1], of any square size, to logits [B, classes]: it resizes them
+    to the size it was trained at and normalises them by its own mean and std."""
+
+    def __init__(self, net, classes, mean, std, size):
+        super().__init__()
+        self.net, self.classes, self.size = net, classes, size
+        self.register_buffer("mean", torch.tensor(mean).view(3, 1, 1))
+        self.register_buffer("std", torch.tensor(std).view(3, 1, 1))
+        self.eval().requires_grad_(False)
+
+    def forward(self, x):
+        x = (x.float() / 2 + 0.5 - self.mean) / self.std
+        if x.shape[-1] != self.size:
+            x = F.interpolate(x, (self.size, self.size), mode="bilinear", antialias=True)
+        return self.net(x)
+
+
+def open_classifier(target, arch=None, size=None):
+    """The Classifier in a file of --save, in a torchvision state dict (`arch` names its network; `size` in px, default
+    224), or "torchvision:NAME" with its default weights, which torchvision downloads. Bad input ends the program."""
+    try:
+        if target.startswith("torchvision:"):
+            name = target.removeprefix("torchvision:")
+            weights = torchvision.models.get_model_weights(name).DEFAULT
+            net, own = torchvision.models.get_model(name, weights=weights), weights.transforms()
+            return Classifier(net, len(weights.meta["categories"]), own.mean, own.std, size or own.crop_size[0])
+        if not Path(target).is_file():
+            common.fail(f"--classifier {target}: no such file")
+        found = runs.load(target)
+        if found.get("kind") == "classifier":
+            own = found["preprocess"]
+            backbone = backbones.build(found["arch"], found.get("built_for", own["size"]))
+            backbone.load_state_dict(found["state_dict"])
+            head = nn.Linear(backbone.dim, len(found["head"]["bias"]))
+            head.load_state_dict(found["head"])
+            net = nn.Sequential(backbone, head)
+            return Classifier(net, head.out_features, own["mean"], own["std"], size or own["size"])
+        if "preprocess" in found or "model" in found:
+            common.fail(f"--classifier {target} holds no classifier: --probe finetune --save FILE makes one")
+        if not arch:
+            common.fail(f"--classifier {target} holds a plain state dict: say of which network with --classifier-arch")
+        biases = [v for k, v in found.items() if k.endswith(".bias")]
+        if not biases:
+            common.fail(f"--classifier {target} is not a state dict: it holds no weights by name")
+        net = torchvision.models.get_model(arch, weights=None, num_classes=len(biases[-1]))
+        net.load_state_dict(found)
+        return Classifier(net, len(biases[-1]), data.MEAN, data.STD, size or 224)
+    except EOFError as error:
+        common.fail(str(error))
+    except OSError as error:  # urllib's errors are of this kind
+        common.fail(f"--classifier {target} could not be fetched: {runs.reason(error)}")
+    except ValueError as error:
+        common.fail(f"--classifier {target}: {runs.reason(error)}")
+    except RuntimeError as error:
+        common.fail(f"--classifier {target} does not fit the architecture: {' '.join(str(error).split())[:300]}")
+
+
+# ============ recovered images: the perceptual test and pictures ============
+
+HALF = (0.5, 0.5, 0.5)  # mean and std that take [0, 1] to [-1, 1]
+
+
+def guesses(classifier):
+    """How many a classifier has for one picture: five as in SaGe (sec. 4.4), one of ten classes or fewer, of which five
+    would say little."""
+    return 1 if classifier.classes <= 10 else 5
+
+
+def check_classifier(classifier, dataset):
+    """Stop unless the outputs of `classifier` can be the classes of `dataset`."""
+    if not (data.labels_of(dataset) >= 0).any():
+        common.fail(f"{dataset.name} has no labels, so there is nothing that a classifier could recognise")
+    if classifier.classes != classes_of(dataset):
+        common.fail(f"the classifier knows {classifier.classes} classes, {dataset.name} has {classes_of(dataset)}")
+
+
+@torch.inference_mode()
+def perceptual(autoencoder, classifier, dataset, size, device, batch_size=256, workers=0, amp=False):
+    """The perceptual test of SaGe (sec. 4.4): does a network trained with labels still recognise the recovered images?
+
+    autoencoder: [B, 3, size, size] in [-1, 1] to the same; classifier: from open_classifier, or None for the error
+    alone. Returns {"mse"}, the mean squared difference of images in [-1, 1], and top-1 and top-5 in per cent of the
+    recovered and of the un-augmented images themselves: {"top1", "top5", "originals_top1", "originals_top5"}.
+    """
+    if classifier is not None:
+        check_classifier(classifier, dataset)
+    plain = {"size": size, "interpolation": "bilinear", "mean": HALF, "std": HALF}
+    errors, logits, originals, labels = [], [], [], []
+    with in_eval(autoencoder), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for x, y in data.batches(dataset, plain, batch_size, device, workers):
+            recovered = autoencoder(x).float()
+            errors.append((recovered - x).square().mean((1, 2, 3)))
+            if classifier is not None:
+                logits.append(classifier(recovered).float())
+                originals.append(classifier(x).float())
+                labels.append(y)
+    result = {"mse": torch.cat(errors).mean().item()}
+    for name, scores in (("", logits), ("originals_", originals)) if labels else ():
+        top1, top5 = accuracy(*labelled(torch.cat(scores), torch.cat(labels)))
+        result |= {f"{name}top1": top1.item(), f"{name}top5": top5.item()}
+    return result
+
+
+GAP, STRIP = 4, 16  # px between pictures, and of the strip for what is written under one
+PASSES, FAILS = (0, 160, 0), (220, 0, 0)
+
+
+def figure(rows):
+    """Rows of pictures with words, as float [3, H, W] in [0, 1].
+
+    rows: list of (name, images [N, 3, S, S] in [-1, 1], captions, marks). The name stands at the left. Images are
+    enlarged by a whole factor, without smoothing, to at least 96 px. captions, marks: one string and one bool (or None)
+    an image, or None: written under the image, as a green dot for True and a red one for False.
+    """
+    pixels = [(images.float().cpu() + 1).mul(127.5).round().clamp(0, 255).byte() for _, images, _, _ in rows]
+    pixels = [x.repeat_interleave(k := math.ceil(96 / x.shape[-1]), 2).repeat_interleave(k, 3) for x in pixels]
+    cell, most = max(x.shape[-1] for x in pixels), max(len(x) for x in pixels)
+    ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
+    left = 2 * GAP + math.ceil(max(ruler.textlength(name) for name, *_ in rows))
+    heights = [cell + GAP + STRIP * bool(captions or marks) for _, _, captions, marks in rows]
+    canvas = Image.new("RGB", (left + most * (cell + GAP), GAP + sum(heights)), "white")
+    draw, top = ImageDraw.Draw(canvas), GAP
+    for (name, _, captions, marks), x, height in zip(rows, pixels, heights, strict=True):
+        draw.text((GAP, top + cell // 2 - 6), name, fill="black")
+        for i in range(len(x)):
+            at, below = left + i * (cell + GAP), top + cell
+            canvas.paste(tvf.to_pil_image(x[i]), (at, top))
+            if captions:
+                draw.text((at + STRIP, below + 2), captions[i], fill="black")
+            if marks and marks[i] is not None:
+                draw.ellipse((at + 3, below + 3, at + STRIP - 4, below + STRIP - 4), fill=PASSES if marks[i] else FAILS)
+        top += height
+    return tvf.pil_to_tensor(canvas).float() / 255
+
+
+@torch.inference_mode()
+def reconstructions(autoencoders, dataset, views, device, classifier=None, n=8, seed=0, amp=False):
+    """A `figure` of `n` images of a set and of one cut of each per view, all with what the autoencoders recover of them.
+
+    autoencoders: {name: module}, each [B, 3, S, S] in [-1, 1] to the same; with one of name "" the rows need no names.
+    views: of data.view, with mean = std = 0.5. The images and the cuts depend on `seed` alone. Under a recovery stand its
+    mean squared error and, with a classifier, whether the image's class is among its first `guesses`.
+    """
+    picked = data.pick(dataset, torch.randperm(len(dataset), generator=data.generator(seed, "pictures"))[:n])
+    plain = {"size": views[0]["size"], "interpolation": "bilinear", "mean": HALF, "std": HALF}
+    x, y = next(data.batches(picked, plain, len(picked), device))
+    index, cuts = next(data.Loader(picked, views, len(picked), seed, device=device).epoch(0))
+    places = index.argsort()  # the loader shuffles
+    sources = [("image", x), *((f"view {i}", cut[places]) for i, cut in enumerate(cuts, 1))]
+    rows = []
+    modules = [*autoencoders.values(), *([classifier] if classifier is not None else [])]
+    with in_eval(*modules), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for source, x in sources:
+            rows.append((source, x, None, None))
+            for name, autoencoder in autoencoders.items():
+                recovered = autoencoder(x).float()
+                captions = [f"{e:.3f}" for e in (recovered - x).square().mean((1, 2, 3)).tolist()]
+                marks = None
+                if classifier is not None:
+                    best = classifier(recovered).topk(guesses(classifier), 1).indices.cpu()
+                    hits = (best == y[:, None]).any(1).tolist()
+                    marks = [hit if label >= 0 else None for hit, label in zip(hits, y.tolist(), strict=True)]
+                rows.append((f"recovered ({name})" if name else "recovered", recovered, captions, marks))
+    return figure(rows)
+
+
 # ============ all of it for one backbone ============
 
 
@@ -290,7 +568,9 @@ def report(pairs, test, preprocess, device, args, log, method, step):
 def write_json(out, name, results):
     path = Path(out, "evaluate.json")
     known = json.loads(path.read_text()) if path.exists() else {}
-    known.setdefault(str(name), {}).update(results)
+    own = known.setdefault(str(name), {})
+    shares = own.get("finetune", {}) | results.get("finetune", {})  # other shares of the labels stay
+    own.update(results | ({"finetune": shares} if shares else {}))
     runs.write_text(path, json.dumps(known, indent=1) + "\n")
     return path
 
@@ -308,7 +588,7 @@ def open_backbone(target, arch, size, seed):
         found = runs.load(path)
         if "state_dict" in found and "preprocess" in found:
             preprocess = found["preprocess"] | ({"size": size} if size else {})
-            backbone = backbones.build(found["arch"], found["preprocess"]["size"])
+            backbone = backbones.build(found["arch"], found.get("built_for", found["preprocess"]["size"]))
             backbone.load_state_dict(found["state_dict"])
             return backbone, preprocess, found, path
         if "model" in found:
@@ -347,38 +627,170 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
     return features, labels
 
 
-def main():
+def run_finetune(args, backbone, about, sets, preprocess, device, amp):
+    """Fine-tune on every share that was asked for; prints the results, and returns them as {share: result}."""
+    train, results, scratch = sets["train"], {}, args.checkpoint.startswith("random:")
+    labels = data.labels_of(train)
+    if args.label_list:
+        shares = {Path(args.label_list).stem: data.listed(train, args.label_list)}
+    else:
+        shares = {f"{p:g}": data.share(labels, p, args.seed) for p in args.labels}
+    for name, rows in shares.items():
+        rows = rows[labels[rows] >= 0]
+        if len(rows) < FEWEST or not (data.labels_of(sets["test"]) >= 0).any():
+            common.fail(f"fine-tuning needs {FEWEST} labelled training images and a labelled test set; "
+                        f"{train.name} has {len(rows)} for the share {name}")  # fmt: skip
+        trunk, head = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
+        net, r = finetune(
+            backbone, data.pick(train, rows), sets["test"], preprocess, device, args.trunk_lr or trunk, args.head_lr or head,
+            args.finetune_epochs, args.batch_size, args.weight_decay, args.workers, amp, args.seed,
+        )  # fmt: skip
+        results[name] = r
+        print(f"finetune {name}{'' if args.label_list else ' %'}   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   "
+              f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})")  # fmt: skip
+        print(f"         {'from random weights' if scratch else 'all weights fine-tuned'}, {r['images']} labelled images, "
+              f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}, SGD 0.9, wd {r['weight_decay']:g}, "
+              "rates x 0.2 at 60 % and 80 %; crops and flips; un-augmented test images")  # fmt: skip
+        if r["grid"]:
+            grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
+            print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")
+    if args.save:
+        weights = [{k: v.cpu() for k, v in part.state_dict().items()} for part in net]
+        arch = about.get("arch") or args.arch or args.checkpoint.removeprefix("random:")
+        # The stem was chosen by the size of the pretraining, which --size may since have changed.
+        built_for = about.get("built_for", about.get("preprocess", preprocess)["size"])
+        runs.write(args.save, {
+            "kind": "classifier", "arch": arch, "state_dict": weights[0], "head": weights[1], "preprocess": preprocess,
+            "built_for": built_for, "classes": list(train.classes or []), "data": train.name,
+        })  # fmt: skip
+        print(f"the last of them is saved in {args.save}")
+    return results
+
+
+def open_autoencoder(run):
+    """(the script of the run's method, its autoencoder, what backbone.pt says) for a run folder or the backbone.pt in it."""
+    *_, about, path = open_backbone(str(run), None, 0, 0)
+    method = about.get("method") or common.fail(f"{run} is not a run of a method that makes images")
+    script = importlib.import_module(method) if (Path(__file__).parent / f"{method}.py").is_file() else None
+    if not hasattr(script, "autoencoder"):
+        common.fail(f"{method} does not make images: the perceptual test and pictures need a run with a decoder")
+    return script, script.autoencoder(str(path.parent)), about
+
+
+def run_images(args, path, dataset, device, amp):
+    """The perceptual test and pictures, as far as they were asked for; prints and returns the results."""
+    classifier, results = None, {}
+    if args.classifier:
+        classifier = open_classifier(args.classifier, args.classifier_arch, args.classifier_size).to(device)
+        check_classifier(classifier, dataset)
+    script, autoencoder, about = open_autoencoder(args.checkpoint)
+    size = about["preprocess"]["size"]  # the decoder's: it has no other
+    autoencoder.to(device)
+    if "perceptual" in args.probe:
+        r = perceptual(autoencoder, classifier, dataset, size, device, workers=args.workers, amp=amp)
+        results["perceptual"] = r | {"classifier": args.classifier}
+        print(f"perceptual top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}  MSE {r['mse']:.4f}   (recovered images)")
+        print(f"           top-1 {r['originals_top1']:.2f}  top-5 {r['originals_top5']:.2f}               (the images)")
+        print(f"         {len(dataset)} un-augmented test images at {size} px, judged by {args.classifier}; "
+              "MSE of pixels in [-1, 1]")  # fmt: skip
+    if "pictures" in args.probe:
+        paths = [Path(run).resolve() for run in (path.parent, *args.beside)]
+        names = [p.name for p in paths]
+        if len(set(names)) < len(names):
+            names = [f"{p.parent.name}/{p.name}" for p in paths]
+        autoencoders = {names[0] if args.beside else "": autoencoder}
+        for name, run in zip(names[1:], args.beside, strict=True):
+            _, other, its = open_autoencoder(run)
+            if its["preprocess"]["size"] != size:
+                common.fail(f"--beside {run}: its images have {its['preprocess']['size']} px, not {size}")
+            autoencoders[name] = other.to(device)
+        recipe = args.recipe or data.recipe_for(about["data"])
+        if recipe not in script.RECIPES:
+            common.fail(f"--recipe {recipe}: {about['method']}.py has {', '.join(script.RECIPES)}")
+        views = [data.view(size, **{**v, "mean": HALF, "std": HALF}) for v in script.RECIPES[recipe]["views"]]
+        file = path.parent / "reconstructions.png"
+        picture = reconstructions(autoencoders, dataset, views, device, classifier, seed=args.seed, amp=amp)
+        save_image(picture, file)
+        print(f"{file}: images, their views, and what is recovered of each, with its MSE in [-1, 1]")
+        if classifier:
+            print(f"         green: {args.classifier} has the right class among its first {guesses(classifier)}")
+    return results
+
+
+def parse_args():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help)
     p.add_argument("checkpoint", help="a run folder, its backbone.pt, a torchvision state dict, or random:ARCH")
     p.add_argument("--data", help="named set or folder (default: what the checkpoint was trained on)")
     p.add_argument("--root", default="datasets", help="where named sets live")
-    p.add_argument("--probe", nargs="+", choices=PROBES, default=["knn", "linear"], help="which probes")
+    p.add_argument("--probe", nargs="+", choices=(*PROBES, *MORE), default=["knn", "linear"], help="which probes")
     p.add_argument("--arch", help="the architecture of a plain state dict")
     p.add_argument("--size", type=int, default=0, help="image size in px (default: the checkpoint's, else 224)")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--temperature", type=float, default=0.1, help="T of the weighted k-NN vote; DINO uses 0.07")
     p.add_argument("--workers", type=int, default=2, help="decoding processes, for folders")
-    p.add_argument("--seed", type=int, default=0, help="of the held-out slice, the batches and random:ARCH")
+    p.add_argument("--seed", type=int, default=0, help="of held-out slice, shares, batches, pictures, random:ARCH")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 (default: where the device has it)")
+    f = p.add_argument_group("finetune")
+    f.add_argument("--labels", type=float, nargs="+", help="per cent of the labels, one or more (default: 1 10)")
+    f.add_argument("--label-list", help="instead: a file that names the labelled images, one a line (folders only)")
+    f.add_argument("--trunk-lr", type=float, nargs="+", help=f"(default: {TRUNK_LRS}, random:ARCH {SCRATCH_LRS[0]})")
+    f.add_argument("--head-lr", type=float, nargs="+", help=f"(default: {HEAD_LRS}, random:ARCH {SCRATCH_LRS[1]})")
+    f.add_argument("--finetune-epochs", type=int, default=20, help="passes over the labelled images")
+    f.add_argument("--batch-size", type=int, default=256, help="at most; smaller where there are few images")
+    f.add_argument("--weight-decay", type=float, default=0.0, help="on all weights")
+    f.add_argument("--save", help="write the last fine-tuned network here, for --classifier")
+    r = p.add_argument_group("perceptual and pictures")
+    r.add_argument("--classifier", help="judges recovered images: a file of --save, a state dict, or torchvision:NAME")
+    r.add_argument("--classifier-arch", help="torchvision's name of the network, for a state dict")
+    r.add_argument("--classifier-size", type=int, default=0, help="px that it sees (default: its own, else 224)")
+    r.add_argument("--beside", nargs="+", default=[], help="other runs whose recoveries the picture shows, too")
+    r.add_argument("--recipe", help="of the method's script, whose views the picture shows (default: by data)")
     args = p.parse_args()
     if args.temperature <= 0:
         common.fail(f"--temperature {args.temperature}: it must be above 0")
-    common.at_least(0, args, "limit", "size", "workers")
+    common.at_least(0, args, "limit", "size", "workers", "weight_decay", "classifier_size")
+    common.at_least(1, args, "finetune_epochs")
+    common.at_least(2, args, "batch_size")
+    if args.labels and args.label_list:
+        common.fail("--labels and --label-list exclude each other")
+    args.labels = args.labels or [1.0, 10.0]
+    for percent in args.labels:
+        if not 0 < percent <= 100:
+            common.fail(f"--labels {percent:g}: a share is above 0 and at most 100 per cent")
+    for name in ("trunk_lr", "head_lr"):
+        if getattr(args, name) and not all(lr >= 0 and math.isfinite(lr) for lr in getattr(args, name)):
+            common.fail(f"--{name.replace('_', '-')}: a learning rate is at least 0")
+    if args.save and "finetune" not in args.probe:
+        common.fail("--save keeps a fine-tuned network: add --probe finetune")
+    if args.save and not Path(args.save).absolute().parent.is_dir():
+        common.fail(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
+    if "perceptual" in args.probe and not args.classifier:
+        common.fail("--probe perceptual needs a --classifier to judge the recovered images")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         common.fail("evaluate.py runs in one process: start it with python, not torchrun")
+    return args
 
+
+def main():
+    args = parse_args()
     _, _, device = common.setup(args.device)
     amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     backbone, preprocess, about, path = open_backbone(args.checkpoint, args.arch, args.size, args.seed)
     name = args.data or about.get("data") or common.fail("say which data with --data")
-    what = f"{about['method']}, epoch {about['epoch']}, {about['arch']}" if about else args.checkpoint
+    what = f"{about['method']}, epoch {about['epoch']}, {about['arch']}" if "method" in about else args.checkpoint
     print(f"{what} on {name} at {preprocess['size']} px")
     backbone.to(device, memory_format=torch.channels_last)
     sets = {s: data.load(name, args.root, s, device, args.limit, args.seed) for s in ("train", "test")}
-    pairs = [cached(backbone, path, sets[s], s, preprocess, device, args.workers, amp) for s in sets]
-    results = probe(*pairs, args.probe, args.temperature, args.seed)
-    if path:
+    results = {}
+    if set(args.probe) & set(PROBES):
+        pairs = [cached(backbone, path, sets[s], s, preprocess, device, args.workers, amp) for s in sets]
+        results = probe(*pairs, args.probe, args.temperature, args.seed)
+    if "finetune" in args.probe:
+        results["finetune"] = run_finetune(args, backbone, about, sets, preprocess, device, amp)
+    if {"perceptual", "pictures"} & set(args.probe):
+        results |= run_images(args, path, sets["test"], device, amp)
+    if path and results:
         print(f"written to {write_json(path.parent, name, results)}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.utils import save_image
 from tqdm import tqdm
 
 from common import any_rank, fail
@@ -28,6 +29,8 @@ OWN = (
     "features-backbone-*.pt*",
     "metrics.jsonl",
     "evaluate.json",
+    "views.png",
+    "reconstructions.png",
     "events.out.*",
     "projector_config.pbtxt",
 )
@@ -182,9 +185,11 @@ class Log:
             for name, value in numbers.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 
-    def image(self, name, picture):
+    def image(self, name, picture, step=0):
+        """A float [3, H, W] in [0, 1] for TensorBoard, and as OUT/NAME.png, which the next of that name replaces."""
         if self.rank == 0:
-            self.writer.add_image(name, picture)
+            self.writer.add_image(name, picture, step)
+            save_image(picture, self.out / f"{name}.png")
 
     def say(self, text):
         """A line on stdout that does not break the progress bar; rank 0 only."""

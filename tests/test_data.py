@@ -251,6 +251,73 @@ def test_fingerprints_change_with_the_data(folder):
     assert files.fingerprint() != before
 
 
+# ============ shares of the labels ============
+
+
+def test_shares_are_nested_balanced_and_seeded():
+    labels = torch.tensor([0] * 300 + [1] * 200 + [2] * 30 + [-1] * 50)
+    labels = labels[torch.randperm(580, generator=data.generator(0))]
+    one, ten, all_ = (data.share(labels, percent, 0) for percent in (1, 10, 100))
+    assert set(one.tolist()) < set(ten.tolist()) < set(all_.tolist())
+    assert torch.bincount(labels[one]).tolist() == [3, 2, 1]  # at least one of each class
+    assert torch.bincount(labels[ten]).tolist() == [30, 20, 3]
+    assert torch.equal(all_, (labels >= 0).nonzero()[:, 0])  # sorted, and never an image without a label
+    assert torch.equal(ten, data.share(labels, 10, 0)) and not torch.equal(ten, data.share(labels, 10, 1))
+    assert len(data.share(torch.full((5,), -1), 10, 0)) == 0
+
+
+class Lazy:
+    """What a data set of torchvision looks like; an image is never to be read."""
+
+    def __init__(self, name, labels):
+        setattr(self, name, labels)
+
+    def __len__(self):
+        return 4
+
+
+@pytest.mark.parametrize("name", ["targets", "_labels", "labels", "_samples"])
+def test_labels_are_read_without_decoding_and_follow_picks(name):
+    labels = [("nowhere.jpg", i) for i in (3, 1, 4, 1)] if name == "_samples" else [3, 1, 4, 1]
+    files = data.Files("lazy", Lazy(name, labels))
+    assert data.labels_of(files).tolist() == [3, 1, 4, 1] and data.labels_of(files).dtype == torch.int64
+    some = data.pick(data.pick(files, torch.tensor([3, 2, 0])), torch.tensor([2, 1]))
+    assert data.labels_of(some).tolist() == [3, 4] and some.items.indices == [0, 2]
+
+
+def test_picks_and_labels_of_lists_and_of_sets_in_memory(shapes):
+    files = data.Files("list", [(f"{i}.jpg", i % 3) for i in range(6)], ["a", "b", "c"])
+    some = data.pick(files, torch.tensor([5, 1]))
+    assert some.items == [("5.jpg", 2), ("1.jpg", 1)] and some.classes == files.classes
+    assert data.labels_of(some).tolist() == [2, 1]
+    some = data.pick(shapes, torch.tensor([5, 1]))
+    assert torch.equal(some.images, shapes.images[[5, 1]]) and torch.equal(data.labels_of(some), shapes.labels[[5, 1]])
+    assert torch.equal(some.masks, shapes.masks[[5, 1]])
+    assert data.labels_of(data.Images("plain", shapes.images)).tolist() == [-1] * 40
+    with pytest.raises(SystemExit):
+        data.labels_of(data.Files("lazy", Lazy("other", [])))
+
+
+def test_official_lists_name_images_of_a_folder(tmp_path, capsys, shapes):
+    items = [(f"/x/n{c}/{name}", c) for c in (0, 1) for name in (f"n{c}_1.JPEG", f"n{c}_2.JPEG", "same.JPEG")]
+    files, names = data.Files("folder", items), tmp_path / "list.txt"
+    names.write_text("n1_2.JPEG\nn0_1.JPEG\n\n")
+    assert data.listed(files, names).tolist() == [0, 4]
+    names.write_text("n1/same.JPEG\nn0/n0_2.JPEG\n")
+    assert data.listed(files, names).tolist() == [1, 5]
+    for text, dataset, words in [
+        ("n0_1.JPEG\nn7_1.JPEG\nn8_1.JPEG\n", files, "'n7_1.JPEG'"),  # the first that is missing
+        ("same.JPEG\n", files, "2 images"),
+        ("\n", files, "names no image"),
+        ("n0_1.JPEG\n", shapes, "no file names"),
+        (None, files, "No such file"),
+    ]:
+        names.unlink(missing_ok=True) if text is None else names.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            data.listed(dataset, names)
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
 # ============ commands and bad input ============
 
 

@@ -1,4 +1,8 @@
 import json
+import math
+import sys
+import urllib.error
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import nn
 import backbones
 import data
 import evaluate
+import runs
 
 
 def clusters(n, classes=5, d=16, spread=1.0, seed=0):
@@ -199,3 +204,321 @@ def test_plain_torchvision_state_dict(tmp_path):
 def test_bad_input_is_one_sentence(args, words):
     _, err = run("evaluate.py", *args, code=2)
     assert words in err and len(err.splitlines()) == 1
+
+
+# ============ fine-tuning ============
+
+CPU = torch.device("cpu")
+SMALL = {"mean": data.MEAN, "std": data.STD, "size": 16, "interpolation": "bilinear"}
+
+
+def colours(n=96, classes=3, seed=0):
+    """An easy set in memory: each class (modulo 3) brightens a channel of noise."""
+    x = torch.randint(0, 120, (n, 3, 16, 16), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    y = torch.arange(n) % classes
+    x[torch.arange(n), y % 3] += 100
+    return data.Images("colours", x, y, [f"class {c}" for c in range(classes)])
+
+
+def small_backbone(seed=0):
+    torch.manual_seed(seed)
+    return backbones.build("resnet10_16", 16)
+
+
+def same(a, b):
+    return [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
+
+
+def test_fine_tuning_learns_and_moves_trunk_and_head():
+    backbone = small_backbone()
+    net, r = evaluate.finetune(backbone, colours(), colours(60, seed=1), SMALL, CPU, (0.02,), (0.5,), epochs=6)
+    assert r["top1"] > 90 and r["top5"] == 100 and r["images"] == 96 and r["updates"] == 6 * (96 // 32)
+    assert not any(same(net[0], backbone)) and all(same(backbone, small_backbone()))  # a copy is tuned
+    assert not torch.equal(net[0].bn1.running_mean, backbone.bn1.running_mean)  # BatchNorm in train mode
+    assert not net.training and net[1].weight.abs().max() > 0
+
+
+def test_trunk_and_head_have_rates_of_their_own():
+    backbone, args = small_backbone(), (colours(), SMALL, CPU)
+    net, _ = evaluate.fit_finetune(backbone, *args, 0.0, 0.5, epochs=2, batch_size=32)
+    assert all(same(net[0], backbone)) and net[1].weight.abs().max() > 0
+    net, loss = evaluate.fit_finetune(backbone, *args, 0.5, 0.0, epochs=2, batch_size=32)
+    assert net[1].weight.abs().max() == 0 and net[1].bias.abs().max() == 0  # as it starts
+    assert loss == pytest.approx(math.log(3), abs=1e-5)
+
+
+def test_rates_drop_at_60_and_80_per_cent(monkeypatch):
+    seen, step = [], torch.optim.SGD.step
+    record = lambda self: (seen.append([g["lr"] for g in self.param_groups]), step(self))
+    monkeypatch.setattr(torch.optim.SGD, "step", record)
+    evaluate.fit_finetune(small_backbone(), colours(12), SMALL, CPU, 0.01, 0.1, epochs=10, batch_size=12)
+    factors = [1.0] * 6 + [0.2] * 2 + [0.04] * 2
+    assert torch.tensor(seen).allclose(torch.tensor([[0.01 * f, 0.1 * f] for f in factors]))
+
+
+def test_rates_are_chosen_on_a_tenth_of_train_and_never_on_test(monkeypatch):
+    sizes, fit = [], evaluate.fit_finetune
+    spy = lambda backbone, train, *args: (sizes.append(len(train)), fit(backbone, train, *args))[1]
+    monkeypatch.setattr(evaluate, "fit_finetune", spy)
+    train, test = colours(), colours(60, seed=1)
+    settings = (SMALL, CPU, (0.0,), (1e38, 0.0, 0.5))  # one that diverges, one that learns nothing
+    net, r = evaluate.finetune(small_backbone(), train, test, *settings, epochs=3)
+    assert sizes == [87, 87, 87, 96] and r["head_lr"] == 0.5
+    assert r["grid"]["trunk 0 head 1e+38"] == -1 and r["grid"]["trunk 0 head 0.5"] > 60
+    test.labels = test.labels.roll(1)
+    again, wrong = evaluate.finetune(small_backbone(), train, test, *settings, epochs=3)
+    assert wrong["grid"] == r["grid"] and all(same(net, again)) and wrong["top1"] < r["top1"] - 30
+    with pytest.raises(SystemExit):
+        evaluate.finetune(small_backbone(), train, test, SMALL, CPU, (0.0,), (1e38,), epochs=3)
+
+
+def command(monkeypatch, *args):
+    """evaluate.py as a user calls it, in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu", "--workers", "0"])
+    evaluate.main()
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A run folder with a random backbone, and 60 images that it was "trained" on."""
+    folder, out = write_images(tmp_path / "images", 60, classes=3, size=16), tmp_path / "run"
+    out.mkdir()
+    about = {"method": "byol", "data": str(folder), "epoch": 0, "arch": "resnet10_16", "preprocess": SMALL}
+    runs.write(out / "backbone.pt", about | {"state_dict": small_backbone().state_dict()})
+    return out
+
+
+def test_command_fine_tunes_on_shares_and_keeps_the_results_of_others(tiny_run, monkeypatch, capsys):
+    flags = ("--labels", 50, 100, "--finetune-epochs", 2, "--workers", 0)
+    out, _ = run("evaluate.py", tiny_run, "--probe", "finetune", *flags)
+    assert "finetune 50 %   top-1" in out and "27 labelled images" in out and "held-out top-1" in out
+    (tiny_run.parent / "few.txt").write_text("".join(f"{i:03d}.jpg\n" for i in range(12)))
+    flags = ("--label-list", tiny_run.parent / "few.txt", "--finetune-epochs", "1", "--head-lr", "0.1")
+    command(monkeypatch, tiny_run, "--probe", "finetune", *flags)
+    assert "12 labelled images" in capsys.readouterr().out
+    (results,) = json.loads((tiny_run / "evaluate.json").read_text()).values()
+    shares = results["finetune"]
+    assert set(shares) == {"50", "100", "few"} and set(results) == {"finetune"}
+    assert shares["100"]["images"] == 54 and 0 <= shares["50"]["top1"] <= 100 and not list(tiny_run.glob("features-*"))
+
+
+# ============ classifiers ============
+
+
+def test_a_saved_classifier_is_the_fine_tuned_network(tiny_run, monkeypatch):
+    nets, finetune = [], evaluate.finetune
+    monkeypatch.setattr(evaluate, "finetune", lambda *args: nets.append(finetune(*args)) or nets[-1])
+    file, flags = tiny_run / "classifier.pt", ("--labels", "50", "100", "--finetune-epochs", "1", "--head-lr", "0.1")
+    command(monkeypatch, tiny_run, "--size", 64, "--probe", "finetune", *flags, "--save", file)
+    classifier = evaluate.open_classifier(str(file))  # at 64 px, though with the stem for 16
+    assert classifier.classes == 3 and not classifier.training
+    assert not any(p.requires_grad for p in classifier.parameters())
+    x = torch.rand(4, 3, 64, 64)
+    with torch.inference_mode():
+        expected = nets[-1][0](data.normalise(x))
+        assert torch.allclose(classifier(2 * x - 1), expected, atol=1e-5) and expected.std() > 0
+        large = torch.rand(4, 3, 100, 100)
+        resized = F.interpolate(large, (64, 64), mode="bilinear", antialias=True)
+        assert torch.allclose(classifier(2 * large - 1), nets[-1][0](data.normalise(resized)), atol=1e-5)
+    command(monkeypatch, file, "--probe", "knn")  # its trunk is a backbone as any other
+
+
+def test_classifier_from_torchvision_sees_imagenets_normalisation(tmp_path, monkeypatch, capsys):
+    net = torchvision.models.resnet18(num_classes=7).eval()
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    classifier = evaluate.open_classifier(str(tmp_path / "net.pth"), "resnet18", 64)
+    x = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        assert torch.allclose(classifier(2 * x - 1), net(data.normalise(x)), atol=1e-5)
+    assert classifier.classes == 7 and evaluate.open_classifier(str(tmp_path / "net.pth"), "resnet18").size == 224
+
+    net = torchvision.models.resnet18().eval()
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: net.state_dict())
+    classifier = evaluate.open_classifier("torchvision:resnet18", size=64)
+    with torch.inference_mode():
+        assert torch.allclose(classifier(2 * x - 1), net(data.normalise(x)), atol=1e-5)
+    assert classifier.classes == 1000
+
+    def offline(*_, **__):
+        raise urllib.error.URLError("no network")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
+    with pytest.raises(SystemExit):
+        evaluate.open_classifier("torchvision:resnet18")
+    assert "could not be fetched" in capsys.readouterr().err
+
+
+def test_what_is_no_classifier_is_refused_in_one_sentence(tiny_run, tmp_path, capsys):
+    torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "net.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    (tmp_path / "broken.pth").write_bytes(b"no torch file")
+    for target, arch, words in [
+        (tmp_path / "none.pt", None, "no such file"),
+        (tmp_path / "broken.pth", None, "broken.pth"),
+        (tiny_run / "backbone.pt", None, "--probe finetune --save"),
+        (tmp_path / "net.pth", None, "--classifier-arch"),
+        (tmp_path / "net.pth", "resnet50", "does not fit"),
+        (tmp_path / "net.pth", "resnet5O", "resnet5o"),
+        (tmp_path / "empty.pth", "resnet18", "no weights"),
+        ("torchvision:resnet5O", None, "resnet5o"),
+    ]:
+        with pytest.raises(SystemExit) as stop:
+            evaluate.open_classifier(str(target), arch)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+# ============ the perceptual test and pictures ============
+
+
+class Brightest(nn.Module):
+    """Classifies `colours` without a mistake."""
+
+    classes = 3
+
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+class Ranked(nn.Module):
+    """Prefers class 0 to 1 to 2 ..., whatever it sees."""
+
+    def __init__(self, classes):
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x):
+        return -torch.arange(self.classes).float().expand(len(x), -1)
+
+
+class Constant(nn.Module):
+    def forward(self, x):
+        return torch.full_like(x, 0.25)
+
+
+def test_perceptual_test_of_a_perfect_and_of_a_blind_autoencoder():
+    test = colours(60)
+    perfect = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, affine=False, eps=0).eval())  # the identity in eval mode
+    r = evaluate.perceptual(perfect, Brightest(), test, 16, CPU, batch_size=7)
+    assert r == {"mse": 0.0, "top1": 100.0, "top5": 100.0, "originals_top1": 100.0, "originals_top5": 100.0}
+    assert [m.training for m in perfect.modules()] == [True, True, False]  # each as it was
+    r = evaluate.perceptual(Constant(), Brightest(), test, 16, CPU, batch_size=7)
+    assert r["top1"] == pytest.approx(100 / 3) and r["originals_top1"] == 100 and r["top5"] == 100
+    by_hand = (test.images.double() / 127.5 - 1 - 0.25).square().mean().item()
+    assert r["mse"] == pytest.approx(by_hand, rel=1e-5)
+    assert evaluate.perceptual(Constant(), None, test, 16, CPU) == {"mse": pytest.approx(by_hand, rel=1e-5)}
+    twelve = colours(60, classes=12)
+    r = evaluate.perceptual(Constant(), Ranked(12), twelve, 16, CPU)
+    assert r["top1"] == pytest.approx(100 / 12) and r["top5"] == pytest.approx(500 / 12)
+    for classifier, dataset in ((Ranked(4), test), (Ranked(3), data.Images("plain", test.images))):
+        with pytest.raises(SystemExit):
+            evaluate.perceptual(Constant(), classifier, dataset, 16, CPU)
+
+
+def test_figure_has_the_promised_size_and_dots():
+    images = torch.rand(2, 3, 40, 40) * 2 - 1
+    rows = [("image", images, None, None), ("recovered", images, ["0.031", "0.500"], [True, False])]
+    picture = evaluate.figure(rows)
+    cell, gap, strip = 120, evaluate.GAP, evaluate.STRIP  # 40 px, three times
+    assert picture.shape[1] == gap + (cell + gap) + (cell + strip + gap) and picture.min() >= 0 and picture.max() <= 1
+    left = picture.shape[2] - 2 * (cell + gap)
+    assert 40 < left < 120 and picture[:, :, :left].min() < 0.5  # room for the names, and ink
+    large = (images / 2 + 0.5).repeat_interleave(3, 2).repeat_interleave(3, 3)
+    for i in range(2):
+        at = left + i * (cell + gap)
+        for top in (gap, gap + cell + gap):
+            assert torch.allclose(picture[:, top : top + cell, at : at + cell], large[i], atol=0.51 / 255)
+        dot = picture[:, picture.shape[1] - gap - strip // 2, at + strip // 2 - 1]
+        assert dot.tolist() == pytest.approx([c / 255 for c in (evaluate.PASSES, evaluate.FAILS)[i]])
+    unmarked = evaluate.figure([("a", images, ["1", "2"], None)])[:, -gap - strip :]
+    assert torch.allclose(unmarked[0], unmarked[1], atol=0.01) and torch.allclose(unmarked[0], unmarked[2], atol=0.01)
+    assert evaluate.figure([("a", images[:, :, :8, :8], None, None)]).shape[1] == 96 + 2 * gap
+    assert evaluate.figure([("a", images, ["1", "2"], [None, True])]).shape[1] == cell + strip + 2 * gap
+
+
+def rows_of(monkeypatch, *args, **kwargs):
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "figure", lambda rows: rows)
+        return evaluate.reconstructions(*args, **kwargs)
+
+
+def test_reconstructions_show_the_same_images_in_every_row(monkeypatch, tmp_path):
+    views = [data.view(16, scale=(0.5, 1.0), mean=evaluate.HALF, std=evaluate.HALF)] * 2
+    folder = data.load(str(write_images(tmp_path / "images", 48, classes=3, size=16)))
+    for dataset in (colours(), folder):
+        rows = rows_of(monkeypatch, {"": nn.Identity()}, dataset, views, CPU, Brightest(), n=6)
+        assert [name for name, *_ in rows] == ["image", "recovered", "view 1", "recovered", "view 2", "recovered"]
+        order = [Brightest()(x).argmax(1).tolist() for _, x, _, _ in rows]
+        assert all(row == order[0] for row in order) and len(set(order[0])) > 1  # not in the loader's order
+        for (_, x, captions, marks), (_, recovered, under, judged) in zip(rows[::2], rows[1::2], strict=True):
+            assert x.shape == (6, 3, 16, 16) and -1 <= x.min() < -0.5 and 0.5 < x.max() <= 1
+            assert torch.equal(x, recovered) and captions is None and marks is None
+            assert under == ["0.000"] * 6 and judged == [True] * 6
+        again, other = (rows_of(monkeypatch, {"": nn.Identity()}, dataset, views, CPU, n=6, seed=s) for s in (0, 1))
+        assert all(torch.equal(a[1], b[1]) for a, b in zip(rows, again, strict=True)) and again[1][3] is None
+        assert not torch.equal(rows[0][1], other[0][1]) and not torch.equal(rows[2][1], rows[4][1])
+
+
+def test_reconstructions_are_judged_by_five_guesses_or_one(monkeypatch):
+    views = [data.view(16, mean=evaluate.HALF, std=evaluate.HALF)]
+    painters = {"a": nn.Identity(), "b": nn.Sequential(nn.Dropout(0.9), Constant())}
+    for classes, guesses in ((3, 1), (10, 1), (12, 5)):
+        dataset = colours(classes=classes)
+        rows = rows_of(monkeypatch, painters, dataset, views, CPU, Ranked(classes), n=96)
+        assert [r[0] for r in rows] == [n for s in ("image", "view 1") for n in (s, "recovered (a)", "recovered (b)")]
+        assert sum(rows[1][3]) == (dataset.labels < guesses).sum() and rows[1][3] == rows[2][3]
+        assert float(rows[2][2][0]) == pytest.approx((rows[0][1][0] - 0.25).square().mean().item(), abs=6e-4)
+    assert painters["b"].training and painters["b"][0].training
+    dataset = colours(n=4)
+    dataset.labels[:] = -1
+    assert rows_of(monkeypatch, {"": Constant()}, dataset, views, CPU, Ranked(3))[1][3] == [None] * 4
+
+
+def test_command_tests_and_pictures_the_autoencoder_of_a_run(tiny_run, tmp_path, monkeypatch, capsys):
+    file, beside = tmp_path / "classifier.pt", tmp_path / "other"
+    beside.mkdir()
+    (beside / "backbone.pt").write_bytes((tiny_run / "backbone.pt").read_bytes())
+    command(monkeypatch, tiny_run, "--probe", "finetune", "--labels", "100", "--finetune-epochs", "1", "--save", file)
+    opened = []
+    autoencoder = lambda folder: opened.append(folder) or Constant()
+    method = SimpleNamespace(autoencoder=autoencoder, RECIPES={"imagenet": {"views": [dict(flip=0.0), dict(grey=1.0)]}})
+    monkeypatch.setattr(evaluate, "importlib", SimpleNamespace(import_module=lambda name: method))
+    flags = ("--classifier", file, "--beside", beside)
+    command(monkeypatch, tiny_run, "--probe", "perceptual", "pictures", *flags)
+    out = capsys.readouterr().out
+    assert "perceptual top-1" in out and "MSE" in out and opened == [str(tiny_run), str(beside)]
+    (results,) = json.loads((tiny_run / "evaluate.json").read_text()).values()
+    assert {"top1", "top5", "mse", "originals_top1", "originals_top5"} < set(results["perceptual"])
+    assert data.decode(tiny_run / "reconstructions.png").shape[1] == 4 + 3 * 100 + 6 * 116  # with dots
+    command(monkeypatch, tiny_run, "--probe", "pictures")
+    assert data.decode(tiny_run / "reconstructions.png").shape[1] == 4 + 3 * 100 + 3 * 116
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--probe", "finetune", "--labels", "0"], "--labels 0"),
+        (["--probe", "finetune", "--labels", "10", "101"], "--labels 101"),
+        (["--probe", "finetune", "--labels", "10", "--label-list", "x"], "exclude"),
+        (["--probe", "finetune", "--label-list", "nowhere.txt"], "nowhere.txt"),
+        (["--probe", "finetune", "--labels", "1"], "10 labelled training images"),
+        (["--probe", "finetune", "--trunk-lr", "-1"], "--trunk-lr"),
+        (["--probe", "finetune", "--save", "nowhere/file.pt"], "there is no folder"),
+        (["--save", "file.pt"], "--probe finetune"),
+        (["--probe", "perceptual"], "--classifier"),
+        (["--probe", "perceptual", "--classifier", "nowhere.pt"], "no such file"),
+        (["--probe", "pictures"], "byol does not make images"),
+    ],
+)
+def test_bad_input_of_the_other_probes_is_one_sentence(tiny_run, monkeypatch, capsys, args, words):
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tiny_run, *args)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1
+
+
+def test_fine_tuning_without_labels_is_one_sentence(tiny_run, tmp_path, monkeypatch, capsys):
+    flat = write_images(tmp_path / "flat", 20, classes=1)
+    with pytest.raises(SystemExit) as stop:
+        command(monkeypatch, tiny_run, "--data", flat, "--probe", "finetune", "--labels", "100")
+    assert stop.value.code == 2 and "has 0 for the share 100" in capsys.readouterr().err

@@ -26,9 +26,15 @@ def test_structure(method):
     sections = [line.split("=")[12].strip() for line in text.splitlines() if line.startswith("    # ============ ")]
     assert sections == SECTIONS
     imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
-    assert not imported & set(METHODS)
+    assert imported & set(METHODS) == ({"byol"} if method == "sage" else set())  # the evaluator's training
     assert text.startswith('"""') and "paper" in text and "official code" in text and "here" in text
     assert text.endswith('if __name__ == "__main__":\n    main()\n    common.leave()\n')
+
+
+def test_sage_takes_from_byol_its_main_once_and_the_names_of_its_recipes():
+    used = [n.attr for n in ast.walk(ast.parse((ROOT / "sage.py").read_text()))
+            if isinstance(n, ast.Attribute) and isinstance(n.value, ast.Name) and n.value.id == "byol"]  # fmt: skip
+    assert sorted(used) == ["RECIPES", "main"]
 
 
 @pytest.mark.parametrize("file", LONGEST)

@@ -1,0 +1,677 @@
+"""SaGe: Semantic-Aware Generation (Tian et al., 2021, https://arxiv.org/abs/2111.13163), on top of BYOL.
+
+BYOL makes the features of two views agree, and so drops what the views do not share. SaGe asks for that back: a decoder
+paints each view from a short vector of its feature map, and a frozen evaluator h, a BYOL network trained before, compares
+the painting with the view. The decoder and the evaluator are thrown away afterwards.
+
+    view 1 = x1 -> f ---> g -> q -> p1  ~  z2 <- g' <- f' <- view 2     L_D: as in byol.py, and with the views exchanged
+                   |
+                   '-> bottleneck -> decoder -> x~1                     L_G: |x1 - x~1|^2 and |h_l(x1) - h_l(x~1)|^2 on
+                                                                             several levels l, and the same for view 2
+
+    differences         paper                        official code                   here
+    target's tau_base   0.9                          0.99                            0.99, BYOL's preset for 300 epochs
+    decoder's channels  512 ... 16: 15.6 M           256, 512 ... 32: 11.3 M         the code's, which fit table 9
+    1x1 feature of h    2048-d, pooled               256-d, of the projector         pooled; --semantic projector
+    weights in L_G      0.1 each, 0.1 on their sum   0.1, 0.1 and 1/30 for each map  the code's
+    distance            a norm; "MSE" in appendix A  mean squared error              the code's
+    decoder's output    -                            tanh                            tanh
+    bottleneck          -                            no norm, no activation          the same
+    h frozen            yes                          batch statistics, which move    eval mode: nothing moves
+    h does not load     -                            a warning, and a random h       exit code 2
+    input of h          -                            the views as they are           brought to h's own mean and std
+    random h            ResNet-18                    -                               BatchNorm statistics of 512 images
+    decoder's rate      Adam 0.048, constant         10 epochs of warm-up, no decay  the code's
+    encoder's rate      cosine to 0                  by epoch, warm-up on top        by step, after the warm-up, as BYOL
+    LARS                -                            norms added, rate in momentum;  BYOL's; no BatchNorm is adapted
+                                                     adapts the shortcuts' BatchNorm
+    heads               two layers, 256-d            biases on both                  BYOL's: none on the second
+    BatchNorm, GPUs     -                            all synchronised but one        all synchronised
+    decoder call        fig. 1                       missing                         as figure 1 and its decoder.py say
+    linear probe        two layers, centre crops     one layer, crops and flips      one layer, un-augmented features
+    other settings      semi-supervised: -           ImageNet's mean and std there   0.5, as in training
+
+MEASURED
+    python sage.py                                                           shapes, minutes on a laptop
+    torchrun --standalone --nproc_per_node=8 sage.py --data imagenet --root DIR
+    python sage.py --ablate --epochs 8                                       every row of tables 6-10
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import itertools
+import json
+import math
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import save_image
+
+import backbones
+import byol
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "sage"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+SIGNED = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # appendix B: pixels in [-1, 1], the range of the decoder's tanh
+RECIPES = {
+    # As byol.py's, for half of the epochs, and with larger weights of L_G: 1,900 updates of 0.1 leave the recoveries grey.
+    "shapes": dict(
+        arch="resnet10_16", size=32, epochs=12, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
+        warmup_epochs=1.0, tau=0.9, hidden=256, dim=128, predictor_lr=10.0, eval_every=2,
+        levels=[0, 1, 2], bottleneck=256, width=128, decoder_lr=0.012,
+        weight_pixel=3.0, weight_maps=1.0, weight_semantic=1.0,
+        views=[  # as in byol.py but for mean and std
+            dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5, **SIGNED)
+        ] * 2,
+    ),
+    "cifar10": dict(
+        arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=2e-3,
+        warmup_epochs=10, tau=0.99, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,
+        levels=[1, 2, 3], bottleneck=128, width=256, decoder_lr=5e-4,
+        weight_pixel=0.1, weight_maps=0.1, weight_semantic=0.1,  # the official code's, as below
+        views=[  # no blur at 32 px
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.0, **SIGNED),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.2, **SIGNED),
+        ],
+    ),
+    # "SaGe (short)" of table 2; for the ablations of tables 6-10: 100 epochs.
+    "imagenet": dict(
+        arch="resnet50", size=224, epochs=300, batch_size=4096,  # sec. 4.1; the batch: appendix B
+        optimizer="lars", lr=0.3, weight_decay=1e-6, tau=0.99,  # sec. 4.1: lr 4.8 = 0.3 x 4096 / 256; tau: code
+        warmup_epochs=10, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,  # appendix B
+        levels=[1, 2, 3], bottleneck=512, width=512, decoder_lr=0.003,  # sec. 4.1: 0.048 = 0.003 x 4096 / 256
+        weight_pixel=0.1, weight_maps=0.1, weight_semantic=0.1,  # code: 1/10, 1/30 for each of three maps, 1/10
+        views=[  # appendix B: as BYOL's but for mean and std
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=1.0, solarize=0.0, **SIGNED),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=0.1, solarize=0.2, **SIGNED),
+        ],
+    ),
+}  # fmt: skip
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+SAME_RESULT += ("classifier", "ablate")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python sage.py [flags]   (torchrun --standalone --nproc_per_node=N sage.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the backbones"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="lars as in the paper; its lr fits no other")
+    p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
+    p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    # BYOL
+    p.add_argument(
+        "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
+    )
+    p.add_argument("--hidden", type=int, help="hidden width of projector and predictor")
+    p.add_argument("--dim", type=int, help="output width of projector and predictor")
+    p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
+    # SaGe: the decoder g, the evaluator h_G, the weights of the loss (0 switches a term off)
+    p.add_argument("--bottleneck", type=int, help="length of the vector that a view is painted from (table 8)")
+    p.add_argument("--pool", action="store_true", help="average pooling instead of the bottleneck's convolution (fig. 5)")
+    p.add_argument("--width", type=int, help="channels of the decoder after its first doubling, halved by each (table 9)")
+    p.add_argument("--decoder-lr", type=float, help="Adam's for bottleneck and decoder, multiplied by batch size / 256")
+    p.add_argument("--freeze-decoder", action="store_true", help="keep bottleneck and decoder as drawn (table 10)")
+    p.add_argument("--evaluator", help="a BYOL run or its backbone.pt, or random:ARCH (default: see --evaluator-epochs)")
+    p.add_argument("--evaluator-arch", help="of the BYOL run that stage 1 makes (default: --arch)")
+    p.add_argument("--evaluator-epochs", type=int, help="of that run (default: byol.py's)")
+    p.add_argument("--train-evaluator", action="store_true", help="do not freeze it (sec. 3.4: costs over 20 points)")
+    p.add_argument("--levels", type=int, nargs="+", help="stages of the evaluator whose maps are compared, from 0")
+    p.add_argument(
+        "--semantic", choices=("pooled", "projector"), default="pooled", help="the evaluator's 1x1 feature (appendix A)"
+    )
+    p.add_argument("--weight-d", type=float, default=1.0, help="of L_D, BYOL's loss")
+    p.add_argument("--weight-pixel", type=float, help="lambda of L_MSE (eq. 4)")
+    p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
+    p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
+    p.add_argument("--classifier", help="marks the recoveries that it recognises (made by evaluate.py --save)")
+    p.add_argument("--ablate", action="store_true", help="run every row of tables 6-10 and print them")
+    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
+    common.at_least(
+        0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "tau", "predictor_lr"
+    )
+    common.at_least(1, args, "bottleneck", "width", *["evaluator_epochs"] * (args.evaluator_epochs is not None))
+    common.at_least(0, args, "decoder_lr", "weight_d", "weight_pixel", "weight_maps", "weight_semantic")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}{'-ablation' * args.ablate}"
+    return args
+
+
+# ============ the method ============
+
+
+def mlp(inputs, hidden, outputs):
+    """Projector and predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm on the output (BYOL, sec. 3.3)."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
+    )
+
+
+def regression_loss(p, z):
+    """|n(p) - n(z)|^2 = 2 - 2 cos(p, z), mean over the batch (BYOL, eq. 2). p, z: [B, D]; no gradient into z."""
+    p, z = F.normalize(p.float(), dim=1), F.normalize(z.detach().float(), dim=1)
+    return 2 - 2 * (p * z).sum(1).mean()
+
+
+class Decoder(nn.Module):
+    """A vector [B, dim, 1, 1] -> an image [B, 3, side 2^doublings, the same] in [-1, 1] (sec. 4.1).
+
+    One transposed convolution to `side` px, then `doublings` of 4x4 with stride 2, each followed by BatchNorm and ReLU, a
+    1x1 convolution and tanh. The channels are those of the official code, whose parameters are table 9's: the first layer
+    has 256, then `width` is halved at every doubling. Small decoders take no more than `width` and no less than 16.
+    """
+
+    def __init__(self, dim, width, side, doublings):
+        super().__init__()
+        channels = [min(256, width), *(max(16, width // 2**i) for i in range(doublings))]
+        layers = [nn.ConvTranspose2d(dim, channels[0], side), nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
+        for before, after in itertools.pairwise(channels):
+            layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 3, 1))
+        for m in self.modules():
+            if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+                nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+
+    def forward(self, x):
+        return self.layers(x).float().tanh()
+
+
+def build_decoder(backbone, size, dim, width, pool):
+    """Bottleneck and decoder for the last map of `backbone` at `size` px, [B, C, k, k] -> [B, dim, 1, 1] -> image.
+
+    The bottleneck is a k x k convolution, so that it knows where things are (sec. 4.1), or with `pool` the mean of the
+    map, whose vector is as long as the map has channels.
+    """
+    with torch.no_grad():
+        channels, side = backbone.eval().stages(torch.zeros(1, 3, size, size))[-1].shape[1:3]
+    backbone.train()
+    doublings = round(math.log2(size / side))
+    if side * 2**doublings != size:
+        common.fail(
+            f"--size {size}: the last map is {side} px wide, which the decoder doubles to {side * 2**doublings}; "
+            f"choose a multiple of {2**doublings}"
+        )
+    bottleneck = nn.AdaptiveAvgPool2d(1) if pool else nn.Conv2d(channels, dim, side)
+    if not pool:
+        nn.init.kaiming_normal_(bottleneck.weight, nonlinearity="relu"), nn.init.zeros_(bottleneck.bias)
+    return bottleneck, Decoder(channels if pool else dim, width, side, doublings)
+
+
+class Autoencoder(nn.Module):
+    """What recovers images: x [B, 3, S, S] in [-1, 1] -> x~ of the same shape and range."""
+
+    def __init__(self, backbone, bottleneck, decoder):
+        super().__init__()
+        self.f, self.bottleneck, self.decoder = backbone, bottleneck, decoder
+
+    def forward(self, x):
+        return self.decoder(self.bottleneck(self.f.stages(x)[-1]))
+
+
+class Evaluator(nn.Module):
+    """h_G (appendix A): images in [-1, 1] -> (the maps of the stages `levels`, one vector [B, d]).
+
+    Frozen: no gradient for its weights, always in eval mode, though gradients pass through it to its input. A network is
+    fed what it was trained on: `preprocess` says with which mean and std.
+    """
+
+    def __init__(self, backbone, preprocess, levels, projector=None, frozen=True):
+        super().__init__()
+        self.net, self.projector, self.levels, self.frozen = backbone, projector, levels, frozen
+        mean, std = (torch.tensor(preprocess[k]).view(3, 1, 1) for k in ("mean", "std"))
+        self.register_buffer("scale", 0.5 / std)  # (x / 2 + 1 / 2 - mean) / std
+        self.register_buffer("shift", (0.5 - mean) / std)
+        self.requires_grad_(not frozen).train()
+
+    def train(self, mode=True):
+        return super().train(mode and not self.frozen)
+
+    def forward(self, x):
+        maps = self.net.stages(x * self.scale + self.shift)
+        semantic = maps[-1].mean((2, 3))
+        return [maps[i] for i in self.levels], self.projector(semantic) if self.projector else semantic
+
+    @torch.no_grad()
+    def calibrate(self, x):
+        """Set the BatchNorm statistics of a random network to those of the images `x`. As initialised they normalise by
+        nothing in eval mode, and the activations grow with every block."""
+        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
+        super().train()
+        for m in norms:
+            m.momentum = 1.0
+        self(x)
+        for m in norms:
+            m.momentum = 0.1
+        self.train()
+
+
+class SaGe(nn.Module):
+    """BYOL's f, g, q and target f', g', with bottleneck, decoder and evaluator h; `forward((v1, v2))` is the loss (eq. 3).
+
+    What only terms of weight 0 need is neither built nor trained. After a forward, `parts` holds the terms before their
+    weights, those of L_G as means over the two views.
+    """
+
+    def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None):
+        super().__init__()
+        self.f = backbone
+        self.g = mlp(backbone.dim, hidden, dim)
+        self.q = mlp(dim, hidden, dim)
+        self.target = nn.ModuleDict({"f": copy.deepcopy(self.f), "g": copy.deepcopy(self.g)}).requires_grad_(False)
+        self.weights = weights
+        if not weights["d"]:
+            self.g.requires_grad_(False), self.q.requires_grad_(False)
+        self.bottleneck, self.decoder, self.h = bottleneck, decoder, evaluator
+
+    def forward(self, views):
+        v1, v2 = views
+        # One view after the other: BatchNorm takes its statistics per view, as in the official code.
+        m1, m2 = self.f.stages(v1)[-1], self.f.stages(v2)[-1]  # [B, C, k, k]
+        y1, y2 = m1.mean((2, 3)), m2.mean((2, 3))  # [B, C]
+        loss, self.parts, spread = 0.0, {}, y1
+        if self.weights["d"]:
+            p1, p2 = self.q(self.g(y1)), self.q(self.g(y2))  # [B, D]
+            with torch.no_grad():  # the target stays in train mode: batch statistics, and running averages of its own
+                z1, z2 = (self.target["g"](self.target["f"](v)) for v in views)  # [B, D]
+            spread = z1
+            l_d = regression_loss(p1, z2) + regression_loss(p2, z1)  # L_D: eq. 2 of BYOL, symmetrised
+            loss, self.parts["l_d"] = self.weights["d"] * l_d, l_d.detach()
+        if self.decoder:
+            # Each view is compared with its own recovery only (sec. 3.4). The decoder, too, sees one view at a time; the
+            # evaluator, whose BatchNorm is frozen, sees both at once.
+            x = torch.cat(views)  # [2B, 3, S, S]
+            x_ = torch.cat([self.decoder(self.bottleneck(m)) for m in (m1, m2)])
+            terms = {"pixel": F.mse_loss(x_, x)}  # means over all elements, as in the official code
+            if self.h:
+                with torch.set_grad_enabled(not self.h.frozen and torch.is_grad_enabled()):
+                    maps, semantic = self.h(x)
+                maps_, semantic_ = self.h(x_)
+                mse = [F.mse_loss(b.float(), a.float()) for a, b in zip(maps, maps_, strict=True)]
+                terms |= {"maps": sum(mse) / len(mse), "semantic": F.mse_loss(semantic_.float(), semantic.float())}
+            # eq. 4, summed over the two views: twice the mean over 2B
+            loss = loss + 2 * sum(self.weights[k] * term for k, term in terms.items() if self.weights[k])
+            self.parts |= {k: term.detach() for k, term in terms.items()}
+        spread = F.normalize(spread.detach().float(), dim=1)
+        self.feature_std = spread.std(0).mean() * spread.shape[1] ** 0.5  # 1: spread, 0: collapsed
+        return loss
+
+    @torch.no_grad()
+    def update_target(self, tau):
+        """xi <- tau xi + (1 - tau) theta (BYOL, eq. 1). Parameters only: the target's BatchNorm keeps its own averages."""
+        xi = list(self.target.parameters())
+        theta = [*self.f.parameters(), *self.g.parameters()]
+        torch._foreach_lerp_(xi, theta, 1 - tau)
+
+
+# ============ the evaluator (stage 1), and what is read back from runs ============
+
+
+def stage_1(args, rank):
+    """The folder of a finished BYOL run of the same data beside --out; byol's own main makes it where there is none, in
+    the same processes. None if that was stopped by a signal."""
+    parts = ["byol", Path(args.data).resolve().name, args.evaluator_arch, args.evaluator_epochs]
+    out = Path(args.out).parent / "-".join(str(part) for part in parts if part)
+
+    def finished():
+        try:
+            return (out / "checkpoint.pt").exists() and runs.load(out / "checkpoint.pt").get("result") is not None
+        except EOFError:
+            return False  # byol.py knows what to do about it
+
+    if common.any_rank(finished()):
+        return str(out)
+    if rank == 0:
+        print(f"stage 1: no finished BYOL run in {out}, so it is trained first (--evaluator names another)", flush=True)
+    flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
+    flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
+    for name in ("data", "recipe", "root", "limit", "workers", "seed", "device", "size", "batch_size", "accumulate", "log_every"):
+        value = getattr(args, name)
+        flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+    flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile
+    flags += ["--amp" if args.amp else "--no-amp", "--probes", *args.probes]
+    byol.main(flags)
+    if args.dry_run:
+        return f"random:{args.evaluator_arch or args.arch}"
+    return str(out) if common.any_rank(finished()) else None
+
+
+def open_evaluator(args):
+    """The evaluator that --evaluator names. A file that does not fit ends the program: never a random network instead."""
+    backbone, preprocess, about, path = evaluate.open_backbone(args.evaluator, None, args.size, args.seed)
+    if about and about["method"] != "byol":
+        common.fail(f"--evaluator {args.evaluator} was trained by {about['method']}; a BYOL run is needed (sec. 3.4)")
+    if about and about["preprocess"]["size"] != args.size:
+        common.fail(f"--evaluator {args.evaluator} was trained at {about['preprocess']['size']} px, --size is {args.size}")
+    with torch.no_grad():
+        stages = len(backbone.eval().stages(torch.zeros(1, 3, args.size, args.size)))
+    if not all(0 <= level < stages for level in args.levels):
+        common.fail(f"--levels {args.levels}: the evaluator has {stages} stages, counted from 0")
+    projector = None
+    if args.semantic == "projector":
+        if not path or not (path.parent / "checkpoint.pt").exists():
+            common.fail(f"--semantic projector: {args.evaluator} has no checkpoint.pt with a projector")
+        found = runs.load(path.parent / "checkpoint.pt")["model"]
+        weights = {k.removeprefix("g."): v for k, v in found.items() if k.startswith("g.")}
+        projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
+        projector.load_state_dict(weights)
+    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator)
+
+
+def autoencoder(folder):
+    """The Autoencoder of a run, on the CPU and in eval mode; evaluate.py reads it for the perceptual test and pictures."""
+    found = runs.load(Path(folder, "checkpoint.pt"))
+    s = found["settings"]
+    backbone = backbones.build(s["arch"], s["size"])
+    weights = {k: v for k, v in found["model"].items() if k.startswith(("f.", "bottleneck.", "decoder."))}
+    if not any(k.startswith("decoder.") for k in weights):
+        common.fail(f"{folder} was trained without L_G and has no decoder")
+    net = Autoencoder(backbone, *build_decoder(backbone, s["size"], s["bottleneck"], s["width"], s["pool"]))
+    net.load_state_dict(weights)
+    return net.eval()
+
+
+# ============ the ablations ============
+
+
+def ablations(args):
+    """The rows of tables 6 to 10 and of two remarks: (name, where, the paper's linear top-1, perceptual top-5 and MSE after
+    100 epochs on ImageNet, flags). The paper's second, smaller evaluator is the next smaller network here, or a larger one
+    where there is none smaller."""
+    other = {"resnet50": "resnet18", "resnet18": "resnet10_32", "resnet10_32": "resnet10_16"}.get(args.arch, "resnet10_32")
+    epochs = args.evaluator_epochs or byol.RECIPES[args.recipe]["epochs"]
+    weak = ["--evaluator", f"random:{other}"]
+    trained = lambda n: ["--evaluator", "", "--evaluator-arch", other, "--evaluator-epochs", str(n)]
+    no_higher = ["--weight-maps", "0", "--weight-semantic", "0"]
+    return [
+        ("full", "6.9 7.5 8.2 9.2 10.1", (71.9, 52.3, 0.0285), []),
+        ("L_D only (BYOL)", "6.4 10.6", (66.8, None, None), ["--weight-pixel", "0", *no_higher]),
+        ("no L_D", "6.3", (70.3, None, None), ["--weight-d", "0"]),
+        (f"no L_D, {other} random", "6.2", (21.7, None, None), ["--weight-d", "0", *weak]),
+        (f"{other} random", "6.5 7.3", (67.3, 42.6, 0.0290), weak),
+        (f"{other}, 1 epoch", "6.6", (67.7, None, None), trained(1)),
+        (f"{other}, a third", "6.7", (68.9, None, None), trained(max(1, epochs // 3))),
+        (f"{other}, trained", "6.8 7.4", (70.1, 50.4, 0.0287), trained(epochs)),
+        ("no pixels", "7.1 10.3", (71.6, 0.5, 0.3435), ["--weight-pixel", "0"]),
+        ("pixels only", "7.2 10.4", (67.2, 40.5, 0.0297), no_higher),
+        ("one level", "10.5", (71.6, None, None), ["--weight-maps", "0"]),
+        ("frozen decoder", "10.2", (70.5, None, None), ["--freeze-decoder"]),
+        ("bottleneck x 2", "8.1", (71.8, None, None), ["--bottleneck", str(2 * args.bottleneck)]),
+        ("bottleneck / 2", "8.3", (71.7, None, None), ["--bottleneck", str(args.bottleneck // 2)]),
+        ("decoder x 2", "9.1", (72.0, None, None), ["--width", str(2 * args.width)]),
+        ("decoder / 2", "9.3", (71.7, None, None), ["--width", str(args.width // 2)]),
+        ("average pooling", "fig. 5", (None, None, None), ["--pool"]),
+        ("evaluator trained on", "sec. 3.4", ("< 52", None, None), ["--train-evaluator"]),
+    ]
+
+
+def ablate(args, argv):
+    """Run every row, each into OUT/NAME and resumable, and print them beside the paper's; OUT/ablation.json keeps them."""
+    rank, _, device = common.setup(args.device)
+    argv, out, rows = [flag for flag in argv if flag != "--ablate"], Path(args.out), ablations(args)
+    folders = {name: out / "".join(c if c.isalnum() else "-" for c in name) for name, *_ in rows}
+    for name, _, _, flags in rows:
+        if not main([*argv, *flags, "--out", str(folders[name])]) and not args.dry_run:
+            return  # stopped by a signal
+    common.leave()  # what follows is for one process
+    if rank or args.dry_run:
+        return
+    judge = args.classifier or str(out / "classifier.pt")
+    if not Path(judge).exists():  # the perceptual test's: the same architecture, trained with labels
+        flags = ["--data", args.data, "--root", args.root, "--size", args.size, "--limit", args.limit, "--seed", args.seed]
+        flags += ["--device", device.type, "--workers", args.workers, "--probe", "finetune", "--labels", 100, "--save", judge]
+        command = [sys.executable, Path(evaluate.__file__), f"random:{args.arch}", *flags]
+        subprocess.run([str(word) for word in command], check=True)
+    classifier = evaluate.open_classifier(judge).to(device)
+    test = data.load(args.data, args.root, "test", device, memory=args.in_memory)
+    views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
+    table, painters = [], {}
+    for name, where, paper, _ in rows:
+        found = json.loads((folders[name] / "evaluate.json").read_text())[args.data]
+        row = {"row": name, "table": where, "paper": paper, "knn": found.get("knn", {}).get("20", {}).get("weighted")}
+        row["linear"] = found.get("linear", {}).get("top1")
+        if name != "L_D only (BYOL)":
+            painters[name] = autoencoder(folders[name]).to(device)
+            row |= evaluate.perceptual(painters[name], classifier, test, args.size, device, workers=args.workers)
+        table.append(row)
+    runs.write_text(out / "ablation.json", json.dumps(table, indent=1) + "\n")
+    image = evaluate.reconstructions(painters, test, views[:1], device, classifier)
+    save_image(image, out / "reconstructions.png")
+    # The paper's columns first: linear top-1, perceptual top-5, MSE.
+    head = ("row", "table", "linear", "top-5", "MSE", "20-NN", "linear", "top-1", "top-5", "MSE")
+    print(("{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5).format(*head))
+    for row in table:
+        ours = [row.get(k) for k in ("knn", "linear", "top1", "top5")]
+        cells = ["-" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in (*row["paper"][:2], *ours)]
+        mse = ["-" if v is None else f"{v:.4f}" for v in (row["paper"][2], row.get("mse"))]
+        cells = [row["row"], row["table"], *cells[:2], mse[0], *cells[2:], mse[1]]
+        print(("{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5).format(*cells))
+    print(f"left of the bar the paper's (ResNet-50, 100 epochs of ImageNet), right ours; recoveries in {out}/reconstructions.png")
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    weights = {k: getattr(args, f"weight_{k}") for k in ("d", "pixel", "maps", "semantic")}
+    if args.ablate:
+        return ablate(args, sys.argv[1:] if argv is None else argv)
+    if not any(weights.values()):
+        common.fail("--weight-d and all weights of L_G are 0: nothing is left to train for")
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    paints, judges = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"]
+    if judges and not args.evaluator:
+        args.evaluator = stage_1(args, rank)
+        if not args.evaluator:
+            return None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    evaluator = open_evaluator(args) if judges else None
+    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    backbone, painter = backbones.build(args.arch, args.size), ()
+    if paints:
+        painter = build_decoder(backbone, args.size, args.bottleneck, args.width, args.pool)
+        nn.ModuleList(painter).requires_grad_(not args.freeze_decoder)
+    model = SaGe(backbone, args.hidden, args.dim, weights, *painter, evaluator=evaluator).to(
+        device, memory_format=torch.channels_last
+    )
+    if judges and args.evaluator.startswith("random:"):
+        evaluator.calibrate(next(data.batches(train, preprocess, 512, device))[0])
+    ddp = model
+    if world > 1:
+        if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr, decoder_lr = args.lr * args.batch_size / 256, args.decoder_lr * args.batch_size / 256
+    groups = common.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
+    groups += common.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
+    if args.train_evaluator and judges:
+        groups += common.param_groups(model.h, args.weight_decay, lr_factor=1.0)
+    optimizers = {"optimizer": OPTIMIZERS[args.optimizer](groups, lr=lr)}
+    if paints and not args.freeze_decoder:  # sec. 4.1: Adam, no decay
+        painter = [*model.bottleneck.parameters(), *model.decoder.parameters()]
+        optimizers["decoder_optimizer"] = torch.optim.Adam(painter, lr=decoder_lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, x {args.predictor_lr:g} on q")
+    say(f"{args.optimizer}: {common.count(optimizers['optimizer'])}; tau {args.tau:g} -> 1; {'bf16' if args.amp else 'fp32'}")
+    if paints:
+        millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.bottleneck, model.decoder)]
+        how = "frozen" if args.freeze_decoder else f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
+        say(f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, {how}")
+    say(f"evaluator {args.evaluator if judges else 'none'}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}")
+    say(f"L_D of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return None
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        for name, optimizer in optimizers.items():
+            optimizer.load_state_dict(found[name])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return found["result"]
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), **{k: o.state_dict() for k, o in optimizers.items()}}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+        picture()
+
+    def picture():
+        if paints and rank == 0:
+            net = Autoencoder(model.f, model.bottleneck, model.decoder)
+            image = evaluate.reconstructions({"": net}, test, views, device, classifier, amp=args.amp)
+            log.image("reconstructions", image, step)
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+            for group in optimizers["optimizer"].param_groups:
+                group["lr"] = lr_now * group["lr_factor"]
+            for group in optimizers["decoder_optimizer"].param_groups if len(optimizers) > 1 else ():
+                group["lr"] = decoder_lr * min(1, step / max(1, warmup))  # sec. 4.1: constant; the warm-up: code
+            for micro in range(1, args.accumulate + 1):
+                _, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            for optimizer in optimizers.values():
+                optimizer.step()
+                optimizer.zero_grad()
+            tau = common.cosine(step, total, args.tau, 1.0)  # BYOL, sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+            model.update_target(tau)  # after the step, as in the official code
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                numbers = {"epoch": step / steps, "tau": tau, "feature_std": model.feature_std, **model.parts}
+                log.train(step, lr_now, args.amp, **numbers)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return None
+
+    # ============ final probe ============
+    log.bar.close()
+    picture()
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+    return result
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()
