@@ -649,8 +649,8 @@ def run_finetune(args, backbone, about, sets, preprocess, device, amp):
         print(f"finetune {name}{'' if args.label_list else ' %'}   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   "
               f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})")  # fmt: skip
         print(f"         {'from random weights' if scratch else 'all weights fine-tuned'}, {r['images']} labelled images, "
-              f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}, SGD 0.9, wd {r['weight_decay']:g}, "
-              "rates x 0.2 at 60 % and 80 %; crops and flips; un-augmented test images")  # fmt: skip
+              f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}, random crops and flips")  # fmt: skip
+        print(f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %; un-augmented test images")
         if r["grid"]:
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")

@@ -434,23 +434,23 @@ def ablations(args):
     no_higher = ["--weight-maps", "0", "--weight-semantic", "0"]
     return [
         ("full", "6.9 7.5 8.2 9.2 10.1", (71.9, 52.3, 0.0285), []),
-        ("L_D only (BYOL)", "6.4 10.6", (66.8, None, None), ["--weight-pixel", "0", *no_higher]),
+        ("L_D only", "6.4 10.6", (66.8, None, None), ["--weight-pixel", "0", *no_higher]),
         ("no L_D", "6.3", (70.3, None, None), ["--weight-d", "0"]),
-        (f"no L_D, {other} random", "6.2", (21.7, None, None), ["--weight-d", "0", *weak]),
-        (f"{other} random", "6.5 7.3", (67.3, 42.6, 0.0290), weak),
-        (f"{other}, 1 epoch", "6.6", (67.7, None, None), trained(1)),
-        (f"{other}, a third", "6.7", (68.9, None, None), trained(max(1, epochs // 3))),
-        (f"{other}, trained", "6.8 7.4", (70.1, 50.4, 0.0287), trained(epochs)),
+        (f"no L_D, random {other}", "6.2", (21.7, None, None), ["--weight-d", "0", *weak]),
+        (f"random {other}", "6.5 7.3", (67.3, 42.6, 0.0290), weak),
+        (f"{other} for 1 epoch", "6.6", (67.7, None, None), trained(1)),
+        (f"{other} for a third", "6.7", (68.9, None, None), trained(max(1, epochs // 3))),
+        (f"{other} in full", "6.8 7.4", (70.1, 50.4, 0.0287), trained(epochs)),
         ("no pixels", "7.1 10.3", (71.6, 0.5, 0.3435), ["--weight-pixel", "0"]),
         ("pixels only", "7.2 10.4", (67.2, 40.5, 0.0297), no_higher),
         ("one level", "10.5", (71.6, None, None), ["--weight-maps", "0"]),
         ("frozen decoder", "10.2", (70.5, None, None), ["--freeze-decoder"]),
-        ("bottleneck x 2", "8.1", (71.8, None, None), ["--bottleneck", str(2 * args.bottleneck)]),
-        ("bottleneck / 2", "8.3", (71.7, None, None), ["--bottleneck", str(args.bottleneck // 2)]),
-        ("decoder x 2", "9.1", (72.0, None, None), ["--width", str(2 * args.width)]),
-        ("decoder / 2", "9.3", (71.7, None, None), ["--width", str(args.width // 2)]),
+        ("twice the bottleneck", "8.1", (71.8, None, None), ["--bottleneck", str(2 * args.bottleneck)]),
+        ("half the bottleneck", "8.3", (71.7, None, None), ["--bottleneck", str(args.bottleneck // 2)]),
+        ("twice the decoder", "9.1", (72.0, None, None), ["--width", str(2 * args.width)]),
+        ("half the decoder", "9.3", (71.7, None, None), ["--width", str(args.width // 2)]),
         ("average pooling", "fig. 5", (None, None, None), ["--pool"]),
-        ("evaluator trained on", "sec. 3.4", ("< 52", None, None), ["--train-evaluator"]),
+        ("evaluator not frozen", "sec. 3.4", ("< 52", None, None), ["--train-evaluator"]),
     ]
 
 
@@ -458,7 +458,7 @@ def ablate(args, argv):
     """Run every row, each into OUT/NAME and resumable, and print them beside the paper's; OUT/ablation.json keeps them."""
     rank, _, device = common.setup(args.device)
     argv, out, rows = [flag for flag in argv if flag != "--ablate"], Path(args.out), ablations(args)
-    folders = {name: out / "".join(c if c.isalnum() else "-" for c in name) for name, *_ in rows}
+    folders = {name: out / name.replace(",", "").replace(" ", "-") for name, *_ in rows}
     for name, _, _, flags in rows:
         if not main([*argv, *flags, "--out", str(folders[name])]) and not args.dry_run:
             return  # stopped by a signal
@@ -474,12 +474,13 @@ def ablate(args, argv):
     classifier = evaluate.open_classifier(judge).to(device)
     test = data.load(args.data, args.root, "test", device, memory=args.in_memory)
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    table, painters = [], {}
+    random = json.loads((folders["L_D only"] / "metrics.jsonl").read_text().splitlines()[0])  # the probe at step 0
+    table, painters = [{"row": "neither", "table": "6.1", "paper": (0.9, None, None), "knn": random.get("knn20")}], {}
     for name, where, paper, _ in rows:
         found = json.loads((folders[name] / "evaluate.json").read_text())[args.data]
         row = {"row": name, "table": where, "paper": paper, "knn": found.get("knn", {}).get("20", {}).get("weighted")}
         row["linear"] = found.get("linear", {}).get("top1")
-        if name != "L_D only (BYOL)":
+        if name != "L_D only":
             painters[name] = autoencoder(folders[name]).to(device)
             row |= evaluate.perceptual(painters[name], classifier, test, args.size, device, workers=args.workers)
         table.append(row)

@@ -54,6 +54,7 @@ def flags(method):
 
     def spy(self, *names, **kwargs):
         if "help" in kwargs:
+            kwargs = {k: list(v) if k == "choices" else v for k, v in kwargs.items()}  # of recipes, the names
             found[names[0]] = {k: str(v) for k, v in kwargs.items() if k != "default"}
         return add(self, *names, **kwargs)
 
