@@ -496,7 +496,9 @@ def ablate(args, argv):
         mse = ["-" if v is None else f"{v:.4f}" for v in (row["paper"][2], row.get("mse"))]
         cells = [row["row"], row["table"], *cells[:2], mse[0], *cells[2:], mse[1]]
         print(("{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5).format(*cells))
-    print(f"left of the bar the paper's (ResNet-50, 100 epochs of ImageNet), right ours; recoveries in {out}/reconstructions.png")
+    print("left of the bar the paper's (ResNet-50, 100 epochs of ImageNet), right ours; top-1 and top-5 of the perceptual test, "
+          "of the images themselves {originals_top1:.1f} and {originals_top5:.1f}".format(**row))  # fmt: skip
+    print(f"recoveries: {out}/reconstructions.png")
 
 
 # ============ the run ============

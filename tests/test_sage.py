@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from conftest import TINY, run, start, write_images
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torchvision.io import decode_image
 
 import backbones
 import byol
@@ -370,6 +371,52 @@ def test_projector_as_semantic_feature(unbroken, tmp_path):
     weights = runs.load(unbroken[2] / "checkpoint.pt")["model"]
     assert equal(dict(h.projector.state_dict()), {k[2:]: v for k, v in weights.items() if k.startswith("g.")})
     assert h(torch.zeros(2, 3, 32, 32))[1].shape == (2, args.dim) and not any(p.requires_grad for p in h.parameters())
+
+
+def test_evaluate_reads_what_a_run_recovers(unbroken):
+    out, _, evaluator = unbroken
+    (out / "reconstructions.png").unlink()
+    printed, _ = run("evaluate.py", out, "--probe", "pictures", "--beside", out)
+    assert "reconstructions.png" in printed and decode_image(str(out / "reconstructions.png")).shape[0] == 3
+    _, err = run("evaluate.py", evaluator, "--probe", "pictures", code=2)
+    assert "byol does not make images" in err
+
+
+def test_every_row_of_the_tables_is_a_command_that_parses():
+    args = sage.parse_args(["--data", "imagenet", "--evaluator-epochs", "300"])
+    rows = {name: flags for name, _, _, flags in sage.ablations(args)}
+    assert len(rows) == 18
+    got = {name: sage.parse_args(["--data", "imagenet", *flags]) for name, flags in rows.items()}
+    weights = lambda a: (a.weight_d, a.weight_pixel, a.weight_maps, a.weight_semantic)
+    assert weights(got["L_D only"]) == (1, 0, 0, 0) and weights(got["no L_D"]) == (0, 0.1, 0.1, 0.1)
+    assert weights(got["pixels only"]) == (1, 0.1, 0, 0) and weights(got["one level"]) == (1, 0.1, 0, 0.1)
+    assert got["random resnet18"].evaluator == "random:resnet18"
+    assert got["resnet18 for a third"].evaluator_epochs == 100 and got["resnet18 for a third"].evaluator_arch == "resnet18"
+    assert [got[f"{n} the bottleneck"].bottleneck for n in ("twice", "half")] == [1024, 256]
+    assert [got[f"{n} the decoder"].width for n in ("twice", "half")] == [1024, 256]
+
+
+def test_ablation_prints_its_rows_beside_the_papers(tmp_path, monkeypatch, capfd):
+    rows = sage.ablations
+    chosen = ("full", "L_D only", "resnet10_32 for 1 epoch", "average pooling", "evaluator not frozen", "frozen decoder")
+    monkeypatch.setattr(sage, "ablations", lambda args: [row for row in rows(args) if row[0] in chosen])
+    monkeypatch.setattr(common, "catch_signals", list)
+    flags = ["--data", str(write_images(tmp_path / "images", 64)), "--recipe", "shapes", "--workers", "0", "--limit", "48"]
+    out = tmp_path / "ablation"
+    sage.main([*TINY, *flags, "--epochs", "1", "--evaluator-epochs", "2", "--ablate", "--out", str(out)])
+    table = {row["row"]: row for row in json.loads((out / "ablation.json").read_text())}
+    assert set(table) == {"neither", *chosen}
+    assert table["full"]["paper"] == [71.9, 52.3, 0.0285] and table["full"]["mse"] > 0
+    assert "mse" not in table["L_D only"] and (out / "reconstructions.png").exists()
+    printed = capfd.readouterr().out
+    assert "L_D only" in printed and "66.8" in printed
+    drawn = {n: runs.load(out / n / "checkpoint.pt")["model"] for n in ("full", "frozen-decoder")}
+    first = "decoder.layers.0.weight"
+    torch.manual_seed(0)
+    backbone = backbones.build("resnet10_16", 32)
+    start = sage.build_decoder(backbone, 32, sage.RECIPES["shapes"]["bottleneck"], sage.RECIPES["shapes"]["width"], False)[1]
+    assert torch.equal(drawn["frozen-decoder"][first], start.layers[0].weight)
+    assert not torch.equal(drawn["full"][first], start.layers[0].weight)
 
 
 @pytest.mark.parametrize(
