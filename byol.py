@@ -120,7 +120,7 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
     p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the backbones"
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
     )
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
     p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")

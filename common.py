@@ -105,20 +105,22 @@ def same_everywhere(value, sentence):
             fail(sentence)
 
 
+CAUGHT = []
+
+
 def catch_signals():
-    """A list that fills when the run is asked to stop; the loop looks at it between steps. The third signal ends it at
-    once: torchrun passes a Ctrl-C on to processes that have had it from the terminal already."""
-    caught = []
+    """The list, one for the whole process, that fills when it is asked to stop; loops look at it between steps. The third
+    signal ends it at once: torchrun passes a Ctrl-C on to processes that have had it from the terminal already."""
 
     def handler(number, frame):
-        caught.append(number)
-        if len(caught) > 2:
+        CAUGHT.append(number)
+        if len(CAUGHT) > 2:
             raise KeyboardInterrupt
 
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows lacks the last
             signal.signal(getattr(signal, name), handler)
-    return caught
+    return CAUGHT
 
 
 def seconds_per_pass(module, views, batch_size, device, amp):

@@ -366,7 +366,7 @@ def open_classifier(target, arch=None, size=None):
         common.fail(str(error))
     except OSError as error:  # urllib's errors are of this kind
         common.fail(f"--classifier {target} could not be fetched: {runs.reason(error)}")
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:  # AttributeError: torchvision's networks for other tasks
         common.fail(f"--classifier {target}: {runs.reason(error)}")
     except RuntimeError as error:
         common.fail(f"--classifier {target} does not fit the architecture: {' '.join(str(error).split())[:300]}")
@@ -594,7 +594,7 @@ def open_backbone(target, arch, size, seed):
         if "model" in found:
             common.fail(f"{path} is a training checkpoint; the backbone is in backbone.pt beside it")
         if not arch:
-            common.fail(f"{path} holds a plain state dict: say of which network with --arch")
+            common.fail(f"{path} holds a plain state dict; only evaluate.py --arch can say of which network")
         backbone = backbones.build(arch, preprocess["size"])
         heads = ("fc.", "classifier.")
         backbone.load_state_dict({k: v for k, v in found.items() if not k.startswith(heads)})

@@ -9,6 +9,8 @@ the painting with the view. The decoder and the evaluator are thrown away afterw
                    '-> bottleneck -> decoder -> x~1                     L_G: |x1 - x~1|^2 and |h_l(x1) - h_l(x~1)|^2 on
                                                                              several levels l, and the same for view 2
 
+    Names: f as in the paper; its h_D is g and q here, as in byol.py; its g is `decoder`, its h_G is h.
+
     differences         paper                        official code                   here
     target's tau_base   0.9                          0.99                            0.99, BYOL's preset for 300 epochs
     decoder's channels  512 ... 16: 15.6 M           256, 512 ... 32: 11.3 M         the code's, which fit table 9
@@ -21,6 +23,7 @@ the painting with the view. The decoder and the evaluator are thrown away afterw
     h does not load     -                            a warning, and a random h       exit code 2
     input of h          -                            the views as they are           brought to h's own mean and std
     random h            ResNet-18                    -                               BatchNorm statistics of 512 images
+    start of h          another network              -                               with the same --seed, f's initial weights
     decoder's rate      Adam 0.048, constant         10 epochs of warm-up, no decay  the code's
     encoder's rate      cosine to 0                  by epoch, warm-up on top        by step, after the warm-up, as BYOL
     LARS                -                            norms added, rate in momentum;  BYOL's; no BatchNorm is adapted
@@ -41,9 +44,11 @@ import argparse
 import contextlib
 import copy
 import functools
+import gc
 import itertools
 import json
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -131,7 +136,7 @@ def parse_args(argv=None):
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
     p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the backbones"
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
     )
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
     p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
@@ -155,7 +160,7 @@ def parse_args(argv=None):
     p.add_argument("--hidden", type=int, help="hidden width of projector and predictor")
     p.add_argument("--dim", type=int, help="output width of projector and predictor")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
-    # SaGe: the decoder g, the evaluator h_G, the weights of the loss (0 switches a term off)
+    # SaGe: the decoder (the paper's g), the evaluator (h_G), the weights of the loss (0 switches a term off)
     p.add_argument("--bottleneck", type=int, help="length of the vector that a view is painted from (table 8)")
     p.add_argument("--pool", action="store_true", help="average pooling instead of the bottleneck's convolution (fig. 5)")
     p.add_argument("--width", type=int, help="channels of the decoder after its first doubling, halved by each (table 9)")
@@ -221,6 +226,8 @@ class Decoder(nn.Module):
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
                 nn.init.kaiming_normal_(m.weight, nonlinearity="relu")
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
 
     def forward(self, x):
         return self.layers(x).float().tanh()
@@ -238,8 +245,8 @@ def build_decoder(backbone, size, dim, width, pool):
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
         common.fail(
-            f"--size {size}: the last map is {side} px wide, which the decoder doubles to {side * 2**doublings}; "
-            f"choose a multiple of {2**doublings}"
+            f"--size {size}: the last map is {side} px wide, which the decoder doubles to {side * 2**doublings}; with ResNets "
+            "32, 48 and the multiples of 32 from 64 to 224 fit"
         )
     bottleneck = nn.AdaptiveAvgPool2d(1) if pool else nn.Conv2d(channels, dim, side)
     if not pool:
@@ -283,8 +290,8 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x):
-        """Set the BatchNorm statistics of a random network to those of the images `x`. As initialised they normalise by
-        nothing in eval mode, and the activations grow with every block."""
+        """Set the BatchNorm statistics of a random network to those of the images `x`: as initialised they normalise by
+        nothing in eval mode."""
         norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
         super().train()
         for m in norms:
@@ -298,8 +305,8 @@ class Evaluator(nn.Module):
 class SaGe(nn.Module):
     """BYOL's f, g, q and target f', g', with bottleneck, decoder and evaluator h; `forward((v1, v2))` is the loss (eq. 3).
 
-    What only terms of weight 0 need is neither built nor trained. After a forward, `parts` holds the terms before their
-    weights, those of L_G as means over the two views.
+    Without weight on L_D its heads are not trained, without any on L_G there is no decoder, without maps and semantic no
+    evaluator. After a forward, `parts` holds the terms before their weights, those of L_G as means over the two views.
     """
 
     def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None):
@@ -356,60 +363,77 @@ class SaGe(nn.Module):
 # ============ the evaluator (stage 1), and what is read back from runs ============
 
 
-def stage_1(args, rank):
+def stage_1(args, rank, stop):
     """The folder of a finished BYOL run of the same data beside --out; byol's own main makes it where there is none, in
     the same processes. None if that was stopped by a signal."""
     parts = ["byol", Path(args.data).resolve().name, args.evaluator_arch, args.evaluator_epochs]
-    out = Path(args.out).parent / "-".join(str(part) for part in parts if part)
+    out = Path(args.out).absolute().parent / "-".join(str(part) for part in parts if part)
+    checkpoint = out / "checkpoint.pt"
+    try:
+        found = runs.load(checkpoint) if checkpoint.exists() else {}
+    except EOFError:
+        found = {}  # byol.py knows what to do about it
+    was = found.get("settings", vars(args))
+    if Path(was["data"]).resolve() != Path(args.data).resolve() or any(was[k] != getattr(args, k) for k in ("limit", "size")):
+        common.fail(
+            f"{out} holds a BYOL run of other data (--data {was['data']} --limit {was['limit']} --size {was['size']}); name an "
+            "evaluator with --evaluator, choose another folder for --out, or delete that one"
+        )
+    if not common.any_rank(found.get("result")):
+        if rank == 0:
+            print(f"stage 1: no finished BYOL run in {out}, so it is trained first (--evaluator names another)", flush=True)
+        flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
+        flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
+        same = "data recipe root limit workers seed device size batch_size accumulate log_every"
+        for name in same.split():
+            value = getattr(args, name)
+            flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile
+        flags += ["--amp" if args.amp else "--no-amp", "--probes", *args.probes]
+        byol.main(flags)
+        gc.collect()  # its model, its loader and their processes
+        if args.dry_run:
+            return f"random:{args.evaluator_arch or args.arch}"
+        if common.any_rank(stop):
+            return None
+    return str(out)
 
-    def finished():
-        try:
-            return (out / "checkpoint.pt").exists() and runs.load(out / "checkpoint.pt").get("result") is not None
-        except EOFError:
-            return False  # byol.py knows what to do about it
 
-    if common.any_rank(finished()):
-        return str(out)
-    if rank == 0:
-        print(f"stage 1: no finished BYOL run in {out}, so it is trained first (--evaluator names another)", flush=True)
-    flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
-    flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
-    for name in ("data", "recipe", "root", "limit", "workers", "seed", "device", "size", "batch_size", "accumulate", "log_every"):
-        value = getattr(args, name)
-        flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
-    flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile
-    flags += ["--amp" if args.amp else "--no-amp", "--probes", *args.probes]
-    byol.main(flags)
-    if args.dry_run:
-        return f"random:{args.evaluator_arch or args.arch}"
-    return str(out) if common.any_rank(finished()) else None
-
-
-def open_evaluator(args):
-    """The evaluator that --evaluator names. A file that does not fit ends the program: never a random network instead."""
-    backbone, preprocess, about, path = evaluate.open_backbone(args.evaluator, None, args.size, args.seed)
-    if about and about["method"] != "byol":
-        common.fail(f"--evaluator {args.evaluator} was trained by {about['method']}; a BYOL run is needed (sec. 3.4)")
-    if about and about["preprocess"]["size"] != args.size:
-        common.fail(f"--evaluator {args.evaluator} was trained at {about['preprocess']['size']} px, --size is {args.size}")
+def check_levels(args, backbone):
     with torch.no_grad():
         stages = len(backbone.eval().stages(torch.zeros(1, 3, args.size, args.size)))
     if not all(0 <= level < stages for level in args.levels):
         common.fail(f"--levels {args.levels}: the evaluator has {stages} stages, counted from 0")
+
+
+def open_evaluator(args, name):
+    """The evaluator in the run, the file or by the architecture `name`, and a line on it. What does not fit ends the
+    program: never a random network instead."""
+    # Another seed than f's: a random evaluator of f's architecture would be f's own start.
+    backbone, preprocess, about, path = evaluate.open_backbone(name, None, args.size, args.seed + 1000)
+    if path and about.get("method") != "byol":
+        common.fail(f"--evaluator {name} was trained by {about.get('method', 'something else')}; a BYOL run is needed (sec. 3.4)")
+    if path and about["preprocess"]["size"] != args.size:
+        common.fail(f"--evaluator {name} was trained at {about['preprocess']['size']} px, --size is {args.size}")
+    check_levels(args, backbone)
     projector = None
     if args.semantic == "projector":
         if not path or not (path.parent / "checkpoint.pt").exists():
-            common.fail(f"--semantic projector: {args.evaluator} has no checkpoint.pt with a projector")
+            common.fail(f"--semantic projector: {name} has no checkpoint.pt with a projector")
         found = runs.load(path.parent / "checkpoint.pt")["model"]
         weights = {k.removeprefix("g."): v for k, v in found.items() if k.startswith("g.")}
         projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
         projector.load_state_dict(weights)
-    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator)
+    line = f"{name}: {about['arch']}, BYOL for {about['epoch']} epochs" if path else name
+    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator), line
 
 
 def autoencoder(folder):
     """The Autoencoder of a run, on the CPU and in eval mode; evaluate.py reads it for the perceptual test and pictures."""
-    found = runs.load(Path(folder, "checkpoint.pt"))
+    try:
+        found = runs.load(Path(folder, "checkpoint.pt"))
+    except EOFError as error:  # the decoder is in no other file
+        common.fail(f"the decoder cannot be read: {error}")
     s = found["settings"]
     backbone = backbones.build(s["arch"], s["size"])
     weights = {k: v for k, v in found["model"].items() if k.startswith(("f.", "bottleneck.", "decoder."))}
@@ -429,7 +453,7 @@ def ablations(args):
     where there is none smaller."""
     other = {"resnet50": "resnet18", "resnet18": "resnet10_32", "resnet10_32": "resnet10_16"}.get(args.arch, "resnet10_32")
     epochs = args.evaluator_epochs or byol.RECIPES[args.recipe]["epochs"]
-    weak = ["--evaluator", f"random:{other}"]
+    weak = ["--evaluator", f"random:{other}", "--semantic", "pooled"]
     trained = lambda n: ["--evaluator", "", "--evaluator-arch", other, "--evaluator-epochs", str(n)]
     no_higher = ["--weight-maps", "0", "--weight-semantic", "0"]
     return [
@@ -446,9 +470,9 @@ def ablations(args):
         ("one level", "10.5", (71.6, None, None), ["--weight-maps", "0"]),
         ("frozen decoder", "10.2", (70.5, None, None), ["--freeze-decoder"]),
         ("twice the bottleneck", "8.1", (71.8, None, None), ["--bottleneck", str(2 * args.bottleneck)]),
-        ("half the bottleneck", "8.3", (71.7, None, None), ["--bottleneck", str(args.bottleneck // 2)]),
+        ("half the bottleneck", "8.3", (71.7, None, None), ["--bottleneck", str(max(1, args.bottleneck // 2))]),
         ("twice the decoder", "9.1", (72.0, None, None), ["--width", str(2 * args.width)]),
-        ("half the decoder", "9.3", (71.7, None, None), ["--width", str(args.width // 2)]),
+        ("half the decoder", "9.3", (71.7, None, None), ["--width", str(max(1, args.width // 2))]),
         ("average pooling", "fig. 5", (None, None, None), ["--pool"]),
         ("evaluator not frozen", "sec. 3.4", ("< 52", None, None), ["--train-evaluator"]),
     ]
@@ -457,22 +481,28 @@ def ablations(args):
 def ablate(args, argv):
     """Run every row, each into OUT/NAME and resumable, and print them beside the paper's; OUT/ablation.json keeps them."""
     rank, _, device = common.setup(args.device)
+    stop = common.catch_signals()
     argv, out, rows = [flag for flag in argv if flag != "--ablate"], Path(args.out), ablations(args)
     folders = {name: out / name.replace(",", "").replace(" ", "-") for name, *_ in rows}
     for name, _, _, flags in rows:
-        if not main([*argv, *flags, "--out", str(folders[name])]) and not args.dry_run:
-            return  # stopped by a signal
+        main([*argv, *flags, "--out", str(folders[name])])
+        gc.collect()
+        if common.any_rank(stop):
+            return
     common.leave()  # what follows is for one process
     if rank or args.dry_run:
         return
-    judge = args.classifier or str(out / "classifier.pt")
-    if not Path(judge).exists():  # the perceptual test's: the same architecture, trained with labels
-        flags = ["--data", args.data, "--root", args.root, "--size", args.size, "--limit", args.limit, "--seed", args.seed]
-        flags += ["--device", device.type, "--workers", args.workers, "--probe", "finetune", "--labels", 100, "--save", judge]
-        command = [sys.executable, Path(evaluate.__file__), f"random:{args.arch}", *flags]
-        subprocess.run([str(word) for word in command], check=True)
-    classifier = evaluate.open_classifier(judge).to(device)
-    test = data.load(args.data, args.root, "test", device, memory=args.in_memory)
+    test, classifier = data.load(args.data, args.root, "test", device, memory=args.in_memory), None
+    if (data.labels_of(test) >= 0).any():  # the perceptual test's judge: the same architecture, trained with labels
+        judge = Path(args.classifier or out / "classifier.pt")
+        if not args.classifier and (args.fresh or not judge.exists()):
+            flags = ["--data", args.data, "--root", args.root, "--size", args.size, "--limit", args.limit, "--seed", args.seed]
+            flags += ["--device", device.type, "--workers", args.workers, "--probe", "finetune", "--labels", 100]
+            command = [sys.executable, Path(evaluate.__file__), f"random:{args.arch}", *flags, "--save", judge]
+            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+            if code := subprocess.run([str(word) for word in command], env=alone).returncode:
+                sys.exit(code)
+        classifier = evaluate.open_classifier(str(judge)).to(device)
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
     random = json.loads((folders["L_D only"] / "metrics.jsonl").read_text().splitlines()[0])  # the probe at step 0
     table, painters = [{"row": "neither", "table": "6.1", "paper": (0.9, None, None), "knn": random.get("knn20")}], {}
@@ -496,8 +526,10 @@ def ablate(args, argv):
         mse = ["-" if v is None else f"{v:.4f}" for v in (row["paper"][2], row.get("mse"))]
         cells = [row["row"], row["table"], *cells[:2], mse[0], *cells[2:], mse[1]]
         print(("{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5).format(*cells))
-    print("left of the bar the paper's (ResNet-50, 100 epochs of ImageNet), right ours; top-1 and top-5 of the perceptual test, "
-          "of the images themselves {originals_top1:.1f} and {originals_top5:.1f}".format(**row))  # fmt: skip
+    print("left of the bar the paper's (ResNet-50, 100 epochs of ImageNet; where we name an evaluator it has a ResNet-18), right "
+          "ours; top-1 and top-5 are the perceptual test's")  # fmt: skip
+    if classifier:
+        print("of the images themselves: top-1 {originals_top1:.1f}, top-5 {originals_top5:.1f}".format(**row))
     print(f"recoveries: {out}/reconstructions.png")
 
 
@@ -508,18 +540,23 @@ def main(argv=None):
     args = parse_args(argv)
     weights = {k: getattr(args, f"weight_{k}") for k in ("d", "pixel", "maps", "semantic")}
     if args.ablate:
-        return ablate(args, sys.argv[1:] if argv is None else argv)
+        ablate(args, sys.argv[1:] if argv is None else argv)
+        return
     if not any(weights.values()):
         common.fail("--weight-d and all weights of L_G are 0: nothing is left to train for")
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     say = print if rank == 0 else lambda *_: None
-    paints, judges = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"]
-    if judges and not args.evaluator:
-        args.evaluator = stage_1(args, rank)
-        if not args.evaluator:
-            return None
     stop = common.catch_signals()
+    paints, judges, h = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"], args.evaluator
+    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    if judges and not h:
+        # What would stop stage 2 stops it now, not after stage 1.
+        build_decoder(backbones.build(args.arch, args.size), args.size, args.bottleneck, args.width, args.pool)
+        check_levels(args, backbones.build(args.evaluator_arch or args.arch, args.size))
+        h = stage_1(args, rank, stop)
+        if not h:
+            return
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
@@ -532,8 +569,9 @@ def main(argv=None):
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
-    evaluator = open_evaluator(args) if judges else None
-    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    evaluator, line = open_evaluator(args, h) if judges else (None, "none")
+    if classifier:
+        evaluate.check_classifier(classifier, test)
     torch.manual_seed(args.seed)  # the same initial weights in every process
     backbone, painter = backbones.build(args.arch, args.size), ()
     if paints:
@@ -542,13 +580,19 @@ def main(argv=None):
     model = SaGe(backbone, args.hidden, args.dim, weights, *painter, evaluator=evaluator).to(
         device, memory_format=torch.channels_last
     )
-    if judges and args.evaluator.startswith("random:"):
-        evaluator.calibrate(next(data.batches(train, preprocess, 512, device))[0])
+    if judges and h.startswith("random:"):
+        some = torch.randperm(len(train), generator=data.generator(args.seed, "calibrate"))[:512]
+        evaluator.calibrate(next(data.batches(train, preprocess, 512, device, indices=some))[0])
     ddp = model
     if world > 1:
         if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        # An evaluator that learns has parts that no term of the loss may need.
+        ddp = DistributedDataParallel(
+            model,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=args.train_evaluator,
+        )
     if args.compile:
         model.compile()  # in place: the names in state_dict() stay
 
@@ -579,10 +623,10 @@ def main(argv=None):
         millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.bottleneck, model.decoder)]
         how = "frozen" if args.freeze_decoder else f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
         say(f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, {how}")
-    say(f"evaluator {args.evaluator if judges else 'none'}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}")
+    say(f"evaluator {line}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}")
     say(f"L_D of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
     if args.dry_run:
-        return None
+        return
 
     # ============ resume ============
     settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
@@ -596,7 +640,7 @@ def main(argv=None):
         step = found["step"]
         if found["result"]:
             say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
-            return found["result"]
+            return
         say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
     log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
@@ -639,7 +683,8 @@ def main(argv=None):
             for group in optimizers["optimizer"].param_groups:
                 group["lr"] = lr_now * group["lr_factor"]
             for group in optimizers["decoder_optimizer"].param_groups if len(optimizers) > 1 else ():
-                group["lr"] = decoder_lr * min(1, step / max(1, warmup))  # sec. 4.1: constant; the warm-up: code
+                # sec. 4.1: constant; the warm-up: code
+                group["lr"] = decoder_lr * (step / warmup if step < warmup else 1)
             for micro in range(1, args.accumulate + 1):
                 _, xs = next(batches)
                 if step == 0 and micro == 1:
@@ -663,7 +708,7 @@ def main(argv=None):
         checkpoint()
         if stopped:
             log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return None
+            return
 
     # ============ final probe ============
     log.bar.close()
@@ -672,7 +717,6 @@ def main(argv=None):
     checkpoint(result)
     say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
     say(result)
-    return result
 
 
 if __name__ == "__main__":

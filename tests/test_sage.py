@@ -81,7 +81,7 @@ def test_images_come_back_in_their_own_size(arch, size, side):
 def test_an_image_size_that_the_decoder_cannot_produce(capsys):
     with pytest.raises(SystemExit) as stopped:
         sage.build_decoder(backbones.build("resnet18", 100), 100, 16, 16, pool=False)
-    assert stopped.value.code == 2 and "multiple of 32" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "doubles to 128" in capsys.readouterr().err
 
 
 # ============ the evaluator ============
@@ -346,6 +346,18 @@ def test_stop_and_resume_is_exact_with_both_optimisers(unbroken, tmp_path):
     assert equal(state(out), state(whole)) and len(state(out)) > 60
 
 
+def test_a_byol_run_of_other_data_is_no_evaluator(unbroken, tmp_path):
+    (tmp_path / "byol-shapes-1").symlink_to(unbroken[2])
+    _, err = run(*SMALL, "--limit", "64", "--evaluator-epochs", "1", "--out", tmp_path / "sage", code=2)
+    assert "--limit 48" in err and "--evaluator" in err and len(err.splitlines()) == 1
+
+
+def test_a_random_evaluator_is_not_the_encoders_start():
+    h, _ = sage.open_evaluator(sage.parse_args(["--seed", "3"]), "random:resnet10_16")
+    torch.manual_seed(3)
+    assert not torch.equal(h.net.conv1.weight, backbones.build("resnet10_16", 32).conv1.weight)
+
+
 def test_two_processes_with_stage_1(tmp_path):
     printed, _ = run(*SMALL, "--epochs", "1", "--evaluator-epochs", "1", "--out", tmp_path / "sage", processes=2)
     assert "stage 1" in printed and "64 = 2 cpu" not in printed and "= 2 cpu x 1 x 8" in printed
@@ -366,8 +378,8 @@ def test_decoder_learning_rate_warms_up_and_stays(monkeypatch, tmp_path):
 
 
 def test_projector_as_semantic_feature(unbroken, tmp_path):
-    args = sage.parse_args(["--evaluator", str(unbroken[2]), "--semantic", "projector"])
-    h = sage.open_evaluator(args)
+    args = sage.parse_args(["--semantic", "projector"])
+    h, _ = sage.open_evaluator(args, str(unbroken[2]))
     weights = runs.load(unbroken[2] / "checkpoint.pt")["model"]
     assert equal(dict(h.projector.state_dict()), {k[2:]: v for k, v in weights.items() if k.startswith("g.")})
     assert h(torch.zeros(2, 3, 32, 32))[1].shape == (2, args.dim) and not any(p.requires_grad for p in h.parameters())
@@ -423,7 +435,7 @@ def test_ablation_prints_its_rows_beside_the_papers(tmp_path, monkeypatch, capfd
     ("flags", "words"),
     [
         (["--weight-d", "0", "--weight-pixel", "0", "--weight-maps", "0", "--weight-semantic", "0"], "nothing is left"),
-        (["--evaluator", "random:resnet10_16", "--size", "36"], "multiple of 16"),
+        (["--evaluator", "random:resnet10_16", "--size", "36"], "doubles to"),
         (["--evaluator", "random:resnet10_16", "--levels", "9"], "4 stages"),
         (["--evaluator", "random:resnet10_16", "--semantic", "projector"], "no checkpoint.pt"),
         (["--evaluator", "random:resnet81"], "did you mean"),
@@ -447,6 +459,7 @@ def test_bad_flags(flags, words, tmp_path, capsys, monkeypatch):
     ("change", "words"),
     [
         ({"method": "rotation"}, "was trained by rotation"),
+        ({"method": None}, "a BYOL run is needed"),
         ({"preprocess": {**SIGNED, "size": 48, "interpolation": "bilinear"}}, "was trained at 48 px"),
         ({"arch": "resnet18"}, "does not fit the architecture"),
         ({"state_dict": {}}, "does not fit the architecture"),
@@ -456,5 +469,5 @@ def test_an_evaluator_that_does_not_fit_is_refused(unbroken, tmp_path, capsys, c
     file = tmp_path / "backbone.pt"
     torch.save(torch.load(unbroken[2] / "backbone.pt", weights_only=True) | change, file)
     with pytest.raises(SystemExit) as stopped:
-        sage.open_evaluator(sage.parse_args(["--evaluator", str(file)]))
+        sage.open_evaluator(sage.parse_args([]), str(file))
     assert stopped.value.code == 2 and words in capsys.readouterr().err
