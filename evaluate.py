@@ -48,6 +48,19 @@ MORE = ("finetune", "perceptual", "pictures")
 # ============ features ============
 
 
+@contextlib.contextmanager
+def in_eval(*modules):
+    """Within it the modules are in eval mode; after it each of their parts is in the mode it was in."""
+    modes = [(m, m.training) for module in modules for m in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for m, mode in modes:
+            m.training = mode
+
+
 def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, amp=False, progress=False):
     """Features [N, d] fp32 on `device` and labels [N] on the CPU (-1: none) of the un-augmented images, in order.
 
@@ -56,14 +69,12 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = math.ceil(len(dataset) / world)
     mine = torch.arange(rank, share * world, world) % len(dataset)  # the last share is filled up from the front
-    was_training, features, labels = backbone.training, [], []
-    backbone.eval()
+    features, labels = [], []
     plain = data.batches(dataset, preprocess, batch_size, device, workers, mine)
-    with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+    with in_eval(backbone), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for x, y in tqdm(plain, "features", math.ceil(share / batch_size), leave=False, disable=not progress or None):
             features.append(backbone(x).float())
             labels.append(y)
-    backbone.train(was_training)
     features, labels = torch.cat(features), torch.cat(labels)
     if world > 1:
         parts = [torch.empty_like(features) for _ in range(world)]
@@ -219,19 +230,6 @@ def linear_lbfgs(x, y, test_x, test_y, penalties=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
 def classes_of(dataset):
     """How many classes a set has: its names, and where it has none, its largest label."""
     return len(dataset.classes) if dataset.classes else int(data.labels_of(dataset).max()) + 1
-
-
-@contextlib.contextmanager
-def in_eval(*modules):
-    """Within it the modules are in eval mode; after it each of their parts is in the mode it was in."""
-    modes = [(m, m.training) for module in modules for m in module.modules()]
-    for module in modules:
-        module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode
 
 
 # ============ fine-tuning on a share of the labels ============

@@ -530,13 +530,14 @@ def ablate(args, argv):
     save_image(image, out / "reconstructions.png")
     # The paper's columns first: linear top-1, perceptual top-5, MSE.
     head = ("row", "table", "linear", "top-5", "MSE", "20-NN", "linear", "top-1", "top-5", "MSE")
-    print(("{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5).format(*head))
+    line = "{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5
+    print(line.format(*head))
     for row in table:
         ours = [row.get(k) for k in ("knn", "linear", "top1", "top5")]
         cells = ["-" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in (*row["paper"][:2], *ours)]
         mse = ["-" if v is None else f"{v:.4f}" for v in (row["paper"][2], row.get("mse"))]
         cells = [row["row"], row["table"], *cells[:2], mse[0], *cells[2:], mse[1]]
-        print(("{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5).format(*cells))
+        print(line.format(*cells))
     print("left of the bar the paper's (ResNet-50, 100 epochs of ImageNet; where we name an evaluator it has a ResNet-18), right "
           "ours; top-1 and top-5 are the perceptual test's")  # fmt: skip
     if classifier:
