@@ -123,15 +123,16 @@ def catch_signals():
     return CAUGHT
 
 
-def seconds_per_pass(module, views, batch_size, device, amp):
-    """Time of one forward and backward pass, on a copy of the module and random images; every process must call it."""
+def seconds_per_pass(module, views, batch_size, device, amp, rest=lambda n: ()):
+    """Time of one forward and backward pass, on a copy of the module and random images; every process must call it.
+    `rest(n)`: what the module takes besides the views of n images."""
     n = batch_size if device.type == "cuda" else min(batch_size, 32)
     xs, module = [torch.rand(n, 3, v["size"], v["size"], device=device) for v in views], copy.deepcopy(module)
     seconds = []
     for _ in range(3):  # the fastest counts: not the first, and not one that other programs disturbed
         start = time.perf_counter()
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = module(xs)
+            loss = module(xs, *rest(n))
         loss.backward()
         loss.item()
         seconds.append(time.perf_counter() - start)

@@ -67,17 +67,22 @@ def generator(*key):
 
 
 # ============ data sets ============
-# Both kinds have: len(), name, classes (names, or None), fingerprint(), and `masks` ([N, H, W] uint8, or None).
+# Both kinds have: len(), name, classes (names, or None), fingerprint(), `masks` ([N, H, W] uint8, or None), and key(i),
+# the name of image i: its path below the set's folder without the suffix, or its number in the set.
 
 
 class Images:
     """A set in memory: images [N, 3, H, W] uint8 on `device`, labels [N] int64 on the CPU (or None)."""
 
-    def __init__(self, name, images, labels=None, classes=None, masks=None):
+    def __init__(self, name, images, labels=None, classes=None, masks=None, keys=None):
         self.name, self.images, self.labels, self.classes, self.masks = name, images, labels, classes, masks
+        self.keys = keys
 
     def __len__(self):
         return len(self.images)
+
+    def key(self, i):
+        return self.keys[i] if self.keys else f"{i:06d}"
 
     def fingerprint(self):
         """Changes when any pixel or label does; the cache of features asks for it."""
@@ -87,7 +92,7 @@ class Images:
 
 
 class Files:
-    """A set read image by image: `items` is a list of (path, label), or one of torchvision's data sets.
+    """A set read image by image: `items` is a list of (path, label), all below `base`, or one of torchvision's data sets.
 
     `read(i)` gives (uint8 [3, H, W], label), with label -1 where there is none, and raises OSError for a file that does
     not decode.
@@ -95,8 +100,8 @@ class Files:
 
     masks = None
 
-    def __init__(self, name, items, classes=None):
-        self.name, self.items, self.classes = name, items, classes
+    def __init__(self, name, items, classes=None, base="/"):
+        self.name, self.items, self.classes, self.base = name, items, classes, base
 
     def __len__(self):
         return len(self.items)
@@ -112,6 +117,11 @@ class Files:
 
     def path(self, i):
         return self.items[i][0] if isinstance(self.items, list) else f"image {i} of {self.name}"
+
+    def key(self, i):
+        if isinstance(self.items, list):
+            return Path(os.path.relpath(self.items[i][0], self.base)).with_suffix("").as_posix()
+        return f"{self.items.indices[i] if isinstance(self.items, Subset) else i:06d}"
 
     def fingerprint(self):
         digest = hashlib.sha1(f"{self.name} {len(self)}".encode())
@@ -172,18 +182,20 @@ def load_folder(folder, split, name):
         fail(f"no images in {train} (looked for {' '.join(sorted(SUFFIXES))})")
     if train == folder:  # no split by folder: "val" or "test" could only be a class like any other
         held_out = None
+    base = train
     if split == "test" and held_out:
-        items, test_classes = list_folder(folder / held_out)
+        base = folder / held_out
+        items, test_classes = list_folder(base)
         if test_classes and test_classes != classes:  # label by the training classes; fewer of them is fine
             if unknown := sorted(set(test_classes) - set(classes or [])):
-                fail(f"{folder / held_out} has a class that {train} lacks: {unknown[0]!r}")
+                fail(f"{base} has a class that {train} lacks: {unknown[0]!r}")
             items = [(path, classes.index(test_classes[label])) for path, label in items]
         if not items:
-            fail(f"no images in {folder / held_out}")
+            fail(f"no images in {base}")
     elif classes and not held_out and split != "pretrain":
         tenth = min(10, len(items))
         items = [item for i, item in enumerate(items) if (i % tenth == tenth - 1) == (split == "test")]
-    return Files(name or str(folder), items, classes)
+    return Files(name or str(folder), items, classes, base)
 
 
 def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0, memory=False):
@@ -214,7 +226,8 @@ def _load(name, root, split, device, limit, seed, memory):
         cls, train, test = BY_FILE[name]
         download = {} if name in ("imagenet", "cars") else {"download": True}
         made = first_rank_first(lambda: cls(root, **(test if split == "test" else train), **download), name, root)
-        return subset(Files(name, getattr(made, "samples", made), getattr(made, "classes", [])), limit, seed)
+        base = getattr(made, "split_folder", "/")  # of ImageNet, whose items are files
+        return subset(Files(name, getattr(made, "samples", made), getattr(made, "classes", []), base), limit, seed)
     files = load_folder(name, split, None)
     return in_memory(files, device, limit, seed) if memory else subset(files, limit, seed)
 
@@ -250,7 +263,7 @@ def first_rank_first(make, name, root):
 
 def in_memory(files, device, limit=0, seed=0):
     """Decode `files`, which must all have one size, into a set in memory. Those that do not decode are left out."""
-    files, images, labels, bad = subset(files, limit, seed), [], [], []
+    files, images, labels, keys, bad = subset(files, limit, seed), [], [], [], []
     for i in range(len(files)):
         try:
             image, label = files.read(i)
@@ -259,6 +272,7 @@ def in_memory(files, device, limit=0, seed=0):
             continue
         images.append(image)
         labels.append(label)
+        keys.append(files.key(i))
         if image.shape != images[0].shape:
             fail(f"{files.path(i)} has another size than the first image, so they do not fit one tensor in memory")
     if len(bad) > max(1, len(files) // 100) or not images:
@@ -268,7 +282,7 @@ def in_memory(files, device, limit=0, seed=0):
             f"warning: left out {len(bad)} of {len(files)} images that do not decode; the first: {bad[0]}", flush=True
         )
     labels = torch.tensor(labels) if files.classes else None
-    return Images(files.name, torch.stack(images).to(device), labels, files.classes)
+    return Images(files.name, torch.stack(images).to(device), labels, files.classes, keys=keys)
 
 
 def subset(data, limit, seed):
@@ -287,9 +301,9 @@ def pick(data, indices):
         if isinstance(items, Subset):  # one list of places, however often a set is cut: the fingerprint reads it
             items, rows = items.dataset, [items.indices[i] for i in rows]
         items = [items[i] for i in rows] if isinstance(items, list) else Subset(items, rows)
-        return Files(data.name, items, data.classes)
+        return Files(data.name, items, data.classes, data.base)
     parts = [None if t is None else t[indices.to(t.device)] for t in (data.images, data.labels, data.masks)]
-    return Images(data.name, parts[0], parts[1], data.classes, parts[2])
+    return Images(data.name, parts[0], parts[1], data.classes, parts[2], [data.key(i) for i in indices.tolist()])
 
 
 def labels_of(data):
@@ -344,6 +358,32 @@ def listed(data, file):
     return torch.tensor(sorted({place[name] for name in names}))
 
 
+def read_masks(folder, data, size=64):
+    """The masks of a set's images, one a file, FOLDER/KEY.png or of another format: uint8 [N, size, size], 255 where the
+    object is. Masks of any size will do: they are resized (and so may be squashed, as a relative place is all they tell).
+    Images without a mask end the program, with their names."""
+    if not Path(folder).is_dir():
+        fail(f"--masks {folder}: no such folder")
+    files = {Path(os.path.relpath(p, folder)).with_suffix("").as_posix(): p for p, _ in list_folder(folder)[0]}
+    keys = [data.key(i) for i in range(len(data))]
+    if missing := [key for key in keys if key not in files]:
+        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        fail(f"{len(missing)} of {len(keys)} images of {data.name} have no mask below {folder}: {some}")
+    if len(set(keys)) < len(keys):
+        twice = collections.Counter(keys).most_common(1)[0][0]
+        fail(f"two images of {data.name} have the name {twice!r}, so that masks in a folder cannot be told apart")
+
+    def read(key):
+        try:
+            mask = tvf.resize(decode(files[key])[:1], [size, size], antialias=True)
+        except OSError as error:
+            fail(f"{files[key]} is not a mask that can be read: {error}")
+        return mask[0]
+
+    with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
+        return torch.stack(list(tqdm(pool.map(read, keys), "masks", len(keys), leave=False, disable=None)))
+
+
 # ============ geometry: random crops and flips ============
 
 
@@ -381,7 +421,7 @@ def resize_weights(start, length, inputs, outputs, interpolation):
 
 
 def crop_resize(images, boxes, flip, size, interpolation):
-    """Crops of a batch in memory: uint8 [B, 3, H, W], boxes [B, 4], flip [B] bool -> float [B, 3, size, size] in [0, 1].
+    """Crops of a batch in memory: uint8 [B, C, H, W], boxes [B, 4], flip [B] bool -> float [B, C, size, size] in [0, 1].
 
     A crop and resize is linear and separable, so it is two batched matrix products, exact for reduction and
     enlargement alike; the flip reverses the rows of one matrix and costs nothing.
@@ -392,7 +432,7 @@ def crop_resize(images, boxes, flip, size, interpolation):
     across = resize_weights(boxes[:, 1], boxes[:, 3], width, size, interpolation)  # [B, size, W]
     across = torch.where(flip[:, None, None], across.flip(1), across) / 255
     x = torch.bmm(images.reshape(b, c * height, width).float(), across.transpose(1, 2)).view(b, c, height, size)
-    x = torch.matmul(down[:, None], x)  # [B, 3, size, size]
+    x = torch.matmul(down[:, None], x)  # [B, C, size, size]
     return x.clamp_(0, 1) if interpolation == "bicubic" else x  # bicubic overshoots at edges
 
 
@@ -405,7 +445,7 @@ def random_crops(images, view, g):
 
 
 def random_crop(image, view, g):
-    """The same for one image of a folder, in a worker: uint8 [3, H, W] -> uint8 [3, size, size]."""
+    """The same for one image of a folder, in a worker: uint8 [C, H, W] -> uint8 [C, size, size]."""
     top, left, h, w = sample_boxes(1, *image.shape[1:], view["scale"], view["ratio"], g)[0].int().tolist()
     mode, size = tvf.InterpolationMode(view["interpolation"]), [view["size"], view["size"]]
     crop = tvf.resized_crop(image, top, left, h, w, size, mode, antialias=True)
@@ -502,12 +542,40 @@ def chosen(n, p, g, device):
     return (torch.rand(n, generator=g) < p).nonzero()[:, 0].to(device, non_blocking=True)
 
 
-def augment(x, view, g):
-    """The part of a view after the crop: float [B, 3, S, S] in [0, 1] (overwritten) -> normalised.
+BLENDS = {"none": 0.0, "gaussian": 1.0, "mix": 0.5}  # how many masks are blurred before the paste
 
-    Jitter, grey, blur, solarize, in the order of BYOL's appendix B; an operation of probability 0 costs nothing.
+
+def copy_paste(x, alpha, view, grounds, g):
+    """Some objects on other grounds, I <- M I + (1 - M) B (Distilling Localization, sec. 5.2), x [B, 3, S, S] in place.
+
+    alpha [B, 1, S, S] is M in [0, 1]; the others, and images whose M is 1 everywhere, stay as they are. B is a level of
+    grey, drawn for each image, or one of `grounds` (uint8 [G, 3, H, W]) in a crop of its own. It comes after the crop of
+    image and mask, which is the same as before it up to the interpolation of the object's edge, and costs less.
+    """
+    rows = chosen(len(x), view["paste"], g, x.device)
+    if grounds is None:
+        ground = torch.randint(256, (len(rows), 1, 1, 1), generator=g).to(x.device, non_blocking=True) / 255
+    else:
+        pick = torch.randint(len(grounds), (len(rows),), generator=g).to(grounds.device, non_blocking=True)
+        ground = random_crops(grounds[pick], view, g)
+    alpha = alpha[rows]
+    if BLENDS[view["blend"]]:
+        soft = chosen(len(rows), BLENDS[view["blend"]], g, x.device)
+        # 5 taps, sigma 2: the kernel of the cut-and-paste generator that the paper cites for blending (its ref. 14).
+        alpha[soft] = blur(alpha[soft], torch.full((len(soft),), 2.0, device=x.device), 5)
+    x[rows] = torch.lerp(ground, x[rows], alpha)
+    return x
+
+
+def augment(x, view, g, grounds=None):
+    """The part of a view after the crop: float [B, 3, S, S] in [0, 1] (overwritten) -> normalised. With copy-paste the
+    fourth of four channels is the object's mask, and `grounds` are what it may be pasted on (None: levels of grey).
+
+    Paste, jitter, grey, blur, solarize, in the order of BYOL's appendix B; an operation of probability 0 costs nothing.
     """
     n, device = len(x), x.device
+    if view["paste"]:
+        x = copy_paste(x[:, :3].contiguous(), x[:, 3:], view, grounds, g)
     if view["jitter_p"]:
         b, c, s, h = view["jitter"]
         bounds = [(max(0, 1 - b), 1 + b), (max(0, 1 - c), 1 + c), (max(0, 1 - s), 1 + s), (-h, h)]
@@ -530,15 +598,17 @@ def augment(x, view, g):
 
 
 def view(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", flip=0.5, jitter=(0, 0, 0, 0),
-         jitter_p=0.0, grey=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD):  # fmt: skip
+         jitter_p=0.0, grey=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD, paste=0.0,
+         blend="none"):  # fmt: skip
     """The numbers of one view; the scripts spell out those that their paper sets.
 
     size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop. jitter: strengths of brightness,
     contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip, jitter_p, grey, blur,
-    solarize: probabilities.
+    solarize, paste: probabilities. blend: of the pasted object's edge, a key of BLENDS.
     """
     return dict(size=size, scale=scale, ratio=ratio, interpolation=interpolation, flip=flip, jitter=jitter,
-                jitter_p=jitter_p, grey=grey, blur=blur, sigma=sigma, solarize=solarize, mean=mean, std=std)  # fmt: skip
+                jitter_p=jitter_p, grey=grey, blur=blur, sigma=sigma, solarize=solarize, mean=mean, std=std,
+                paste=paste, blend=blend)  # fmt: skip
 
 
 # ============ batches ============
@@ -549,20 +619,23 @@ class Loader:
     [b, 3, S, S] on the device and `index` the images' places in the set, which memory banks key on.
 
     Every process draws the same permutation of the set per epoch and takes its own slice of each batch; a ragged tail
-    is dropped, so that all processes make the same `steps`.
+    is dropped, so that all processes make the same `steps`. Views that paste need `alpha`, the objects' masks (uint8
+    [N, h, w], of any size), and take `grounds` as `augment` does.
     """
 
-    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu"):
-        self.data, self.views, self.batch_size, self.seed = data, views, batch_size, seed
+    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu", alpha=None, grounds=None):
+        self.data, self.views, self.batch_size, self.seed, self.grounds = data, views, batch_size, seed, grounds
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.steps = len(data) // (batch_size * world)
         self.bad = set()
         if isinstance(data, Files):
             self.keys = []  # batches of (epoch, index), read by the DataLoader when an epoch begins
             self.loader = DataLoader(
-                Crops(data, views, seed), batch_sampler=_Reread(self), collate_fn=Crops.collate, num_workers=workers,
+                Crops(data, views, seed, alpha), batch_sampler=_Reread(self), collate_fn=Crops.collate, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
             )  # fmt: skip
+        else:
+            self.alpha = None if alpha is None else tvf.resize(alpha, list(data.images.shape[2:]), antialias=True)[:, None]
 
     def epoch(self, epoch, start=0):
         """The batches of epoch `epoch` from step `start` on; the same ones whenever they are asked for."""
@@ -572,8 +645,10 @@ class Loader:
         for step, (index, crops) in enumerate(self.crops(order, epoch, start), start):
             g = generator(self.seed, epoch, step, self.rank)
             if crops is None:
-                crops = [random_crops(self.data.images[index], view, g) for view in self.views]
-            yield index, [augment(crop, view, g) for crop, view in zip(crops, self.views, strict=True)]
+                images = self.data.images[index]
+                with_masks = None if self.alpha is None else torch.cat([images, self.alpha[index]], 1)
+                crops = [random_crops(with_masks if view["paste"] else images, view, g) for view in self.views]
+            yield index, [augment(crop, view, g, self.grounds) for crop, view in zip(crops, self.views, strict=True)]
 
     def crops(self, order, epoch, start):
         if isinstance(self.data, Images):
@@ -625,8 +700,8 @@ class Crops(Dataset):
     """What a worker does: decode one image and cut its views. The key (epoch, index) decides all randomness, so it does
     not matter which worker does it."""
 
-    def __init__(self, files, views, seed):
-        self.files, self.views, self.seed = files, views, seed
+    def __init__(self, files, views, seed, alpha=None):
+        self.files, self.views, self.seed, self.alpha = files, views, seed, alpha
 
     def __len__(self):
         return len(self.files)
@@ -642,7 +717,10 @@ class Crops(Dataset):
             except OSError:
                 bad.append(at)
                 at = int(torch.randint(len(self.files), (), generator=g))
-        return index, [random_crop(image, view, g) for view in self.views], bad
+        if self.alpha is not None:
+            mask = tvf.resize(self.alpha[at, None], list(image.shape[1:]), antialias=True)
+        crops = [random_crop(torch.cat([image, mask]) if view["paste"] else image, view, g) for view in self.views]
+        return index, crops, bad
 
     @staticmethod
     def collate(samples):

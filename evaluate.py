@@ -8,6 +8,9 @@
     python evaluate.py RUN --probe finetune --labels 100 --save FILE  the same on all labels, kept as a classifier
     python evaluate.py RUN --probe perceptual --classifier FILE       does it recognise the images that RUN recovers?
     python evaluate.py RUN --probe pictures --beside RUN2             RUN/reconstructions.png
+    python evaluate.py RUN --probe neighbours gradients --beside random:resnet10_16     RUN/neighbours.png, RUN/gradients.png
+    python evaluate.py RUN --probe localisation swap                  does it look at the object, or at the background?
+    python evaluate.py resnet50.pth --arch resnet50 --data DIR --probe localisation --masks DIR2
 
 For k-NN and linear probes features come from the backbone in eval() and inference mode, once, and are cached beside the
 checkpoint: whatever these probes do, the backbone is frozen by construction. Every number is printed with its protocol,
@@ -22,6 +25,7 @@ import importlib
 import json
 import math
 import os
+import typing
 from pathlib import Path
 
 import torch
@@ -42,7 +46,8 @@ import runs
 KS = (1, 10, 20, 100, 200)
 FEWEST = 10  # labelled images that a linear probe needs
 PROBES = ("knn", "linear", "lbfgs")  # of frozen features: what the training scripts can end with
-MORE = ("finetune", "perceptual", "pictures")
+DIAGNOSIS = ("neighbours", "gradients", "localisation", "swap")
+MORE = ("finetune", "perceptual", "pictures", *DIAGNOSIS)
 
 
 # ============ features ============
@@ -175,22 +180,38 @@ def held_out(n, seed):
     return order[size:], order[:size]
 
 
-@torch.inference_mode()
-def linear_sgd(x, y, test_x, test_y, epochs=100, batch_size=256, lrs=LRS, decays=DECAYS, seed=0):
-    """Linear probe: the whole grid on nine tenths of the training features, the best pair on the last tenth, then that
-    pair on all of them (BYOL's procedure). Features are divided by their mean norm, one number, so that one grid fits
-    every method. Returns {"top1", "top5", "lr", "weight_decay", "grid"}; `grid` has the held-out top-1 of each pair."""
-    scale, classes = x.norm(dim=1).mean(), int(max(y.max(), test_y.max())) + 1
-    x, test_x = x / scale, test_x / scale
+@torch.no_grad()
+def fit_linear(x, y, classes, epochs=100, batch_size=256, lrs=LRS, decays=DECAYS, seed=0):
+    """A softmax regression: the whole grid on nine tenths of the training features, the best pair on the last tenth, then
+    that pair on all of them (BYOL's procedure). Features are divided by their mean norm, one number, so that one grid
+    fits every method. Returns that number, w [1, C, d], b [1, C, 1] and {"lr", "weight_decay", "grid"}; `grid` has the
+    held-out top-1 of each pair."""
+    scale = x.norm(dim=1).mean()
+    x = x / scale
     train, val = held_out(len(x), seed)
     w, b = fit_sgd(x[train], y[train], classes, lrs, decays, epochs, batch_size, seed)
     scores = accuracy(x[val] @ w.mT + b.mT, y[val])[0]  # [G]
     pairs = [(lr, wd) for lr in lrs for wd in decays]
     lr, wd = pairs[int(scores.argmax())]
-    w, b = fit_sgd(x, y, classes, [lr], [wd], epochs, batch_size, seed)
-    top1, top5 = accuracy((test_x @ w.mT + b.mT)[0], test_y)
     grid = {f"lr {a:g} wd {c:g}": round(s, 2) for (a, c), s in zip(pairs, scores.tolist(), strict=True)}
-    return {"top1": top1.item(), "top5": top5.item(), "lr": lr, "weight_decay": wd, "grid": grid}
+    w, b = fit_sgd(x, y, classes, [lr], [wd], epochs, batch_size, seed)
+    return scale, w, b, {"lr": lr, "weight_decay": wd, "grid": grid}
+
+
+@torch.inference_mode()
+def linear_sgd(x, y, test_x, test_y, fitted=None, **settings):
+    """Linear probe: `fit_linear`, or what it has `fitted` already, judged on the test features. Returns {"top1", "top5",
+    "lr", "weight_decay", "grid"}."""
+    scale, w, b, chosen = fitted or fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, **settings)
+    top1, top5 = accuracy((test_x / scale @ w.mT + b.mT)[0], test_y)
+    return {"top1": top1.item(), "top5": top5.item(), **chosen}
+
+
+def linear_head(scale, w, b, _):
+    """What `fit_linear` found as an nn.Linear from features as they are to logits."""
+    head = nn.Linear(w.shape[2], w.shape[1], device=w.device)
+    head.load_state_dict({"weight": w[0] / scale, "bias": b[0, :, 0]})
+    return head
 
 
 def fit_lbfgs(x, y, classes, penalty, start=None, iterations=200):
@@ -420,12 +441,13 @@ GAP, STRIP = 4, 16  # px between pictures, and of the strip for what is written 
 PASSES, FAILS = (0, 160, 0), (220, 0, 0)
 
 
-def figure(rows):
+def figure(rows, headings=None, frames=False):
     """Rows of pictures with words, as float [3, H, W] in [0, 1].
 
     rows: list of (name, images [N, 3, S, S] in [-1, 1], captions, marks). The name stands at the left. Images are
     enlarged by a whole factor, without smoothing, to at least 96 px. captions, marks: one string and one bool (or None)
-    an image, or None: written under the image, as a green dot for True and a red one for False.
+    an image, or None: written under the image, as a green dot for True and a red one for False; `frames`: as a frame of
+    that colour around the image. headings: {column: what to write above it}.
     """
     pixels = [(images.float().cpu() + 1).mul(127.5).round().clamp(0, 255).byte() for _, images, _, _ in rows]
     pixels = [x.repeat_interleave(k := math.ceil(96 / x.shape[-1]), 2).repeat_interleave(k, 3) for x in pixels]
@@ -433,8 +455,11 @@ def figure(rows):
     ruler = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     left = 2 * GAP + math.ceil(max(ruler.textlength(name) for name, *_ in rows))
     heights = [cell + GAP + STRIP * bool(captions or marks) for _, _, captions, marks in rows]
-    canvas = Image.new("RGB", (left + most * (cell + GAP), GAP + sum(heights)), "white")
-    draw, top = ImageDraw.Draw(canvas), GAP
+    top = GAP + STRIP * bool(headings)
+    canvas = Image.new("RGB", (left + most * (cell + GAP), top + sum(heights)), "white")
+    draw = ImageDraw.Draw(canvas)
+    for column, words in (headings or {}).items():
+        draw.text((left + column * (cell + GAP), 2), words, fill="black")
     for (name, _, captions, marks), x, height in zip(rows, pixels, heights, strict=True):
         draw.text((GAP, top + cell // 2 - 6), name, fill="black")
         for i in range(len(x)):
@@ -443,7 +468,11 @@ def figure(rows):
             if captions:
                 draw.text((at + STRIP, below + 2), captions[i], fill="black")
             if marks and marks[i] is not None:
-                draw.ellipse((at + 3, below + 3, at + STRIP - 4, below + STRIP - 4), fill=PASSES if marks[i] else FAILS)
+                colour = PASSES if marks[i] else FAILS
+                if frames:
+                    draw.rectangle((at - 2, top - 2, at + cell + 1, below + 1), outline=colour, width=4)
+                else:
+                    draw.ellipse((at + 3, below + 3, at + STRIP - 4, below + STRIP - 4), fill=colour)
         top += height
     return tvf.pil_to_tensor(canvas).float() / 255
 
@@ -479,6 +508,255 @@ def reconstructions(autoencoders, dataset, views, device, classifier=None, n=8, 
     return figure(rows)
 
 
+# ============ visual diagnosis: what does a network look at? (Distilling Localization, sec. 3) ============
+
+
+def pixel_gradients(net, x, y):
+    """d score_y / d x, float [B, 3, S, S], the score being the logit of class y [B] for x [B, 3, S, S], net in eval mode.
+
+    One backward for the batch, as in eval mode no image's score depends on another image. No parameter gets a gradient,
+    and the caller may be in inference mode."""
+    with torch.inference_mode(False), torch.enable_grad(), in_eval(net):
+        x = x.detach().clone().requires_grad_()  # a clone made here is no inference tensor
+        scores = net(x).gather(1, y.clone().to(x.device)[:, None])
+        return torch.autograd.grad(scores.sum(), x)[0].float()
+
+
+def class_gradients(net, x, y):
+    """The saliency of each pixel for class y (Simonyan et al. 2014): the largest |d score_y / d x| of its channels.
+
+    net: normalised images [B, 3, S, S] to logits [B, C]; y int64 [B]. Returns float [B, S, S]; more in `pixel_gradients`.
+    """
+    return pixel_gradients(net, x, y).abs().amax(1)
+
+
+class Model(typing.NamedTuple):
+    """What the pictures need of a backbone: `net` is it with a linear head on top, bank and queries are its features of
+    the training and of the test images, [N, d]."""
+
+    name: str
+    net: nn.Sequential
+    preprocess: dict
+    bank: torch.Tensor
+    queries: torch.Tensor
+
+
+def choose(labels, n, seed):
+    """Places of `n` labelled images, drawn by `seed`, as evenly of all classes as can be, sorted by class."""
+    g = data.generator(seed, "queries")
+    order = torch.randperm(len(labels), generator=g)
+    order = order[labels[order] >= 0]
+    order = order[labels[order].argsort(stable=True)]
+    y = labels[order]
+    turn = torch.arange(len(y)) - torch.searchsorted(y, y)  # 0: the first image of a class, 1: the second, ...
+    return order[(turn + torch.rand(len(y), generator=g)).argsort()[:n].sort().values]
+
+
+def nearest(bank, queries, k):
+    """Places [Q, k] in `bank` [N, d] of the k vectors most like each of `queries` [Q, d] by cosine, nearest first."""
+    return (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(k, len(bank)), 1).indices.cpu()
+
+
+def title(dataset, label):
+    return "" if label < 0 else str(dataset.classes[label] if dataset.classes else label)
+
+
+def shown(model, dataset, rows, device, size):
+    """The images at `rows` as the model sees them, [B, 3, size, size] in [-1, 1] for a `figure`."""
+    x, _ = next(data.batches(dataset, model.preprocess | {"mean": HALF, "std": HALF}, len(rows), device, 0, rows))
+    return F.interpolate(x, (size, size))
+
+
+def attention(model, dataset, rows, device, size):
+    """The same in grey under black-red-yellow-white heat: the class gradients of each image for its true label. The
+    hottest hundredth of an image's pixels is white, so that one of them does not leave all others dark."""
+    maps = class_gradients(model.net, *next(data.batches(dataset, model.preprocess, len(rows), device, 0, rows)))
+    heat = (maps / maps.flatten(1).quantile(0.99, 1).clamp(min=1e-30)[:, None, None]).clamp(0, 1)[:, None]
+    heat = F.interpolate(heat, (size, size))
+    hot = (3 * heat - torch.arange(3, device=device).view(3, 1, 1)).clamp(0, 1)
+    return 2 * torch.lerp(0.6 * data.grey(shown(model, dataset, rows, device, size) / 2 + 0.5), hot, heat) - 1
+
+
+def neighbours(models, train, test, rows, device, k=3):
+    """A `figure` with a row for each test image of `rows`: for every model the class gradients and the k nearest training
+    images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13)."""
+    size, labels, y = max(m.preprocess["size"] for m in models), data.labels_of(train), data.labels_of(test)[rows]
+    none = [None] * len(rows)
+    columns = [(shown(models[0], test, rows, device, size), [f"# {i}" for i in rows.tolist()], none)]
+    headings = {0: "query"}
+    for m in models:
+        headings[len(columns)] = m.name
+        columns.append((attention(m, test, rows, device, size), ["gradient"] * len(rows), none))
+        for places in nearest(m.bank, m.queries[rows.to(m.queries.device)], k).T:
+            theirs = labels[places].tolist()
+            marks = [None if a < 0 else a == b for a, b in zip(theirs, y.tolist(), strict=True)]
+            columns.append((shown(m, train, places, device, size), [title(train, a) for a in theirs], marks))
+    table = []
+    for i, label in enumerate(y.tolist()):
+        images, captions, marks = zip(*([part[i] for part in column] for column in columns), strict=True)
+        table.append((title(test, label), torch.stack(images), captions, marks))
+    return figure(table, headings, frames=True)
+
+
+def gradients(models, test, rows, device):
+    """A `figure` of the test images at `rows` and, for every model, their class gradients for the true label; below them
+    the class that the model's linear classifier names, and whether it is right."""
+    size, y = max(m.preprocess["size"] for m in models), data.labels_of(test)[rows].tolist()
+    table = [("image", shown(models[0], test, rows, device, size), [title(test, label) for label in y], None)]
+    for m in models:
+        best = m.net[1](m.queries[rows.to(m.queries.device)]).argmax(1).tolist()
+        marks = [a == b for a, b in zip(best, y, strict=True)]
+        table.append((m.name, attention(m, test, rows, device, size), [title(test, label) for label in best], marks))
+    return figure(table)
+
+
+def object_masks(dataset, size, folder=None):
+    """Where the objects are, bool [N, H, W], from `folder` or the set's own: of a set in memory on its images as they
+    are, of a folder on the images as a network of `size` px sees them. No masks: exit code 2."""
+    if folder is None:
+        if dataset.masks is None:
+            common.fail(f"{dataset.name} has no masks of its objects: name a folder of masks with --masks")
+        return dataset.masks > 0
+    if isinstance(dataset, data.Images):
+        return data.read_masks(folder, dataset, dataset.images.shape[-1]) > 128
+
+    def shape(i):
+        try:
+            if isinstance(dataset.items, list):
+                with Image.open(dataset.path(i)) as image:  # reads no pixel
+                    return image.size[::-1]
+            return dataset.read(i)[0].shape[1:]
+        except OSError:
+            return size, size  # without a label from `data.batches`, and so left out
+
+    masks = data.read_masks(folder, dataset, size)  # squashed to a square: back to each image's shape, then cut as it is
+    whole = (tvf.resize(mask[None], list(shape(i))) for i, mask in enumerate(masks))
+    return torch.cat([data.fit(mask, size, "nearest-exact") for mask in whole]) > 128
+
+
+def with_object(dataset, masks):
+    """Places of the labelled images with an object in their mask."""
+    return ((data.labels_of(dataset) >= 0) & masks.flatten(1).any(1).cpu()).nonzero()[:, 0]
+
+
+def partners(n, seed):
+    """A random image for each of n, int64 [n]: a permutation in which none keeps its place."""
+    order = torch.randperm(n, generator=data.generator(seed, "swap"))
+    return torch.empty_like(order).scatter_(0, order, order.roll(1))
+
+
+def localisation(backbone, head, dataset, masks, preprocess, device, batch_size=64, workers=0, seed=0):
+    """How much of the gradients for the true labels lies on the objects, where masks [N, H, W] are True. Per cent:
+
+    energy: the share of their squares, summed over channels, that lies inside the object, mean over the images.
+    pointing: the images whose map (`class_gradients`) has its maximum inside (Zhang et al. 2016's pointing game).
+    area: the share of pixels that are inside, mean over the images: the energy of a uniform map.
+    energy_other, pointing_other: with the object of another image: what a liking for places, not for objects, scores.
+    Returns these and the number of "images"; images without a label or an object are left out.
+    """
+    rows, net, found = with_object(dataset, masks), nn.Sequential(backbone, head), []
+    pairs = rows.split(batch_size), rows[partners(len(rows), seed)].split(batch_size)
+    plain = data.batches(dataset, preprocess, batch_size, device, workers, rows)
+    for (x, y), *places in zip(plain, *pairs, strict=True):
+        m = masks[torch.cat(places).to(masks.device)].byte()
+        m = data.fit(m, preprocess["size"], "nearest-exact").to(device).flatten(1).view(2, len(x), -1) > 0  # own, other
+        keep = ((y >= 0).to(device) & m[0].any(1)).nonzero()[:, 0]  # an image that does not decode has no label
+        m, g = m[:, keep], pixel_gradients(net, x[keep], y[keep.cpu()]).flatten(2)  # [2, b, S * S], [b, 3, S * S]
+        g = g / g.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)  # squares of small numbers would vanish
+        energy, top = g.square().sum(1), g.abs().amax(1).argmax(1)
+        share = (energy * m).sum(2) / energy.sum(1).clamp(min=1e-30)  # [2, b]
+        hit = m[:, torch.arange(len(keep), device=device), top]  # [2, b]
+        found.append(torch.cat([share, hit, m[:1].float().mean(2)]).cpu().double())
+    means = (100 * torch.cat(found, 1).mean(1)).tolist()
+    names = ("energy", "energy_other", "pointing", "pointing_other", "area")
+    return dict(zip(names, means, strict=True)) | {"images": sum(f.shape[1] for f in found)}
+
+
+def fill(images, masks):
+    """Images [B, C, H, W] in which what masks [B, H, W] cover (True) is made up from the pixels around it.
+
+    A normalised convolution, the mean of x (1 - m) over the mean of 1 - m, as wide as each hole needs: an image of half
+    the size is filled first, and gives the start for some steps of diffusion, in which a slope keeps its slope. Other
+    pixels stay as they are; an image that is covered whole becomes 0.5.
+    """
+    hole, known = masks[:, None], (~masks[:, None]).to(images.dtype)
+    guess = torch.full_like(images, 0.5)
+    if max(images.shape[2:]) > 1:
+        weight = F.avg_pool2d(known, 2, ceil_mode=True)
+        half = F.avg_pool2d(images * known, 2, ceil_mode=True) / weight.clamp(min=1e-6)
+        guess = F.interpolate(fill(half, weight[:, 0] == 0), scale_factor=2, mode="bilinear")
+        guess = guess[:, :, : images.shape[2], : images.shape[3]]
+    x = torch.where(hole, guess, images)
+    for _ in range(10):
+        x = torch.where(hole, F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1), x)
+    return x
+
+
+def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250, workers=0):
+    """Yields ({version: uint8 [b, 3, S, S]}, labels [b]) of the images at `rows`: the "original"; "swapped", the object on
+    the ground of its partner, whose own object is filled in; "removed", its own ground without it; "grey", the object
+    on mid-grey. All are made at the size of the data (of a folder: at the network's) and then cut as any image is."""
+    size = preprocess["size"]
+    side = dataset.images.shape[-1] if isinstance(dataset, data.Images) else size
+    pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
+    # Edges are soft, so an object colours pixels outside its mask: what is filled in is wider by a margin.
+    masks, margin = data.fit(masks.byte(), side, "nearest-exact"), max(1, side // 16)
+    pairs = rows, partners(len(dataset), seed)[rows]
+    streams = [data.batches(dataset, pixels, batch_size, device, workers, part) for part in pairs]
+    for (x, y), (other, _), *places in zip(*streams, *(part.split(batch_size) for part in pairs), strict=True):
+        m = masks[torch.cat(places).to(masks.device)].to(device)
+        wide = F.max_pool2d(m[:, None].float(), 2 * margin + 1, 1, margin)[:, 0] > 0
+        own, ground = fill(torch.cat([x, other]), wide).chunk(2)
+        m = m[: len(x), None] > 0
+        made = {"original": x, "swapped": x.where(m, ground), "removed": own, "grey": x.where(m, 0.5)}
+        cut = lambda v: data.fit((255 * v).round().byte(), size, preprocess["interpolation"])
+        yield {name: cut(v) for name, v in made.items()}, y
+
+
+@torch.inference_mode()
+def swap(backbone, head, bank, bank_labels, dataset, masks, preprocess, device, k=20, temperature=0.1, seed=0, workers=0,
+         amp=False):  # fmt: skip
+    """Top-1 in per cent of weighted k-NN and of `head` on the `composites` of a set, both made with ordinary training
+    images: bank [N, d] with labels, and a linear layer fitted on it. {version: {"knn", "linear"}}, the number of "images",
+    and "object": of the swapped images, the share in per cent whose feature is nearer (cosine) to the image that the
+    object is from than to the one that the ground is from. Where grounds tell nothing about the class, accuracies stay as
+    they are, and only this figure shows how much of the ground a feature holds."""
+    rows = with_object(dataset, masks)
+    if len(dataset) < 2 or not len(rows):
+        common.fail(f"swap needs 2 test images with labels and objects; {dataset.name} has {len(rows)} of {len(dataset)}")
+    features, labels = {}, []
+    with in_eval(backbone), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+        for made, y in composites(dataset, masks, preprocess, device, rows, seed, workers=workers):
+            labels.append(y)
+            for name, v in made.items():
+                x = data.normalise(v.float() / 255, preprocess["mean"], preprocess["std"])
+                features.setdefault(name, []).append(backbone(x).float())
+    result = {}
+    for name, parts in features.items():
+        x, y = labelled(torch.cat(parts), torch.cat(labels))
+        (votes,) = knn(bank, bank_labels, x, y, (k,), temperature).values()
+        result[name] = {"knn": votes[0], "linear": accuracy(head(x), y)[0].item()}
+    place = torch.full((len(dataset),), -1).scatter_(0, rows, torch.arange(len(rows)))
+    partner = place[partners(len(dataset), seed)[rows]]
+    kept = (partner >= 0).nonzero()[:, 0]  # whose partner is among the images, too
+    plain, swapped = (F.normalize(torch.cat(features[v]), dim=1) for v in ("original", "swapped"))
+    object_, ground = ((swapped[kept] * plain[other]).sum(1) for other in (kept, partner[kept]))
+    return result | {"images": len(y), "object": 100 * (object_ > ground).float().mean().item()}
+
+
+@torch.inference_mode()
+def swap_picture(net, dataset, masks, preprocess, device, rows, seed=0):
+    """A `figure` of the composites of the images at `rows`, with what `net` takes each for."""
+    made, y = next(composites(dataset, masks, preprocess, device, rows, seed, len(rows)))
+    table = []
+    with in_eval(net):
+        for name, v in made.items():
+            best = net(data.normalise(v.float() / 255, preprocess["mean"], preprocess["std"])).argmax(1).tolist()
+            marks = [a == b for a, b in zip(best, y.tolist(), strict=True)]
+            table.append((name, v.float() / 127.5 - 1, [title(dataset, label) for label in best], marks))
+    return figure(table)
+
+
 # ============ all of it for one backbone ============
 
 
@@ -501,8 +779,9 @@ def first(dataset, n):
     return data.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
-def probe(train, test, probes, temperature=0.1, seed=0, say=print):
-    """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict."""
+def probe(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None):
+    """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict. `fitted`:
+    what `fit_linear` found on them, where it has been called already."""
     results = {"health": health(train[0])}
     say("health   " + "  ".join(f"{k} {v:.3g}" for k, v in results["health"].items()))
     say(
@@ -524,7 +803,7 @@ def probe(train, test, probes, temperature=0.1, seed=0, say=print):
         say(f"fewer than {FEWEST} labelled images: linear probes left out")
         return results
     if "linear" in probes:
-        r = results["linear"] = linear_sgd(x, y, test_x, test_y, seed=seed)
+        r = results["linear"] = linear_sgd(x, y, test_x, test_y, fitted, seed=seed)
         say(
             f"linear   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; lr {r['lr']:g}, wd {r['weight_decay']:g})"
         )
@@ -665,6 +944,13 @@ def run_finetune(args, backbone, about, sets, preprocess, device, amp):
     return results
 
 
+def names_of(checkpoints):
+    """A short name for each, as different as they are."""
+    paths = [p.parent if p.name == "backbone.pt" else p for p in (Path(c).resolve() for c in checkpoints)]
+    names = [p.name for p in paths]
+    return names if len(set(names)) == len(names) else [f"{p.parent.name}/{p.name}" for p in paths]
+
+
 def open_autoencoder(run):
     """(the script of the run's method, its autoencoder, what backbone.pt says) for a run folder or the backbone.pt in it."""
     *_, about, path = open_backbone(str(run), None, 0, 0)
@@ -692,10 +978,7 @@ def run_images(args, path, dataset, device, amp):
         print(f"         {len(dataset)} un-augmented test images at {size} px, judged by {args.classifier}; "
               "MSE of pixels in [-1, 1]")  # fmt: skip
     if "pictures" in args.probe:
-        paths = [Path(run).resolve() for run in (path.parent, *args.beside)]
-        names = [p.name for p in paths]
-        if len(set(names)) < len(names):
-            names = [f"{p.parent.name}/{p.name}" for p in paths]
+        names = names_of([path, *args.beside])
         autoencoders = {names[0] if args.beside else "": autoencoder}
         for name, run in zip(names[1:], args.beside, strict=True):
             _, other, its = open_autoencoder(run)
@@ -706,12 +989,92 @@ def run_images(args, path, dataset, device, amp):
         if recipe not in script.RECIPES:
             common.fail(f"--recipe {recipe}: {about['method']}.py has {', '.join(script.RECIPES)}")
         views = [data.view(size, **{**v, "mean": HALF, "std": HALF}) for v in script.RECIPES[recipe]["views"]]
-        file = path.parent / "reconstructions.png"
+        file = Path(args.out or path.parent, "reconstructions.png")
         picture = reconstructions(autoencoders, dataset, views, device, classifier, seed=args.seed, amp=amp)
         save_image(picture, file)
         print(f"{file}: images, their views, and what is recovered of each, with its MSE in [-1, 1]")
         if classifier:
             print(f"         green: {args.classifier} has the right class among its first {guesses(classifier)}")
+    return results
+
+
+def ready_for_diagnosis(args, sets, preprocess):
+    """(places of the queries, masks or None, backbones of --beside as `open_backbone` gives them), or exit code 2."""
+    test, labels = sets["test"], data.labels_of(sets["test"])
+    enough = (data.labels_of(sets["train"]) >= 0).sum() >= FEWEST and (labels >= 0).any()
+    if not enough:
+        common.fail(f"{' '.join(DIAGNOSIS)} need {FEWEST} labelled training images and a labelled test set: "
+                    f"{test.name} has too few labels")  # fmt: skip
+    for i in args.queries or []:
+        if not 0 <= i < len(test) or labels[i] < 0:
+            common.fail(f"--queries {i}: the test images of {test.name} with a label are among 0 to {len(test) - 1}")
+    rows = torch.tensor(args.queries) if args.queries else choose(labels, 8, args.seed)
+    masks = None
+    if {"localisation", "swap"} & set(args.probe):
+        masks = object_masks(test, preprocess["size"], args.masks)
+    if "swap" in args.probe and len(test) < 2:
+        common.fail(f"swap needs another image's background: {test.name} has {len(test)} test image")
+    beside = []
+    if {"neighbours", "gradients"} & set(args.probe):
+        for target in args.beside:
+            size = args.size or (preprocess["size"] if target.startswith("random:") else 0)
+            beside.append(open_backbone(target, args.arch, size, args.seed))
+    return rows, masks, beside
+
+
+def fit_pairs(train, test, seed):
+    """`fit_linear` on a pair of training features and labels, for all classes that it or the test pair has."""
+    (x, y), (_, test_y) = labelled(*train), labelled(*test)
+    return fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed)
+
+
+def run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, device, amp):
+    """The probes of DIAGNOSIS that were asked for; writes the pictures, prints and returns the numbers."""
+    (rows, masks, beside), results, folder = ready, {}, Path(args.out or (path.parent if path else "."))
+    test, size, head = sets["test"], preprocess["size"], linear_head(*fitted)
+    lr, wd = fitted[3]["lr"], fitted[3]["weight_decay"]
+    how = f"linear classifier on frozen features (that of the linear probe; lr {lr:g}, wd {wd:g})"
+    if {"neighbours", "gradients"} & set(args.probe):
+        names = names_of([path or args.checkpoint, *args.beside])
+        models = [Model(names[0], nn.Sequential(backbone, head), preprocess, pairs[0][0], pairs[1][0])]
+        for name, (net, its, _, file) in zip(names[1:], beside, strict=True):
+            net.to(device, memory_format=torch.channels_last)
+            both = [cached(net, file, sets[s], s, its, device, args.workers, amp) for s in sets]
+            net = nn.Sequential(net, linear_head(*fit_pairs(*both, args.seed)))
+            models.append(Model(name, net, its, both[0][0], both[1][0]))
+    if "neighbours" in args.probe:
+        save_image(neighbours(models, sets["train"], test, rows, device, args.top), folder / "neighbours.png")
+        print(f"{folder / 'neighbours.png'}: test images, class gradients, {args.top} nearest training images by cosine")
+        print("         framed green: of the image's class, red: of another")
+    if "gradients" in args.probe:
+        save_image(gradients(models, test, rows, device), folder / "gradients.png")
+        print(f"{folder / 'gradients.png'}: |d score / d pixel| for the TRUE label, through a {how}")
+        print("         below: the class that it names; green: right, red: wrong")
+    if "localisation" in args.probe:
+        r = localisation(backbone, head, test, masks, preprocess, device, workers=args.workers, seed=args.seed)
+        results["localisation"] = r
+        print(f"localisation   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (a uniform map: {r['area']:.2f})")
+        print(f"  other image  energy {r['energy_other']:.2f}  pointing {r['pointing_other']:.2f}   (the object of another "
+              "image: what a liking for places scores)")  # fmt: skip
+        print(f"         gradient of the TRUE label's score, {r['images']} un-augmented test images at {size} px, per cent")
+        print("         energy: of its squares, those inside the object; pointing: of images, those with its maximum inside")
+        print(f"         {how}")
+    if "swap" in args.probe:
+        r = swap(backbone, head, *labelled(*pairs[0]), test, masks, preprocess, device, 20, args.temperature, args.seed,
+                 args.workers, amp)  # fmt: skip
+        results["swap"] = r
+        versions = [v for v in r if isinstance(r[v], dict)]
+        print("swap     " + "".join(f"{v:>10}" for v in versions))
+        for name in ("knn", "linear"):
+            print(f"{name:<9}" + "".join(f"{r[v][name]:10.2f}" for v in versions))
+        print(f"         top-1 of {r['images']} test images: as they are; the object on another's ground, whose object is")
+        print("         filled in; the ground alone, the object filled in; the object on mid-grey")
+        print(f"         20-NN, cosine, weight exp(s / {args.temperature:g}); {how}")
+        print("         both made with ordinary training images")
+        print(f"object   {r['object']:.2f} % of the swapped images are nearer to the object's image than to the ground's")
+        save_image(swap_picture(nn.Sequential(backbone, head), test, masks, preprocess, device, rows, args.seed),
+                   folder / "swap.png")  # fmt: skip
+        print(f"{folder / 'swap.png'}: some of them, with what the linear classifier takes them for")
     return results
 
 
@@ -729,6 +1092,8 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="of held-out slice, shares, batches, pictures, random:ARCH")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 (default: where the device has it)")
+    p.add_argument("--out", help="folder for pictures (default: the checkpoint's; for random:ARCH the current one)")
+    p.add_argument("--beside", nargs="+", default=[], help="other checkpoints that the pictures show, too")
     f = p.add_argument_group("finetune")
     f.add_argument("--labels", type=float, nargs="+", help="per cent of the labels, one or more (default: 1 10)")
     f.add_argument("--label-list", help="instead: a file that names the labelled images, one a line (folders only)")
@@ -742,13 +1107,16 @@ def parse_args():
     r.add_argument("--classifier", help="judges recovered images: a file of --save, a state dict, or torchvision:NAME")
     r.add_argument("--classifier-arch", help="torchvision's name of the network, for a state dict")
     r.add_argument("--classifier-size", type=int, default=0, help="px that it sees (default: its own, else 224)")
-    r.add_argument("--beside", nargs="+", default=[], help="other runs whose recoveries the picture shows, too")
     r.add_argument("--recipe", help="of the method's script, whose views the picture shows (default: by data)")
+    d = p.add_argument_group(" ".join(DIAGNOSIS))
+    d.add_argument("--queries", type=int, nargs="+", help="places of test images to show (default: 8, of all classes)")
+    d.add_argument("--top", type=int, default=3, help="nearest neighbours to show")
+    d.add_argument("--masks", help="folder with the masks of the TEST images, named like them (default: the set's own)")
     args = p.parse_args()
     if args.temperature <= 0:
         common.fail(f"--temperature {args.temperature}: it must be above 0")
     common.at_least(0, args, "limit", "size", "workers", "weight_decay", "classifier_size")
-    common.at_least(1, args, "finetune_epochs")
+    common.at_least(1, args, "finetune_epochs", "top")
     common.at_least(2, args, "batch_size")
     if args.labels and args.label_list:
         common.fail("--labels and --label-list exclude each other")
@@ -763,6 +1131,8 @@ def parse_args():
         common.fail("--save keeps a fine-tuned network: add --probe finetune")
     if args.save and not Path(args.save).absolute().parent.is_dir():
         common.fail(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
+    if args.out and not Path(args.out).is_dir():
+        common.fail(f"--out {args.out}: there is no such folder")
     if "perceptual" in args.probe and not args.classifier:
         common.fail("--probe perceptual needs a --classifier to judge the recovered images")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -780,10 +1150,17 @@ def main():
     print(f"{what} on {name} at {preprocess['size']} px")
     backbone.to(device, memory_format=torch.channels_last)
     sets = {s: data.load(name, args.root, s, device, args.limit, args.seed) for s in ("train", "test")}
-    results = {}
-    if set(args.probe) & set(PROBES):
+    results, fitted, diagnosis = {}, None, set(args.probe) & set(DIAGNOSIS)
+    if diagnosis:
+        ready = ready_for_diagnosis(args, sets, preprocess)
+    if diagnosis or set(args.probe) & set(PROBES):
         pairs = [cached(backbone, path, sets[s], s, preprocess, device, args.workers, amp) for s in sets]
-        results = probe(*pairs, args.probe, args.temperature, args.seed)
+    if diagnosis:
+        fitted = fit_pairs(*pairs, args.seed)
+    if set(args.probe) & set(PROBES):
+        results = probe(*pairs, args.probe, args.temperature, args.seed, fitted=fitted)
+    if diagnosis:
+        results |= run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, device, amp)
     if "finetune" in args.probe:
         results["finetune"] = run_finetune(args, backbone, about, sets, preprocess, device, amp)
     if {"perceptual", "pictures"} & set(args.probe):

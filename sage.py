@@ -48,7 +48,7 @@ Measured with this file (k-NN: 20 neighbours; protocols, curves and more in resu
 
     python sage.py                                                           shapes, minutes on a laptop
     torchrun --standalone --nproc_per_node=8 sage.py --data imagenet --root DIR
-    python sage.py --ablate --epochs 8                                       every row of tables 6-10
+    python ablate.py sage --epochs 8                                         every row of tables 6-10
 """
 
 import argparse
@@ -57,11 +57,8 @@ import copy
 import functools
 import gc
 import itertools
-import json
 import math
-import os
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -69,7 +66,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import save_image
 
 import backbones
 import byol
@@ -118,7 +114,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
-SAME_RESULT += ("classifier", "ablate")
+SAME_RESULT += ("classifier",)
 OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
@@ -169,7 +165,7 @@ def parse_args(argv=None):
         "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
     )
     p.add_argument("--hidden", type=int, help="hidden width of projector and predictor")
-    p.add_argument("--dim", type=int, help="output width of projector and predictor")
+    p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     # SaGe: the decoder (the paper's g), the evaluator (h_G), the weights of the loss (0 switches a term off)
     p.add_argument("--bottleneck", type=int, help="length of the vector that a view is painted from (table 8)")
@@ -190,7 +186,6 @@ def parse_args(argv=None):
     p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
     p.add_argument("--classifier", help="marks the recoveries that it recognises (made by evaluate.py --save)")
-    p.add_argument("--ablate", action="store_true", help="run every row of tables 6-10 and print them")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
     args = p.parse_args(argv)
     common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
@@ -199,7 +194,7 @@ def parse_args(argv=None):
     )
     common.at_least(1, args, "bottleneck", "width", *["evaluator_epochs"] * (args.evaluator_epochs is not None))
     common.at_least(0, args, "decoder_lr", "weight_d", "weight_pixel", "weight_maps", "weight_semantic")
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}{'-ablation' * args.ablate}"
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
 
@@ -455,105 +450,12 @@ def autoencoder(folder):
     return net.eval()
 
 
-# ============ the ablations ============
-
-
-def ablations(args):
-    """The rows of tables 6 to 10 and of two remarks: (name, where, the paper's linear top-1, perceptual top-5 and MSE after
-    100 epochs on ImageNet, flags). The paper's second, smaller evaluator is the next smaller network here, or a larger one
-    where there is none smaller."""
-    other = {"resnet50": "resnet18", "resnet18": "resnet10_32", "resnet10_32": "resnet10_16"}.get(args.arch, "resnet10_32")
-    epochs = args.evaluator_epochs or byol.RECIPES[args.recipe]["epochs"]
-    weak = ["--evaluator", f"random:{other}", "--semantic", "pooled"]
-    trained = lambda n: ["--evaluator", "", "--evaluator-arch", other, "--evaluator-epochs", str(n)]
-    no_higher = ["--weight-maps", "0", "--weight-semantic", "0"]
-    return [
-        ("full", "6.9 7.5 8.2 9.2 10.1", (71.9, 52.3, 0.0285), []),
-        ("L_D only", "6.4 10.6", (66.8, None, None), ["--weight-pixel", "0", *no_higher]),
-        ("no L_D", "6.3", (70.3, None, None), ["--weight-d", "0"]),
-        (f"no L_D, random {other}", "6.2", (21.7, None, None), ["--weight-d", "0", *weak]),
-        (f"random {other}", "6.5 7.3", (67.3, 42.6, 0.0290), weak),
-        (f"{other} for 1 epoch", "6.6", (67.7, None, None), trained(1)),
-        (f"{other} for a third", "6.7", (68.9, None, None), trained(max(1, epochs // 3))),
-        (f"{other} in full", "6.8 7.4", (70.1, 50.4, 0.0287), trained(epochs)),
-        ("no pixels", "7.1 10.3", (71.6, 0.5, 0.3435), ["--weight-pixel", "0"]),
-        ("pixels only", "7.2 10.4", (67.2, 40.5, 0.0297), no_higher),
-        ("one level", "10.5", (71.6, None, None), ["--weight-maps", "0"]),
-        ("frozen decoder", "10.2", (70.5, None, None), ["--freeze-decoder"]),
-        ("twice the bottleneck", "8.1", (71.8, None, None), ["--bottleneck", str(2 * args.bottleneck)]),
-        ("half the bottleneck", "8.3", (71.7, None, None), ["--bottleneck", str(max(1, args.bottleneck // 2))]),
-        ("twice the decoder", "9.1", (72.0, None, None), ["--width", str(2 * args.width)]),
-        ("half the decoder", "9.3", (71.7, None, None), ["--width", str(max(1, args.width // 2))]),
-        ("average pooling", "fig. 5", (None, None, None), ["--pool"]),
-        ("evaluator not frozen", "sec. 3.4", ("< 52", None, None), ["--train-evaluator"]),
-    ]
-
-
-def ablate(args, argv):
-    """Run every row, each into OUT/NAME and resumable, and print them beside the paper's; OUT/ablation.json keeps them."""
-    rank, _, device = common.setup(args.device)
-    stop = common.catch_signals()
-    argv, out, rows = [flag for flag in argv if flag != "--ablate"], Path(args.out), ablations(args)
-    folders = {name: out / name.replace(",", "").replace(" ", "-") for name, *_ in rows}
-    for name, _, _, flags in rows:
-        main([*argv, *flags, "--out", str(folders[name])])
-        gc.collect()
-        if common.any_rank(stop):
-            return
-    common.leave()  # what follows is for one process
-    if rank or args.dry_run:
-        return
-    test, classifier = data.load(args.data, args.root, "test", device, memory=args.in_memory), None
-    if (data.labels_of(test) >= 0).any():  # the perceptual test's judge: the same architecture, trained with labels
-        judge = Path(args.classifier or out / "classifier.pt")
-        if not args.classifier and (args.fresh or not judge.exists()):
-            flags = ["--data", args.data, "--root", args.root, "--size", args.size, "--limit", args.limit, "--seed", args.seed]
-            flags += ["--device", device.type, "--workers", args.workers, "--probe", "finetune", "--labels", 100]
-            command = [sys.executable, Path(evaluate.__file__), f"random:{args.arch}", *flags, "--save", judge]
-            alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-            if code := subprocess.run([str(word) for word in command], env=alone).returncode:
-                sys.exit(code)
-        classifier = evaluate.open_classifier(str(judge)).to(device)
-    views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    random = json.loads((folders["L_D only"] / "metrics.jsonl").read_text().splitlines()[0])  # the probe at step 0
-    table, painters = [{"row": "neither", "table": "6.1", "paper": (0.9, None, None), "knn": random.get("knn20")}], {}
-    for name, where, paper, _ in rows:
-        found = json.loads((folders[name] / "evaluate.json").read_text())[args.data]
-        row = {"row": name, "table": where, "paper": paper, "knn": found.get("knn", {}).get("20", {}).get("weighted")}
-        row["linear"] = found.get("linear", {}).get("top1")
-        if name != "L_D only":
-            painters[name] = autoencoder(folders[name]).to(device)
-            row |= evaluate.perceptual(painters[name], classifier, test, args.size, device, workers=args.workers)
-        table.append(row)
-    runs.write_text(out / "ablation.json", json.dumps(table, indent=1) + "\n")
-    image = evaluate.reconstructions(painters, test, views[:1], device, classifier)
-    save_image(image, out / "reconstructions.png")
-    # The paper's columns first: linear top-1, perceptual top-5, MSE.
-    head = ("row", "table", "linear", "top-5", "MSE", "20-NN", "linear", "top-1", "top-5", "MSE")
-    line = "{:24}{:>22}" + "{:>8}" * 3 + "   |" + "{:>8}" * 5
-    print(line.format(*head))
-    for row in table:
-        ours = [row.get(k) for k in ("knn", "linear", "top1", "top5")]
-        cells = ["-" if v is None else v if isinstance(v, str) else f"{v:.1f}" for v in (*row["paper"][:2], *ours)]
-        mse = ["-" if v is None else f"{v:.4f}" for v in (row["paper"][2], row.get("mse"))]
-        cells = [row["row"], row["table"], *cells[:2], mse[0], *cells[2:], mse[1]]
-        print(line.format(*cells))
-    print("left of the bar the paper's (ResNet-50, 100 epochs of ImageNet; where we name an evaluator it has a ResNet-18), right "
-          "ours; top-1 and top-5 are the perceptual test's")  # fmt: skip
-    if classifier:
-        print("of the images themselves: top-1 {originals_top1:.1f}, top-5 {originals_top5:.1f}".format(**row))
-    print(f"recoveries: {out}/reconstructions.png")
-
-
 # ============ the run ============
 
 
 def main(argv=None):
     args = parse_args(argv)
     weights = {k: getattr(args, f"weight_{k}") for k in ("d", "pixel", "maps", "semantic")}
-    if args.ablate:
-        ablate(args, sys.argv[1:] if argv is None else argv)
-        return
     if not any(weights.values()):
         common.fail("--weight-d and all weights of L_G are 0: nothing is left to train for")
     rank, world, device = common.setup(args.device)

@@ -1,17 +1,21 @@
-"""Shared by all tests: the scripts as a user starts them, and small folders of images."""
+"""Shared by all tests: the scripts as a user starts them, small folders of images, and what every method must keep to."""
 
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import write_jpeg
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-torch.set_num_threads(2)
+# Two threads on one core wait for each other: ten times slower.
+torch.set_num_threads(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
 
 TINY = [
     "--limit",
@@ -62,3 +66,60 @@ def write_images(folder, n, classes=2, size=40, seed=0):
 @pytest.fixture
 def folder(tmp_path):
     return write_images(tmp_path / "images", 64)
+
+
+def equal(a, b):
+    """Bit for bit, for tensors, plain values, and dicts of them."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+
+
+# ============ a batch in parts ============
+# `build()` gives the model, the same at every call; `batch(n)` what its forward takes for n images, as a tuple. Of that,
+# tensors with n rows (views, also in lists, or the images' places) are cut; others (negatives, say) go whole to every part.
+
+
+def part(x, k, n):
+    """The k-th half of what belongs to n images."""
+    if torch.is_tensor(x):
+        return x[k * n // 2 : (k + 1) * n // 2] if x.ndim and len(x) == n else x
+    return type(x)(part(v, k, n) for v in x)
+
+
+def half(rank, port, out, build, batch, n):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    ddp = DistributedDataParallel(build().eval())
+    loss = ddp(*part(batch(n), rank, n))
+    loss.backward()
+    torch.distributed.all_reduce(loss := loss.detach())
+    if rank == 0:
+        torch.save({"loss": loss / 2, "grads": [p.grad for p in ddp.module.parameters() if p.requires_grad]}, out)
+    torch.distributed.destroy_process_group()
+
+
+def check_two_processes(build, batch, tmp_path, atol=1e-6, rtol=1e-5, n=16):
+    """Two processes with n / 2 images give the loss and the gradients of one with n. BatchNorm aside: in eval mode the
+    forward of an image does not depend on the others. `build` and `batch` must be functions of a module."""
+    whole = build().eval()
+    loss = whole(*batch(n))
+    loss.backward()
+    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "two.pt", build, batch, n), nprocs=2)
+    two = torch.load(tmp_path / "two.pt")
+    assert torch.allclose(two["loss"], loss, atol=atol)
+    grads = [p.grad for p in whole.parameters() if p.requires_grad]
+    assert sum(g.abs().sum() for g in grads) > 0
+    for g, expected in zip(two["grads"], grads, strict=True):
+        assert torch.allclose(g, expected, atol=atol, rtol=rtol)
+
+
+def check_accumulation(build, batch, atol=1e-6, rtol=1e-5, n=16):
+    """Two passes over n / 2 images, each loss halved, add up to the gradients of one pass over n. BatchNorm aside."""
+    xs, one, two = batch(n), build().eval(), build().eval()
+    one(*xs).backward()
+    for k in range(2):
+        (two(*part(xs, k, n)) / 2).backward()
+    assert sum(p.grad.abs().sum() for p in one.parameters() if p.grad is not None) > 0
+    for p, q in zip(one.parameters(), two.parameters(), strict=True):
+        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=atol, rtol=rtol)

@@ -6,11 +6,9 @@ import time
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, run, start, write_images
+from conftest import TINY, check_accumulation, check_two_processes, equal, run, start, write_images
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import byol
@@ -22,12 +20,6 @@ SMALL = ["byol.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch
 def weights(out, name="checkpoint.pt"):
     found = runs.load(out / name)
     return {"step": found["step"], **found["model"], **{f"o{i}": s for i, s in found["optimizer"]["state"].items()}}
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 # ============ the loss and the method ============
@@ -117,32 +109,12 @@ def test_heads_are_the_papers():
 # ============ one process with 2N images, two with N ============
 
 
-def frozen_statistics(model):
-    """BatchNorm aside: in eval mode the forward of one image does not depend on the others."""
-    return model.eval()
-
-
-def half(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    ddp = DistributedDataParallel(frozen_statistics(tiny_model()))
-    loss = ddp([v[rank * 8 : rank * 8 + 8] for v in views(16)])
-    loss.backward()
-    torch.distributed.all_reduce(loss := loss.detach())
-    if rank == 0:
-        torch.save({"loss": loss / 2, "grads": [p.grad for p in ddp.module.parameters() if p.requires_grad]}, out)
-    torch.distributed.destroy_process_group()
+def batch(n):
+    return (views(n),)
 
 
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    whole = frozen_statistics(tiny_model())
-    loss = whole(views(16))
-    loss.backward()
-    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "two.pt"), nprocs=2)
-    two = torch.load(tmp_path / "two.pt")
-    assert torch.allclose(two["loss"], loss, atol=1e-6)
-    for g, p in zip(two["grads"], (p for p in whole.parameters() if p.requires_grad), strict=True):
-        assert torch.allclose(g, p.grad, atol=1e-6)
+    check_two_processes(tiny_model, batch, tmp_path)
 
 
 # ============ whole runs ============
@@ -248,12 +220,7 @@ def test_accumulation_moves_target_and_schedules_once_an_update(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_mean():
-    xs, one, two = views(16), frozen_statistics(tiny_model()), frozen_statistics(tiny_model())
-    one(xs).backward()
-    for k in range(2):
-        (two([v[8 * k : 8 * k + 8] for v in xs]) / 2).backward()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-6)
+    check_accumulation(tiny_model, batch)
 
 
 def test_folder_with_a_corrupt_image_and_workers(tmp_path):

@@ -123,6 +123,113 @@ def test_operations_happen_as_often_as_asked():
     assert torch.equal(data.augment(x.clone(), plain, g), x)
 
 
+# ============ copy-and-paste, and masks ============
+
+
+def test_paste_is_the_papers_formula_for_the_chosen_and_nothing_for_the_rest():
+    x, alpha = images(400, 8), images(400, 8, seed=1)[:, :1]
+    alpha[::2] = alpha[::2].round()  # hard masks and soft ones
+    view, g = data.view(8, paste=0.5), torch.Generator().manual_seed(0)
+    out = data.copy_paste(x.clone(), alpha, view, None, g)
+    pasted = (out != x).flatten(1).any(1)
+    assert 150 < pasted.sum() < 250
+    ground = ((out - alpha * x) / (1 - alpha))[pasted]  # I' = M I + (1 - M) B
+    away = (alpha[pasted] < 0.9).expand_as(ground)
+    level = torch.stack([b[m].median() for b, m in zip(ground, away, strict=True)])
+    assert (ground - level.view(-1, 1, 1, 1))[away].abs().max() < 1e-4  # one grey an image, the same in every channel
+    assert level.min() < 0.1 and level.max() > 0.9 and ((level * 255) - (level * 255).round()).abs().max() < 1e-2
+    whole = torch.ones_like(alpha)
+    assert torch.equal(data.copy_paste(x.clone(), whole, data.view(8, paste=1.0), None, g), x)
+
+
+def test_grounds_are_crops_of_those_given():
+    grounds = torch.arange(1, 4, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 20, 20) * 50
+    x, alpha = images(60, 8), torch.zeros(60, 1, 8, 8)
+    out = data.copy_paste(x, alpha, data.view(8, paste=1.0), grounds, torch.Generator().manual_seed(0)) * 255
+    assert torch.allclose(out, out[:, :1, :1, :1].expand_as(out), atol=1e-3)
+    assert set(out[:, 0, 0, 0].round().tolist()) == {50.0, 100.0, 150.0}
+
+
+def test_blending_blurs_all_masks_or_half_of_them():
+    x, alpha = torch.ones(200, 3, 16, 16), torch.zeros(200, 1, 16, 16)
+    alpha[:, :, :, :8] = 1
+    soft = {}
+    for blend in data.BLENDS:
+        black = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
+        out = data.copy_paste(x.clone(), alpha, data.view(16, paste=1.0, blend=blend), black, torch.Generator().manual_seed(0))
+        between = (out > 0.01) & (out < 0.99)
+        soft[blend] = between.flatten(1).any(1).float().mean().item()
+        assert not between[:, :, :, :6].any() and not between[:, :, :, 10:].any()  # 5 taps reach two pixels
+    assert soft["none"] == 0 and soft["gaussian"] == 1 and 0.35 < soft["mix"] < 0.65
+
+
+@pytest.mark.parametrize("memory", [True, False])
+def test_masks_are_cut_as_their_images(folder, memory):
+    """The mask of each image is made its own first channel: after any crop and flip the two must still agree."""
+    dataset = data.load(str(folder), memory=False)
+    pixels = torch.stack([tvf.resize(dataset.read(i)[0], [40, 40], antialias=True) for i in range(len(dataset))])
+    for i in range(len(pixels)):
+        pixels[i, 0] = tvf.resize(pixels[i, :1], [8, 8]).repeat_interleave(5, 1).repeat_interleave(5, 2)[0]
+    if memory:
+        dataset = data.Images("x", pixels)
+    else:
+        for i, (path, _) in enumerate(dataset.items):
+            write_png(pixels[i], path.replace(".jpg", ".png"))
+            os.unlink(path)
+        data.list_folder.cache_clear(), data._load.cache_clear()
+        dataset = data.load(str(folder))
+    black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    view = data.view(24, interpolation="bilinear", paste=1.0, mean=(0, 0, 0), std=(1, 1, 1))
+    made = data.Loader(dataset, [view], 8, 0, workers=0, alpha=pixels[:, 0], grounds=black)
+    plain = data.Loader(dataset, [view | {"paste": 0.0}], 8, 0, workers=0)
+    for (index, (x,)), (same, (y,)) in zip(made.epoch(0), plain.epoch(0), strict=True):
+        assert torch.equal(index, same)
+        assert torch.allclose(x, y * y[:, :1], atol=0.012)  # M I on black, with M the first channel
+
+
+def test_views_without_a_paste_are_what_they_were_beside_one_that_pastes(shapes):
+    alpha = shapes.masks * 255
+    plain, paste = data.view(32, jitter=(0.4,) * 4, jitter_p=1.0), data.view(32, paste=1.0)
+    _, (alone, _) = next(data.Loader(shapes, [plain, plain], 8, 0).epoch(0))
+    _, (beside, _) = next(data.Loader(shapes, [plain, paste], 8, 0, alpha=alpha).epoch(0))
+    assert torch.equal(alone, beside)
+
+
+def test_keys_name_images_below_their_folder_through_picks(tmp_path):
+    for part in ("train", "val"):
+        write_images(tmp_path / part, 12, seed=int(part == "val"))
+    train, test = (data.load(str(tmp_path), split=s) for s in ("pretrain", "test"))
+    assert train.key(0) == "class0/000" and test.key(11) == "class1/011"
+    some = torch.tensor([3, 1])
+    assert [data.pick(train, some).key(i) for i in range(2)] == [train.key(3), train.key(1)]
+    memory = data.Images("x", torch.zeros(9, 3, 2, 2, dtype=torch.uint8))
+    assert memory.key(7) == "000007" and data.pick(memory, torch.tensor([4, 7])).key(1) == "000007"
+    write_images(tmp_path / "small", 4, size=12)
+    for path in (tmp_path / "small").rglob("*.jpg"):  # of one size
+        write_png(torch.zeros(3, 12, 12, dtype=torch.uint8), str(path.with_suffix(".png"))), path.unlink()
+    assert data.load(str(tmp_path / "small"), memory=True).key(1) == "class0/002"
+
+
+def test_masks_of_a_folder_are_read_in_the_sets_order(folder, tmp_path, capsys):
+    dataset = data.load(str(folder))
+    for i in range(len(dataset)):
+        path = tmp_path / "masks" / f"{dataset.key(i)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(torch.full((1, 5 + i % 3, 7), i, dtype=torch.uint8), str(path))
+    masks = data.read_masks(tmp_path / "masks", dataset, 16)
+    assert masks.shape == (64, 16, 16) and masks.dtype == torch.uint8
+    assert all((masks[i] == i).all() for i in range(64))
+    for change, words in (
+        (lambda: (tmp_path / "masks" / f"{dataset.key(5)}.png").unlink(), f"1 of 64 images of {folder} have no mask"),
+        (lambda: (tmp_path / "masks" / f"{dataset.key(5)}.png").write_text("no"), "not a mask that can be read"),
+    ):
+        change()
+        data.list_folder.cache_clear()
+        with pytest.raises(SystemExit) as stopped:
+            data.read_masks(tmp_path / "masks", dataset)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
 def test_keys_decide_randomness_and_differ():
     def draw(*key):
         return torch.rand(4, generator=data.generator(*key))

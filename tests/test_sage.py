@@ -1,17 +1,14 @@
 import copy
 import json
 import os
-import random
 import signal
 import time
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, run, start, write_images
+from conftest import TINY, check_accumulation, check_two_processes, equal, run, start, write_images
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import decode_image
 
 import backbones
@@ -246,45 +243,19 @@ def test_recipe_is_the_papers():
 # ============ one process with 2N images, two with N ============
 
 
-def half(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    ddp = DistributedDataParallel(tiny_model().eval())  # BatchNorm aside
-    loss = ddp([v[rank * 8 : rank * 8 + 8] for v in views(16)])
-    loss.backward()
-    torch.distributed.all_reduce(loss := loss.detach())
-    if rank == 0:
-        torch.save({"loss": loss / 2, "grads": [p.grad for p in ddp.module.parameters() if p.requires_grad]}, out)
-    torch.distributed.destroy_process_group()
+def batch(n):
+    return (views(n),)
 
 
 def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    whole = tiny_model().eval()
-    loss = whole(views(16))
-    loss.backward()
-    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "two.pt"), nprocs=2)
-    two = torch.load(tmp_path / "two.pt")
-    assert torch.allclose(two["loss"], loss, atol=1e-5)
-    for g, p in zip(two["grads"], (p for p in whole.parameters() if p.requires_grad), strict=True):
-        assert torch.allclose(g, p.grad, atol=1e-5, rtol=1e-3)
+    check_two_processes(tiny_model, batch, tmp_path, atol=1e-5, rtol=1e-3)
 
 
 def test_accumulated_gradients_are_those_of_the_mean():
-    xs, one, two = views(16), tiny_model().eval(), tiny_model().eval()
-    one(xs).backward()
-    for k in range(2):
-        (two([v[8 * k : 8 * k + 8] for v in xs]) / 2).backward()
-    for p, q in zip(one.parameters(), two.parameters(), strict=True):
-        assert p.grad is None or torch.allclose(p.grad, q.grad, atol=1e-5, rtol=1e-3)
+    check_accumulation(tiny_model, batch, atol=1e-5, rtol=1e-3)
 
 
 # ============ whole runs ============
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def state(out):
@@ -394,41 +365,36 @@ def test_evaluate_reads_what_a_run_recovers(unbroken):
     assert "byol does not make images" in err
 
 
-def test_every_row_of_the_tables_is_a_command_that_parses():
-    args = sage.parse_args(["--data", "imagenet", "--evaluator-epochs", "300"])
-    rows = {name: flags for name, _, _, flags in sage.ablations(args)}
-    assert len(rows) == 18
-    got = {name: sage.parse_args(["--data", "imagenet", *flags]) for name, flags in rows.items()}
-    weights = lambda a: (a.weight_d, a.weight_pixel, a.weight_maps, a.weight_semantic)
-    assert weights(got["L_D only"]) == (1, 0, 0, 0) and weights(got["no L_D"]) == (0, 0.1, 0.1, 0.1)
-    assert weights(got["pixels only"]) == (1, 0.1, 0, 0) and weights(got["one level"]) == (1, 0.1, 0, 0.1)
-    assert got["random resnet18"].evaluator == "random:resnet18"
-    assert got["resnet18 for a third"].evaluator_epochs == 100 and got["resnet18 for a third"].evaluator_arch == "resnet18"
-    assert [got[f"{n} the bottleneck"].bottleneck for n in ("twice", "half")] == [1024, 256]
-    assert [got[f"{n} the decoder"].width for n in ("twice", "half")] == [1024, 256]
-
-
-def test_ablation_prints_its_rows_beside_the_papers(tmp_path, monkeypatch, capfd):
-    rows = sage.ablations
-    chosen = ("full", "L_D only", "resnet10_32 for 1 epoch", "average pooling", "evaluator not frozen", "frozen decoder")
-    monkeypatch.setattr(sage, "ablations", lambda args: [row for row in rows(args) if row[0] in chosen])
+def quick(tmp_path, monkeypatch, *flags, out="run"):
+    """sage.main in this process, of one epoch with a few images; returns the run folder."""
     monkeypatch.setattr(common, "catch_signals", list)
-    flags = ["--data", str(write_images(tmp_path / "images", 64)), "--recipe", "shapes", "--workers", "0", "--limit", "48"]
-    out = tmp_path / "ablation"
-    sage.main([*TINY, *flags, "--epochs", "1", "--evaluator-epochs", "2", "--ablate", "--out", str(out)])
-    table = {row["row"]: row for row in json.loads((out / "ablation.json").read_text())}
-    assert set(table) == {"neither", *chosen}
-    assert table["full"]["paper"] == [71.9, 52.3, 0.0285] and table["full"]["mse"] > 0
-    assert "mse" not in table["L_D only"] and (out / "reconstructions.png").exists()
-    printed = capfd.readouterr().out
-    assert "L_D only" in printed and "66.8" in printed
-    drawn = {n: runs.load(out / n / "checkpoint.pt")["model"] for n in ("full", "frozen-decoder")}
-    first = "decoder.layers.0.weight"
+    images = write_images(tmp_path / "images", 32)
+    flags = ["--data", str(images), "--recipe", "shapes", "--workers", "0", "--limit", "16", "--epochs", "1", *flags]
+    sage.main([*TINY, *flags, "--out", str(tmp_path / out)])
+    assert runs.load(tmp_path / out / "checkpoint.pt")["result"]
+    return tmp_path / out
+
+
+def test_a_frozen_decoder_stays_as_it_is_drawn(tmp_path, monkeypatch):
+    random, recipe = ["--evaluator", "random:resnet10_16"], sage.RECIPES["shapes"]
+    learns = quick(tmp_path, monkeypatch, *random, "--warmup-epochs", "0", out="learns")
+    frozen = quick(tmp_path, monkeypatch, *random, "--freeze-decoder", out="frozen")
+    a, b = (runs.load(out / "checkpoint.pt")["model"]["decoder.layers.0.weight"] for out in (learns, frozen))
     torch.manual_seed(0)
     backbone = backbones.build("resnet10_16", 32)
-    start = sage.build_decoder(backbone, 32, sage.RECIPES["shapes"]["bottleneck"], sage.RECIPES["shapes"]["width"], False)[1]
-    assert torch.equal(drawn["frozen-decoder"][first], start.layers[0].weight)
-    assert not torch.equal(drawn["full"][first], start.layers[0].weight)
+    drawn = sage.build_decoder(backbone, 32, recipe["bottleneck"], recipe["width"], False)[1].layers[0].weight
+    assert torch.equal(b, drawn) and not torch.equal(a, drawn)
+
+
+@pytest.mark.parametrize("flags", [["--pool"], ["--train-evaluator"], ["--weight-pixel", "0"], ["--weight-d", "0"]])
+def test_other_forms_run(tmp_path, monkeypatch, flags):
+    out = quick(tmp_path, monkeypatch, "--evaluator", "random:resnet10_16", *flags)
+    assert isinstance(sage.autoencoder(out).bottleneck, nn.AdaptiveAvgPool2d) == ("--pool" in flags)
+
+
+def test_an_evaluator_of_another_architecture_is_trained_beside_the_run(tmp_path, monkeypatch):
+    quick(tmp_path, monkeypatch, "--evaluator", "", "--evaluator-arch", "resnet10_32", "--evaluator-epochs", "1")
+    assert runs.load(tmp_path / "byol-images-resnet10_32-1" / "backbone.pt")["arch"] == "resnet10_32"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,576 @@
+"""InstDisc and Distilling Localization: instance discrimination with a memory bank, and copy-and-paste by saliency.
+
+InstDisc: Unsupervised Feature Learning via Non-Parametric Instance Discrimination (Wu et al., 2018,
+https://arxiv.org/abs/1805.01978). DiLo: Distilling Localization for Self-Supervised Representation Learning (Zhao et al.,
+2020, https://arxiv.org/abs/2004.06638).
+
+Every image is a class of its own. A bank remembers a feature of each; a view must be told from all others by its cosines
+with the bank. DiLo (--copy-paste) pastes the salient object of some views on another background first, so that the
+background cannot be what tells an image.
+
+    image --[paste on a background]--> crop, jitter, grey -> f -> g -> v --.
+              ^ mask (saliency.py)                                         |  -log P(i | v), eq. 1 and 2
+                                     bank V [n, D], old row i and others --'
+                                            row i <- n(m row i + (1 - m) v)  after the step       (n: L2-normalise)
+
+    differences          paper                        official code              here
+    loss                 NCE (InstDisc), softmax-NCE  NCE; PyContrast has both   softmax-NCE, --loss nce, --loss softmax (eq. 1)
+    negatives            K from the bank, for each    K for each image           K for the whole batch and all processes
+    own row among them   -                            stays                      left out
+    constant Z           of the first batches         of the first batch         of the first batch, in the checkpoint
+    proximal term        weight 30                    bank momentum 0.5          bank momentum 0.5
+    bank at start        random unit vectors          uniform, about unit        uniform, then unit
+    bank is written      after the step               in the backward pass       after the step
+    last batch           -                            smaller                    dropped: its rows wait for the next epoch
+    grey, jitter         -                            grey, then jitter          jitter, then grey, as PyContrast
+    paste                before all else              none is public             between crop and jitter, a crop each for object
+                                                                                 and ground: the same up to the edge
+    mask                 RBD, threshold not stated    -                          hard at twice its mean (--soft-masks: as it is);
+                                                                                 not pasted under 5 % or above 90 % of the image
+    Gaussian blending    width not stated             -                          5 taps, sigma 2, on the mask
+    textures             MIT VisTex                   -                          drawn: filtered noise in two colours
+    image backgrounds    no response of a network     -                          half-size crops, least response of the masks
+    initial weights      -                            He (fan-out), torch's      the same
+    linear probe         lr 30, 100 epochs, crops     the same                   un-augmented frozen features (evaluate.py)
+    small images         -                            CIFAR-10 at 32 px          recipes below; 3x3 stem under 64 px
+    precision            -                            fp32                       bf16 autocast; embedding, loss, bank in fp32
+
+MEASURED
+
+    python instdisc.py                                                       shapes, minutes on a laptop
+    python instdisc.py --copy-paste 0.5                                      with RBD masks, made before training
+    python saliency.py DIR --out MASKS && python instdisc.py --data DIR --copy-paste 0.5 --masks MASKS
+    torchrun --standalone --nproc_per_node=8 instdisc.py --data imagenet --root DIR --copy-paste 0.5 --masks MASKS
+    python ablate.py instdisc                                                tables 1 and 2
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.transforms.v2 import functional as tvf
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+import saliency
+
+METHOD = "instdisc"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW, a small network, cosine.
+    "shapes": dict(
+        arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
+        schedule="cosine", warmup_epochs=1.0, loss="softmax-nce", negatives=4096, temperature=0.1, bank_momentum=0.5,
+        dim=128, eval_every=2,
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)],
+    ),
+    # The code's cifar.py: full softmax, lr 0.03 for 128 images, no flip. Not run in full yet.
+    "cifar10": dict(
+        arch="resnet18", size=32, epochs=200, batch_size=128, optimizer="sgd", lr=0.06, weight_decay=5e-4,
+        schedule="steps", warmup_epochs=0, loss="softmax", negatives=4096, temperature=0.1, bank_momentum=0.5,
+        dim=128, eval_every=10,
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", flip=0.0, jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)],
+    ),
+    # DiLo's ablations; its final models have K = 65536 (sec. 6.2).
+    "imagenet": dict(
+        arch="resnet50", size=224, epochs=200, batch_size=256,  # DiLo, sec. 6.1; the batch is InstDisc's (code, main.py)
+        optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="steps", warmup_epochs=0,  # DiLo, sec. 6.1; decay: main.py
+        loss="softmax-nce", negatives=4096, temperature=0.07, bank_momentum=0.5, dim=128, eval_every=10,  # DiLo, sec. 6.1
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)],  # main.py
+    ),
+}  # fmt: skip
+LOSSES = ("softmax", "nce", "softmax-nce", "supervised")
+TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "grey")  # none: a centre crop
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python instdisc.py [flags]   (torchrun --standalone --nproc_per_node=N instdisc.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="lars as in the paper; its lr fits no other")
+    p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
+    p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 % and 80 % of the epochs")
+    # InstDisc
+    p.add_argument("--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances")
+    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
+    p.add_argument("--temperature", type=float, help="tau of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
+    p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
+    p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")
+    # Distilling Localization
+    p.add_argument("--copy-paste", type=float, default=0.0, help="share of views whose object is pasted; 0.5 in the paper")
+    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks")
+    p.add_argument("--soft-masks", action="store_true", help="paste by the saliency itself, not by its threshold")
+    p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="what is pasted on")
+    p.add_argument("--blend", default="none", choices=data.BLENDS, help="of the pasted object's edge; mix: half of them")
+    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "dim", "negatives")
+    common.at_least(
+        0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "copy_paste", "bank_momentum"
+    )
+    for name in ("copy_paste", "bank_momentum"):
+        if getattr(args, name) > 1:
+            common.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: it must be at most 1")
+    if not args.temperature > 0:
+        common.fail(f"--temperature {args.temperature:g}: it must be above 0")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+# ============ the method ============
+
+
+class FullSoftmax(torch.autograd.Function):
+    """-log P(i | v) over all n rows of the bank (DiLo, eq. 1), mean over the batch, in one pass over the bank that keeps
+    `chunk` columns of logits at a time: the running maximum, the sum of exponentials and the sum of rows they weigh."""
+
+    @staticmethod
+    def forward(ctx, v, bank, index, temperature, chunk=16_384):
+        top, total, mean = v.new_full((len(v), 1), -math.inf), 0.0, 0.0
+        for rows in bank.split(chunk):
+            s = v @ rows.T / temperature  # [B, c]
+            was, top = top, torch.maximum(top, s.amax(1, keepdim=True))
+            p, shrink = s.sub_(top).exp_(), (was - top).exp()
+            total, mean = total * shrink + p.sum(1, keepdim=True), mean * shrink + p @ rows
+        own = bank[index]  # [B, D]
+        ctx.save_for_backward((mean / total - own) / (temperature * len(v)))  # d loss / d v: expected row minus own row
+        return (top + total.log() - (v * own).sum(1, keepdim=True) / temperature).mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * ctx.saved_tensors[0], None, None, None, None
+
+
+def scores(v, bank, index, negatives, temperature):
+    """s / tau of v [B, D] with its own row, [B], and with the rows `negatives` [K], [B, K]; -inf where one is its own."""
+    others = v @ bank[negatives].T / temperature
+    others = others.masked_fill(negatives == index[:, None], -math.inf)
+    return (v * bank[index]).sum(1) / temperature, others
+
+
+def softmax_nce(v, bank, index, negatives, temperature):
+    """Cross-entropy of the own row among K + 1 (DiLo, sec. 6.1), mean over the batch."""
+    own, others = scores(v, bank, index, negatives, temperature)
+    return (torch.logsumexp(torch.cat([own[:, None], others], 1), 1) - own).mean()
+
+
+def nce(v, bank, index, negatives, temperature, Z):
+    """Noise-contrastive estimation (InstDisc, sec. 3.2): is a row the view's own, or one of K drawn with P_n = 1 / n? With
+    P = exp(s / tau) / Z it is its own with probability P / (P + K P_n). Summed over the negatives, mean over the batch."""
+    own, others = scores(v, bank, index, negatives, temperature)
+    noise, eps = len(negatives) / len(bank), 1e-7  # eps: code, NCECriterion.py
+    h = own.exp() / Z
+    missed = -(h / (h + noise + eps)).log()
+    taken = (1 + (others.exp() / Z + eps) / noise).log().sum(1)
+    return (missed + taken).mean()
+
+
+def chance(loss, n, K, dim, temperature, classes):
+    """The loss while features are unrelated to the bank: a cosine of random unit vectors has variance 1 / D, so that
+    ln E[exp(s / tau)] = 1 / (2 D tau^2)."""
+    spread = 1 / (2 * dim * temperature**2)
+    if loss == "supervised":
+        return math.log(classes)
+    if loss == "softmax":
+        return math.log(n) + spread
+    if loss == "softmax-nce":
+        return math.log(1 + K * math.exp(spread))
+    return math.log(1 + K * math.exp(spread)) + 1 + 1e-7 * n  # nce
+
+
+class InstDisc(nn.Module):
+    """Backbone f, one linear layer g, bank V; `forward((x,), index, negatives)` is the loss of the views x of the images
+    `index`. With labels [n] it is the supervised network of table 1: cross-entropy of g, no bank."""
+
+    def __init__(self, backbone, n, dim=128, temperature=0.07, loss="softmax-nce", momentum=0.5, labels=None):
+        super().__init__()
+        self.temperature, self.loss, self.momentum = temperature, loss, momentum
+        self.seen, self.figures = [], {}
+        self.f = backbone
+        self.g = nn.Linear(backbone.dim, dim if labels is None else int(labels.max()) + 1)
+        if labels is None:
+            self.register_buffer("bank", F.normalize(torch.rand(n, dim) - 0.5, dim=1))  # V, fp32
+            self.register_buffer("Z", torch.zeros(()))
+        else:
+            self.register_buffer("labels", labels, persistent=False)
+
+    def forward(self, views, index, negatives=None, first=False):
+        """`first`: whether this is the run's first batch, which sets NCE's constant Z. Every process must call it alike."""
+        out = self.g(self.f(*views))
+        with torch.autocast(out.device.type, enabled=False):
+            if self.loss == "supervised":
+                return F.cross_entropy(out.float(), self.labels[index])
+            v = F.normalize(out.float(), dim=1)  # [B, D]
+            self.seen.append((index, v.detach()))
+            self.figures = {
+                "feature_std": v.detach().std(0).mean() * v.shape[1] ** 0.5,  # 1: spread, 0: collapsed
+                "own_cosine": (v.detach() * self.bank[index]).sum(1).mean(),  # with the row of the last epoch
+            }
+            settings = (v, self.bank, index)
+            if self.loss == "softmax":
+                return FullSoftmax.apply(*settings, self.temperature)
+            if self.loss == "softmax-nce":
+                return softmax_nce(*settings, negatives, self.temperature)
+            if first:
+                self.Z.copy_(self.estimate_Z(v.detach(), index, negatives))
+            return nce(*settings, negatives, self.temperature, self.Z)
+
+    @torch.no_grad()
+    def estimate_Z(self, v, index, negatives):
+        """n times the mean of exp(s / tau) over the batch of all processes (InstDisc, sec. 3.2)."""
+        own, others = scores(v, self.bank, index, negatives, self.temperature)
+        e = torch.cat([own[:, None], others], 1).exp()
+        total = torch.stack([e.sum(), (e > 0).sum()])  # a row left out counts as nothing
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return len(self.bank) * total[0] / total[1]
+
+    @torch.no_grad()
+    def update_bank(self):
+        """v_i <- n(m v_i + (1 - m) v) for the images of all processes since the last update. Every process writes the same
+        rows and must call it; within an epoch no image comes twice, so no row is written twice."""
+        if self.loss == "supervised":
+            return
+        index, v = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        self.seen.clear()
+        if dist.is_initialized():
+            world = dist.get_world_size()
+            indices, vs = ([torch.empty_like(t) for _ in range(world)] for t in (index, v))
+            dist.all_gather(indices, index)
+            dist.all_gather(vs, v)
+            index, v = torch.cat(indices), torch.cat(vs)
+        self.bank[index] = F.normalize(torch.lerp(v, self.bank[index], self.momentum), dim=1)
+
+
+def bank_figures(model, train, y, test, preprocess, device, workers, amp, recompute=False):
+    """Label-free figures of the bank, and the 200-NN accuracy (weighted by exp(s / tau), InstDisc, sec. 3.4) of test
+    embeddings on its rows, whose labels are y [n] (-1: left out); `recompute`: also on embeddings of the un-augmented
+    training images in their place. Every process must call it."""
+    if model.loss == "supervised":
+        return {}
+    numbers, net = {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}, nn.Sequential(model.f, model.g)
+    embed = lambda images: evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
+    queries, query_labels = evaluate.labelled(*embed(evaluate.first(test, 10_000)))
+    if (y >= 0).any() and len(queries):
+        banks = {"bank_knn200": model.bank} | ({"embedding_knn200": embed(train)[0]} if recompute else {})
+        for name, bank in banks.items():
+            found = evaluate.knn(*evaluate.labelled(bank, y), queries, query_labels, (200,), model.temperature)
+            numbers[name] = next(iter(found.values()))[0]
+    return numbers
+
+
+# ============ copy-and-paste: masks and backgrounds ============
+
+
+def open_maps(args, train, rank, device):
+    """Saliency of every training image, uint8 [n, h, w]: computed for a set in memory and kept in --root, read from a
+    folder, or the exact masks of a set that has them."""
+    if args.masks == "exact":
+        if train.masks is None:
+            common.fail(f"--masks exact: {train.name} has no masks of its own")
+        return train.masks * 255
+    if args.masks not in saliency.METHODS:
+        return data.read_masks(args.masks, train)
+    if isinstance(train, data.Files):
+        common.fail(
+            f"--masks {args.masks}: of a folder they are made beforehand, python saliency.py {args.data} --method "
+            f"{args.masks} --out MASKS, and used with --masks MASKS"
+        )
+    file = Path(args.root) / f"saliency-{args.masks}-{train.name}-{train.fingerprint()[:12]}.pt"
+    if rank == 0 and not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        runs.write(file, {"maps": saliency.of(train, args.masks, device)})
+    common.any_rank(False)  # the others wait here
+    return runs.load(file)["maps"]
+
+
+def textures(n, size, seed):
+    """Drawn textures, uint8 [n, 3, size, size], in place of VisTex's photographs: noise, filtered in the frequency domain by
+    a power law (rough to smooth) and a preferred direction (fabric to wood), in a mix of two colours."""
+    g = data.generator(seed, "textures")
+    u = lambda low, high, *shape: low + (high - low) * torch.rand(n, *(shape or (1, 1)), generator=g)
+    fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
+    angle, stretch = u(0, math.pi), u(1, 6)
+    across, along = angle.cos() * fx + angle.sin() * fy, angle.cos() * fy - angle.sin() * fx  # [n, size, size / 2 + 1]
+    gain = ((stretch * along) ** 2 + across**2).add(size**-2).pow(-u(0.3, 1.2))
+    t = torch.fft.irfft2(torch.fft.rfft2(torch.randn(n, size, size, generator=g)) * gain, s=(size, size))
+    t = ((t - t.mean((1, 2), keepdim=True)) / t.std((1, 2), keepdim=True) / 4 + 0.5).clamp(0, 1)[:, None]
+    return (torch.lerp(u(0, 1, 3, 1, 1), u(0, 1, 3, 1, 1), t) * 255).to(torch.uint8)
+
+
+def quiet_crops(train, maps, n, size, device):
+    """Backgrounds from the images themselves: in each the window of half its height and width with the least mean
+    saliency, of the `n` images where that is lowest, uint8 [n, 3, size, size]."""
+    h, w = (max(1, s // 2) for s in maps.shape[1:])
+    means = [F.avg_pool2d(part[:, None].float(), (h, w), 1).flatten(1).min(1) for part in maps.split(4096)]
+    least, place = (torch.cat(parts) for parts in zip(*means, strict=True))
+    chosen = least.argsort(stable=True)[:n]
+    columns = maps.shape[2] - w + 1
+    corner = torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / torch.tensor(maps.shape[1:])  # [n, 2]
+    if isinstance(train, data.Images):
+        images = train.images[chosen.to(train.images.device)]
+        side = torch.tensor(images.shape[2:])
+        boxes = torch.cat([corner * side, (side / 2).expand(len(chosen), 2)], 1)
+        crops = data.crop_resize(images, boxes, torch.zeros(len(chosen), dtype=torch.bool), size, "bilinear")
+        return (crops * 255).round().to(torch.uint8)
+    crops = []
+    for i, (top, left) in zip(chosen.tolist(), corner.tolist(), strict=True):
+        try:
+            image, _ = train.read(i)
+        except OSError:  # named when training meets it
+            continue
+        high, wide = image.shape[1:]
+        box = int(top * high), int(left * wide), max(1, high // 2), max(1, wide // 2)
+        crops.append(tvf.resized_crop(image, *box, [size, size], antialias=True))
+    return torch.stack(crops).to(device)
+
+
+def objects(args, train, rank, device, say):
+    """(alpha [n, h, w], grounds) for data.Loader."""
+    maps = open_maps(args, train, rank, device)
+    alpha, unusable = saliency.pasteable(maps, soft=args.soft_masks)
+    share = (alpha[~unusable].float().mean() / 255) if not unusable.all() else 0.0
+    say(
+        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * share:.0f} % of their "
+        f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted"
+    )
+    if unusable.all():
+        common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
+    grounds = None
+    if args.background == "textures":
+        grounds = textures(1000, args.size, args.seed).to(device)
+    elif args.background == "images":
+        grounds = quiet_crops(train, maps, 1000, args.size, device)
+    return alpha, grounds
+
+
+def learning_rate(step, total, lr, warmup, schedule):
+    if schedule == "cosine" or step < warmup:
+        return common.cosine(step, total, lr, 0.0, warmup)
+    return lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))  # epochs 120 and 160 of 200 (DiLo, sec. 6.1)
+
+
+def augmented(view, upto):
+    """The view of a recipe with table 1's augmentations up to and including `upto`."""
+    level, view = TABLE_1.index(upto), dict(view)
+    square = {"ratio": (1.0, 1.0)}
+    view |= {"grey": 0.0} if level < 5 else {}
+    view |= {"jitter_p": 0.0} if level < 4 else {}
+    view |= {"scale": ((224 / 256) ** 2,) * 2} | square if level < 3 else {}  # a crop of 224 px from 256
+    view |= {"scale": (1.0, 1.0)} | square if level < 2 else {}  # the largest central square
+    view |= {"flip": 0.0} if level < 1 else {}
+    return view
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = [data.view(args.size, **augmented(v, args.augment)) for v in RECIPES[args.recipe]["views"]]
+    views = [v | {"paste": args.copy_paste, "blend": args.blend} for v in views]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    if args.loss in ("nce", "softmax-nce") and args.negatives >= len(train):
+        common.fail(f"--negatives {args.negatives}: it must be smaller than the {len(train)} training images of {args.data}")
+    alpha = grounds = None
+    if args.copy_paste and not args.dry_run:
+        alpha, grounds = objects(args, train, rank, device, say)
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device, alpha, grounds)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    bank_labels = data.labels_of(train).clone()
+    labels = bank_labels.clone() if args.loss == "supervised" else None
+    if labels is not None and (labels < 0).any():
+        common.fail(f"--loss supervised: {train.name} has images without labels")
+    if bank is not train:  # images that are trained on but that the probes must not know
+        known = {bank.key(i) for i in range(len(bank))}
+        bank_labels[torch.tensor([train.key(i) not in known for i in range(len(train))])] = -1
+    model = InstDisc(
+        backbones.build(args.arch, args.size), len(train), args.dim, args.temperature, args.loss, args.bank_momentum, labels
+    ).to(device, memory_format=torch.channels_last)
+    ddp = model
+    if world > 1:
+        # The code's BatchNorm, under DataParallel, sees the share of one GPU, and so does this.
+        # Every process writes the same bank: DDP need not send it (656 MB for ImageNet) before each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank", "Z", "labels"])
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    draw = lambda step: torch.randint(  # the same rows for all processes: one product for the whole batch
+        len(train), (args.negatives,), generator=data.generator(args.seed, "negatives", step)
+    ).to(device, non_blocking=True)
+    rest = lambda n: (torch.arange(n, device=device), draw(0))
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, schedule {args.schedule}")
+    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    if labels is None:
+        of = "all" if args.loss == "softmax" else args.negatives
+        size = model.bank.numel() * 4 / 1e6
+        say(f"bank {len(train)} x {args.dim}, {size:.1f} MB a process; {args.loss}, {of} rows at tau {args.temperature:g}")
+    start = chance(args.loss, len(train), args.negatives, args.dim, args.temperature, model.g.out_features)
+    say(f"loss of unrelated vectors {start:.2f}; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        numbers |= bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp)
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now, negatives = learning_rate(step, total, lr, warmup, args.schedule), draw(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            for micro in range(1, args.accumulate + 1):
+                index, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs, index, negatives, first=step == 0 and micro == 1) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_bank()  # after the step: the logits of an update are those of the old bank
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    numbers = bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
+    log.record("eval", step, epoch=args.epochs, **numbers)
+    log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()

@@ -1,0 +1,761 @@
+"""Saliency: foreground masks for Distilling Localization (instdisc.py), by methods that learn nothing, in batches.
+
+    GS   geodesic saliency            Wei et al., ECCV 2012         far from the border along paths of little contrast
+    MC   absorbing Markov chain       Jiang et al., ICCV 2013       a walk from here takes long to reach the border
+    RBD  robust background detection  Zhu et al., CVPR 2014         not like regions that touch the border much
+
+and from a network trained with labels: `cam` (Zhou et al. 2016) and `gradient` (Simonyan et al. 2014), made into a mask
+by a segmentation.
+
+    image -> superpixels -> graph of ~200 regions -> distances, or a linear system -> a value a region -> map
+             SLIC           colour, place, border     of [B, K, K] matrices
+
+A batch is one computation: every image has the same number of regions K (some may be empty), and nothing waits for the
+device. All in fp32. The methods' constants are those of the authors' code (docs/saliency.md lists them with sources).
+
+    differences          the authors' code                     here
+    image                at its own size                       squashed to 224 x 224 px; small ones to less (`side_for`)
+    regions              h w / 600 (mc: 250)                   a grid of blocks of 16 px: 196
+    SLIC's candidates    centres within a block's side         the centres of the 3x3 blocks around the pixel's block
+    SLIC's stop          no label changes, or 10 rounds        10 rounds
+    scattered regions    large parts become regions            the part with the pixel nearest to the centre stays, the rest
+                                                               goes to its neighbours
+    band of the border   8 px                                  a third of a block's side, the same share of a region
+    frames               found by edges and cut off (rbd, gs)  not looked for; mc has its own test, which is here
+    constant images      undefined                             an empty map
+    gradient's mask      graph cut                             geodesic distances between seeds
+
+    python saliency.py DIR --out MASKS                          RBD masks for a folder of images, one small PNG each
+    python saliency.py DIR --out MASKS --method cam --classifier FILE
+    python saliency.py score IMAGES MASKS --method rbd mc gs    against masks drawn by hand: F-measure and error
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import encode_png
+from torchvision.transforms.v2 import functional as tvf
+from torchvision.utils import make_grid, save_image
+from tqdm import tqdm
+
+import common
+import data
+import evaluate
+import runs
+
+METHODS = ("rbd", "mc", "gs")
+CLASS_METHODS = ("cam", "gradient")  # of a network trained with labels
+BLOCK = 16  # px: the side S of a superpixel's block
+SIDE = 224  # px: the working size, a multiple of BLOCK
+INF = float("inf")
+# max F-measure and mean absolute error on ECSSD (Borji et al., Salient Object Detection: A Benchmark, 2015).
+PUBLISHED = {"rbd": (0.718, 0.173), "mc": (0.742, 0.204), "gs": (0.661, 0.206)}
+
+
+# ============ superpixels (SLIC: Achanta et al. 2012, in the form of RBD's code) ============
+
+
+def to_lab(rgb):
+    """sRGB in 0..255, [B, 3, ...] -> CIE Lab (D65): L in 0..100, a and b within -108..98."""
+    r, g, b = torch.where((x := rgb / 255) > 0.04045, ((x + 0.055) / 1.055).pow(2.4), x / 12.92).unbind(1)
+    xyz = torch.stack([(0.412453 * r + 0.357580 * g + 0.180423 * b) / 0.95047,
+                       0.212671 * r + 0.715160 * g + 0.072169 * b,
+                       (0.019334 * r + 0.119193 * g + 0.950227 * b) / 1.08883], 1)  # fmt: skip
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856).pow(1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def nine(grid, outside):
+    """[B, C, gh, gw] -> [B, gh * gw, 9, C]: what stands in the 3x3 blocks around each, `outside` beyond the border."""
+    b, c, h, w = grid.shape
+    grid = F.pad(grid, (1, 1, 1, 1), value=outside)
+    around = [grid[:, :, y : y + h, x : x + w] for y in range(3) for x in range(3)]
+    return torch.stack(around).permute(1, 3, 4, 0, 2).reshape(b, h * w, 9, c)
+
+
+def slic(lab, block=BLOCK, compactness=20.0, rounds=10):
+    """Superpixels of Lab images [B, 3, H, W], H and W multiples of `block`: (label, cost) [B, H, W] int64 and int32.
+
+    d^2 = |Lab - Lab_k|^2 + (compactness / S)^2 |xy - xy_k|^2, one centre k to start with in each of the gh x gw blocks;
+    a pixel chooses among the centres that started in the 3x3 blocks around its own. So all distances are one batched
+    product [9, 6] x [6, S^2] a block and all new centres another, and no pixel looks anything up. `cost` orders the
+    pixels by d^2.
+    """
+    (b, _, height, width), s, device = lab.shape, block, lab.device
+    gh, gw = height // s, width // s
+    n = b * gh * gw
+    # Places relative to the block's middle, so that they are the same small numbers in every block.
+    scale = compactness / s
+    at = (torch.arange(s, device=device) - (s - 1) / 2) * scale
+    x = torch.empty(b, gh, gw, 6, s, s, device=device)
+    x[:, :, :, :3] = lab.view(b, 3, gh, s, gw, s).permute(0, 2, 4, 1, 3, 5)
+    x[:, :, :, 3], x[:, :, :, 4], x[:, :, :, 5] = at[:, None], at, 1.0
+    x = x.view(n, 6, s * s)
+    square = x.square().sum(1, keepdim=True)  # [n, 1, S^2], and 1 for the last row, which keeps d^2 well above 0
+    shift = torch.tensor([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=device) * scale * s  # [9, 2]
+    kind = torch.arange(9, device=device, dtype=torch.int32)[:, None]
+    middle = s // 2 * s + s // 2
+    centre = x[:, :5, middle].reshape(b, gh, gw, 5).permute(0, 3, 1, 2).contiguous()  # [B, 5, gh, gw]
+    distance, chosen = torch.empty(n, 9, s * s, device=device), torch.empty(n, 9, s * s, device=device)
+    for i in range(rounds):
+        c = nine(centre, 1e4).reshape(n, 9, 5)
+        c = torch.cat([c[..., :3], c[..., 3:] + shift], 2)
+        torch.bmm(torch.cat([-2 * c, c.square().sum(2, keepdim=True)], 2), x, out=distance)
+        # The nearest of nine, each with its number in the last four bits: one minimum instead of an argmin, much faster on
+        # a CPU, and of equal ones the first on every device. Positive floats are in the order of their bits as integers.
+        distance.add_(square).clamp_(min=0.5).view(torch.int32).bitwise_and_(~15).bitwise_or_(kind)
+        cost = distance.amin(1, keepdim=True)
+        if i == rounds - 1:
+            break
+        torch.eq(distance, cost, out=chosen)
+        sums = torch.bmm(chosen, x.mT).view(b, gh, gw, 9, 6)  # what each block has for its nine centres
+        sums[..., 3:5] -= shift * sums[..., 5:]
+        total = torch.zeros(b, gh + 2, gw + 2, 6, device=device)
+        for k in range(9):
+            total[:, k // 3 : k // 3 + gh, k % 3 : k % 3 + gw] += sums[:, :, :, k]
+        total = total[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
+        centre = torch.where(total[:, 5:] > 0, total[:, :5] / total[:, 5:].clamp(min=1), centre)  # an empty one stays
+    cost = cost.view(torch.int32).view(b, gh, gw, s, s).transpose(2, 3).reshape(b, height, width)
+    k = cost.bitwise_and(15).long()
+    row = torch.arange(height, device=device).div(s, rounding_mode="floor")[:, None]
+    column = torch.arange(width, device=device).div(s, rounding_mode="floor")
+    return (row + k.div(3, rounding_mode="floor") - 1) * gw + column + k % 3 - 1, cost
+
+
+def connect(label, cost, regions, block=BLOCK):
+    """Every region in one piece (4-neighbours): [B, H, W] -> [B, H, W].
+
+    The part with the pixel of least cost is flooded from there; what is not reached takes the label of a neighbour that
+    is, step by step. The number of steps is fixed, as a test for the end would wait for the device: in photographs the
+    flood has reached what it can after 3 S steps, and 12 fill the rest. What a flood leaves out is filled as well.
+    """
+    b, h, w = label.shape
+    flat = label.view(b, h * w)
+    least = torch.full((b, regions), 2**31 - 1, dtype=torch.int32, device=label.device)
+    least.scatter_reduce_(1, flat, cost.view(b, h * w), "amin")
+    place = torch.arange(h * w, device=label.device, dtype=torch.int32).expand(b, -1)
+    place = torch.where(cost.view(b, h * w) == least.gather(1, flat), place, h * w)  # of equal pixels the first
+    first = torch.full_like(least, h * w).scatter_reduce_(1, flat, place, "amin")
+    # One long row of pixels: a step to the right is 1 and one down is w, and no mask leads over the end of a line.
+    reached = (place == first.gather(1, flat)).byte().view(-1)
+    short = label.to(torch.int16)  # quicker
+    right, down = torch.zeros_like(label, dtype=torch.uint8), torch.zeros_like(label, dtype=torch.uint8)
+    right[:, :, :-1], down[:, :-1] = short[:, :, 1:] == short[:, :, :-1], short[:, 1:] == short[:, :-1]
+    right, down = right.view(-1)[:-1], down.view(-1)[:-w]
+    for _ in range(3 * block):
+        for to, back, same in ((1, -1, right), (w, -w, down)):
+            reached[to:] |= reached[:back] & same
+            reached[:back] |= reached[to:] & same
+    # 0: not settled yet, else label + 1. Of several settled neighbours the largest label counts, any rule would do.
+    settled = (short + 1) * reached.view(b, h, w)
+    for _ in range(2 * block):
+        beside = torch.zeros_like(settled)
+        beside[:, :, 1:] = settled[:, :, :-1]
+        torch.maximum(beside[:, :, :-1], settled[:, :, 1:], out=beside[:, :, :-1])
+        torch.maximum(beside[:, 1:], settled[:, :-1], out=beside[:, 1:])
+        torch.maximum(beside[:, :-1], settled[:, 1:], out=beside[:, :-1])
+        settled += beside * (settled == 0)
+    return torch.where(settled > 0, settled.long() - 1, label)
+
+
+# ============ the graph of regions ============
+
+
+def touching(label, regions, diagonal=False):
+    """Which regions share an edge between two pixels, or with `diagonal` a corner: bool [B, K, K], symmetric, diagonal
+    False."""
+    pairs = [(label[:, :, :-1], label[:, :, 1:]), (label[:, :-1], label[:, 1:])]
+    if diagonal:
+        pairs += [(label[:, :-1, :-1], label[:, 1:, 1:]), (label[:, :-1, 1:], label[:, 1:, :-1])]
+    return paired(torch.cat([(p * regions + q).flatten(1) for p, q in pairs], 1), regions)
+
+
+def paired(index, regions):
+    """Pairs p K + q, int64 [B, P] -> a symmetric bool matrix [B, K, K] of them; none of a region with itself."""
+    a = torch.zeros(len(index), regions * regions, dtype=torch.bool, device=index.device).scatter_(1, index, True)
+    a = a.view(-1, regions, regions)
+    return (a | a.mT) & ~torch.eye(regions, dtype=torch.bool, device=index.device)
+
+
+def members(label, regions):
+    """Which regions occur in label [B, ...]: bool [B, K]."""
+    return torch.zeros(len(label), regions, dtype=torch.bool, device=label.device).scatter_(1, label.flatten(1), True)
+
+
+def graph(rgb, block=BLOCK, rounds=10):
+    """The regions of images [B, 3, H, W], whole numbers in 0..255, H and W multiples of `block`, and what the methods ask
+    of them: a dict of label [B, H, W]; used [B, K], false for an empty region; lab [B, K, 3] of the mean RGB and lab_mean,
+    the mean of Lab; place [B, K, 2] in 0..1; near, near8 [B, K, K]: 4- and 8-neighbours; band [B, K]: at the border."""
+    (b, _, h, w), device = rgb.shape, rgb.device
+    k = (h // block) * (w // block)
+    lab = to_lab(rgb)
+    label = connect(*slic(lab, block, rounds=rounds), k, block)
+    y, x = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
+    plane = torch.stack([y[:, None].expand(h, w), x.expand(h, w), torch.ones(h, w, device=device)])
+    # Whole numbers, but for Lab: their sums are exact, so that the order in which a GPU adds them does not matter.
+    pixels = torch.cat([rgb, lab, plane.expand(b, -1, -1, -1)], 1).flatten(2)  # [B, 9, H W]
+    sums = torch.zeros(b, 9, k, device=device).scatter_add_(2, label.view(b, 1, -1).expand(-1, 9, -1), pixels)
+    means = (sums[:, :8] / sums[:, 8:].clamp(min=1)).mT  # [B, K, 8]
+    band = round(block / 3)  # 8 px of 24.5 in the authors' images of 400 x 300 px
+    border = torch.cat([p.flatten(1) for p in (label[:, :band], label[:, -band:], label[..., :band], label[..., -band:])], 1)
+    place = means[..., 6:] / torch.tensor([h, w]).to(device, non_blocking=True)
+    return dict(
+        label=label, used=sums[:, 8] > 0, lab=to_lab(means[..., :3].mT).mT, lab_mean=means[..., 3:6], place=place,
+        near=touching(label, k), band=members(border, k),
+    )  # fmt: skip
+
+
+def distances(x):
+    """Euclidean distances [B, K, K] between the rows of [B, K, d]."""
+    return torch.cdist(x, x, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+def two_steps(a):
+    """Neighbours and their neighbours, bool [B, K, K]."""
+    return a | (torch.bmm(a.float(), a.float()) > 0)
+
+
+def spread(colour, near, used):
+    """(m1, m2, mt) [B, 1, 1] of an image's contrast: the mean over regions of the least colour distance to a neighbour,
+    the same with the neighbours' neighbours, and the mean of the largest 1 % of the distances between neighbours."""
+    n = used.sum(1).clamp(min=1)
+    eye = torch.eye(near.shape[1], dtype=torch.bool, device=near.device)
+    m1, m2 = (
+        torch.where(used, colour.masked_fill(~a, INF).amin(2), 0).nan_to_num(posinf=0).sum(1) / n
+        for a in (near, two_steps(near) & ~eye)
+    )
+    edges = near.sum((1, 2)) // 2
+    top = (0.01 * edges).round().clamp(min=1)  # how many are 1 %; below, more than that for any planar graph
+    most = max(1, round(0.03 * near.shape[1]))
+    largest = (colour * near.triu()).flatten(1).topk(most, 1).values
+    mt = (largest * (torch.arange(most, device=near.device) < top[:, None])).sum(1) / top
+    return m1[:, None, None], m2[:, None, None], mt[:, None, None]
+
+
+def geodesic(cost, edges):
+    """All shortest paths [B, K, K] with `cost` on `edges`, infinite where there is none: Floyd and Warshall, exact.
+
+    After step k the paths through regions 0..k are known. Many costs are 0, so that paths have many hops and methods that
+    stop after a number of hops are wrong."""
+    k = cost.shape[1]
+    d = cost.masked_fill(~edges, INF)
+    d.diagonal(dim1=1, dim2=2).zero_()
+    through = torch.empty_like(d)
+    for i in range(k):
+        torch.add(d[:, :, i : i + 1], d[:, i : i + 1, :], out=through)
+        torch.minimum(d, through, out=d)
+    return d
+
+
+def minmax(x, used):
+    """To 0..1 over the used regions of each image, [B, K]; 0 for the others, and everywhere if all are equal."""
+    low, high = x.masked_fill(~used, INF).amin(1, keepdim=True), x.masked_fill(~used, -INF).amax(1, keepdim=True)
+    return torch.where(used & (high > low), (x - low) / (high - low).clamp(min=1e-12), 0).clamp_(0, 1)
+
+
+def linked(g):
+    """(colour distances, edges of the graph with all border regions linked, clip value m2, m1, mt) of GS and RBD."""
+    colour = distances(g["lab"])
+    m1, m2, mt = spread(colour, g["near"], g["used"])
+    return colour, g["near"] | (g["band"][:, :, None] & g["band"][:, None, :]), m2, m1, mt
+
+
+# ============ the methods: a graph -> the saliency of each region [B, K] in [0, 1] ============
+
+
+def gs(g):
+    """Geodesic saliency: the length of the shortest path to the background, as GeodesicSaliency.m of RBD's code."""
+    colour, edges, clip, _, _ = linked(g)
+    k, band = g["used"].shape[1], g["band"]
+    # Objects may touch the border: a border region unlike the others there is not background.
+    unlike = colour / (1 + 3 * distances(g["place"]))
+    eye = torch.eye(k, dtype=torch.bool, device=band.device)
+    unlike = unlike.masked_fill(~(band[:, :, None] & band[:, None, :]) | eye, INF)
+    alike = unlike.topk(max(1, round(k / 200 * 5)), 2, largest=False).values.mean(2)  # [B, K]
+    low, high = alike.masked_fill(~band, INF).amin(1, keepdim=True), alike.masked_fill(~band, -INF).amax(1, keepdim=True)
+    ground = band & ((high - low <= 1) | (alike <= (low + high) / 2))
+    # The least of all distances to background regions is that to a virtual node tied to them at no cost.
+    d = geodesic((colour - clip).clamp(min=0), edges)
+    d = d.masked_fill(~ground[:, None, :], INF).amin(2).masked_fill(~g["used"], 0).nan_to_num(posinf=0)
+    top = d.topk(max(1, round(0.02 * k)), 1).values[:, -1:]
+    return (d / top.clamp(min=1e-6)).clamp(max=1)
+
+
+def otsu(x, used, bins=256):
+    """Otsu's threshold [B, 1] for values in [0, 1]: of 256 levels the one after which a cut gives two classes with the
+    largest variance between them; of equally good ones the mean."""
+    level = (x * (bins - 1)).round().long()
+    share = torch.zeros(len(x), bins, device=x.device).scatter_add_(1, level, used.float())
+    share = share / share.sum(1, keepdim=True).clamp(min=1)
+    weight, mean = share.cumsum(1), (share * torch.arange(bins, device=x.device)).cumsum(1)
+    between = (mean[:, -1:] * weight - mean).square() / (weight * (1 - weight)).clamp(min=1e-9)
+    between = between.masked_fill((weight < 1e-6) | (weight > 1 - 1e-6), 0)
+    best = between >= between.amax(1, keepdim=True) * (1 - 1e-6)
+    return (best * torch.arange(bins, device=x.device)).sum(1, keepdim=True) / best.sum(1, keepdim=True) / (bins - 1)
+
+
+def weight(d, sigma):
+    """exp(-d^2 / (2 sigma^2)), and 0 beyond 3 sigma (Dist2WeightMatrix.m)."""
+    return torch.where(d > 3 * sigma, 0.0, torch.exp(-d.square() / (2 * sigma * sigma)))
+
+
+def boundary_connectivity(colour, edges, clip, sigma, band):
+    """BndCon [B, K]: length along the border over the root of the area, of the soft region around each region, eq. 3-5.
+    A square in a corner has about 2, in the middle 0, the whole image 4."""
+    w = weight(geodesic((colour - clip).clamp(min=0), edges), sigma)
+    return (w * band[:, None, :]).sum(2) / w.sum(2).sqrt()
+
+
+def rbd(g):
+    """Robust background detection: contrast weighted by how far a region is background, smoothed by a least squares."""
+    colour, edges, clip, m1, mt = linked(g)
+    used, near, band = g["used"], g["near"], g["band"]
+    geo_sigma = torch.minimum(3 * m1, mt / 10).clamp(5, 10)
+    smooth_sigma = torch.minimum(3 * m1, 0.2 * mt).clamp(1, 20)
+    con = boundary_connectivity(colour, edges, clip, geo_sigma, band)
+    ground = 1 - torch.exp(-con.square() / 2)  # sigma_BndCon 1, eq. 6
+    contrast = torch.bmm(colour * weight(distances(g["place"]), 0.4), ground[:, :, None] * used[:, :, None])[..., 0]  # eq. 8
+    contrast = minmax(contrast, used)
+    contrast = torch.where(contrast < otsu(contrast, used), 0.0, contrast)
+    # eq. 9: min  sum 5 g_i s_i^2 + sum c_i (s_i - 1)^2 + 1/2 sum w_ij (s_i - s_j)^2
+    ground = 5 * torch.where(con > 3, 1000.0, ground)
+    smooth = two_steps(near) | (band[:, :, None] & band[:, None, :])
+    w = torch.where(smooth, weight(colour, smooth_sigma), 0.0) + 0.1 * near
+    w = w * used[:, :, None] * used[:, None, :]
+    system = torch.diag_embed(w.sum(2) + ground + contrast + 1e-6 * ~used) - w
+    return minmax(solve(system, contrast[:, :, None])[..., 0], used)
+
+
+def solve(system, right):
+    """Symmetric positive definite systems [B, K, K] with right sides [B, K, R]."""
+    return torch.cholesky_solve(right, torch.linalg.cholesky_ex(system)[0])
+
+
+def mc(g):
+    """Absorbing Markov chain: how long a random walk that prefers like colours takes until the border absorbs it."""
+    label, used = g["label"], g["used"]
+    k, device = used.shape[1], used.device
+    near = touching(label, k, diagonal=True)
+    ends = [(label[:, 0], label[:, -1]), (label[..., 0], label[..., -1])]  # opposite sides are tied to each other
+    wrapped = near | paired(torch.cat([(p * k + q) for p, q in ends], 1), k)
+    eye = torch.eye(k, dtype=torch.bool, device=device)
+    edges = two_steps(wrapped) & ~eye
+    d = minmax(distances(g["lab_mean"]).flatten(1), edges.flatten(1)).view(-1, k, k)
+    w = torch.where(edges, torch.exp(-10 * d) + 1e-5, 0.0) + eye * used[:, :, None]
+    degree = w.sum(2)
+    outlier = used & (degree < 1.1)  # like none of its neighbours: a walk would never leave it
+    ring = members(torch.cat([label[:, 0], label[:, -1], label[..., 0], label[..., -1]], 1), k)
+    inner = (near & ring[:, :, None]).any(1) & ~ring
+    # A border that hardly leads inwards is a picture's frame: it is left out, and the next ring absorbs.
+    framed = (w * near * ring[:, :, None] * inner[:, None, :]).sum((1, 2))[:, None] <= 13
+    absorbs = torch.where(framed, inner, ring) & ~outlier
+    stays = used & ~outlier & ~(framed & ring)
+    absorbed = (w * absorbs[:, None, :]).sum(2)
+    # (I - Q) y = r with Q = W / (degree + absorbed), times that: symmetric and positive definite.
+    both = stays[:, :, None] & stays[:, None, :]
+    total = torch.where(stays, degree + absorbed, 1.0)
+    system = torch.diag_embed(total) - torch.where(both, w, 0.0)
+    inverse = torch.where(stays, 1 / degree.clamp(min=1e-6), 0.0)  # of the equilibrium, up to a factor
+    times = solve(system, torch.stack([total * stays, total * inverse * stays], 2))
+    plain, weighted = minmax(times[..., 0], stays), minmax(times[..., 1], stays)
+    # Maps that leave much undecided are made anew: regions weigh as the inverse of the chain's equilibrium.
+    tenth = (plain * 10).floor().clamp(max=9) + 1
+    doubt = (torch.minimum(tenth, 11 - tenth) * stays).sum(1, keepdim=True) / stays.sum(1, keepdim=True).clamp(min=1)
+    s = torch.where(doubt < 2, plain, weighted)
+    return torch.where(outlier, (near & (s > 0.3)[:, None, :]).any(2).float(), s)
+
+
+# ============ from a network trained with labels (DiLo, sec. 4: class-specific saliency) ============
+
+
+def cam(classifier, x):
+    """Class activation maps [B, H, W] of the predicted classes, any scale: the last feature map, its channels weighted as
+    the head weighs them for the class (Zhou et al. 2016). x [B, 3, H, W] in [-1, 1]; classifier: of
+    evaluate.open_classifier, its head one linear layer on the pooled last map of `layer4` or `features`."""
+    trunk, head = classifier.net if isinstance(classifier.net, nn.Sequential) else (classifier.net, None)
+    head, last = head or getattr(trunk, "fc", None), getattr(trunk, "layer4", None) or getattr(trunk, "features", None)
+    if not isinstance(head, nn.Linear) or last is None:
+        common.fail("cam needs a classifier with one linear layer on its pooled last feature map")
+    kept = []
+    hook = last.register_forward_hook(lambda module, inputs, output: kept.append(output.float()))
+    y = classifier(x).argmax(1)
+    hook.remove()
+    return resized(torch.einsum("bchw,bc->bhw", kept[0], head.weight[y])[:, None], *x.shape[2:])[:, 0]
+
+
+def gradient(classifier, x, g):
+    """The saliency of each region [B, K] in [0, 1]: a segmentation grown from where the score of the predicted class is
+    most and least sensitive to the pixels (Simonyan et al. 2014, who cut a graph with the same seeds).
+
+    Seeds of the foreground are the regions whose mean gradient lies above the 95 % quantile, of the background those up to
+    the 30 % quantile. A region counts d_bg / (d_fg + d_bg), its geodesic distances to the nearest seed of each kind."""
+    used, flat = g["used"], g["label"].flatten(1)
+    slope = evaluate.class_gradients(classifier, x, classifier(x).argmax(1)).flatten(1)
+    size = torch.zeros_like(used, dtype=torch.float).scatter_add_(1, flat, torch.ones_like(slope))
+    slope = torch.zeros_like(size).scatter_add_(1, flat, slope) / size.clamp(min=1)
+    high, low = slope.masked_fill(~used, math.nan).nanquantile(torch.tensor([0.95, 0.3], device=used.device), 1)
+    d = geodesic(distances(g["lab"]) + 1e-3, g["near"])  # not 0 between equal regions, so that the seeds share them
+    to_object = d.masked_fill(~(used & (slope > high[:, None]))[:, None], INF).amin(2)
+    to_ground = d.masked_fill(~(used & (slope <= low[:, None]))[:, None], INF).amin(2)
+    return (to_ground / (to_object + to_ground)).masked_fill(~used, 0).nan_to_num(0)
+
+
+# ============ maps of images ============
+
+
+def side_for(height, width):
+    """The working size in px: SIDE, and for small images at most four times their own."""
+    return max(4 * BLOCK, min(SIDE, 4 * max(height, width)) // BLOCK * BLOCK)
+
+
+def resized(x, height, width):
+    """Float [B, C, h, w], enlarged or (antialiased) reduced."""
+    if tuple(x.shape[-2:]) == (height, width):
+        return x
+    return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
+
+
+def scaled(m):
+    """[B, H, W] to 0..1 in each image; 0 where an image has one value."""
+    low, high = m.amin((1, 2), keepdim=True), m.amax((1, 2), keepdim=True)
+    return (m - low) / (high - low).clamp(min=1e-12)
+
+
+@torch.no_grad()
+def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None):
+    """Saliency maps float32 [B, h, w] in [0, 1] of images [B, 3, H, W], uint8 or float in [0, 1], on any device.
+
+    size: (h, w), or one number for both; default that of the images. side: the working size, a multiple of BLOCK.
+    classifier: of evaluate.open_classifier, for CLASS_METHODS. chunk: images at a time, which bounds the memory (5 MB an
+    image); on a CPU a few, whose intermediates stay in its cache. A constant image has an empty map.
+    """
+    if method not in METHODS + CLASS_METHODS:
+        raise ValueError(f"unknown saliency method {method!r}; known: {', '.join(METHODS + CLASS_METHODS)}")
+    if method in CLASS_METHODS and classifier is None:
+        raise ValueError(f"saliency method {method!r} needs a classifier")
+    height, width = images.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
+    side, out = side or side_for(*images.shape[2:]), []
+    with torch.autocast(images.device.type, enabled=False):
+        for part in images.split(chunk or (4 if images.device.type == "cpu" else 128)):
+            x = part.float() if part.dtype == torch.uint8 else part.float() * 255
+            x = resized(x, side, side).round_().clamp_(0, 255)  # the methods are made for files of 8 bits
+            if method == "cam":
+                m = scaled(cam(classifier, x / 127.5 - 1))
+            else:
+                g = graph(x)
+                s = gradient(classifier, x / 127.5 - 1, g) if method == "gradient" else globals()[method](g)
+                m = s.gather(1, g["label"].flatten(1)).view(-1, side, side)
+            m = m * (x.amax((2, 3)) > x.amin((2, 3))).any(1)[:, None, None]
+            out.append(resized(m[:, None], height, width)[:, 0].clamp_(0, 1))
+    return torch.cat(out)
+
+
+def pasteable(maps, soft=False, threshold=None, least=0.05, most=0.9, chunk=1024):
+    """What to paste an image by: (alpha uint8 [N, h, w], unusable bool [N]), from maps float in [0, 1] or uint8 in 0..255.
+
+    Hard: 255 where the map reaches `threshold`, or twice its own mean, the usual threshold of saliency maps, but no more
+    than its maximum; else 0. Soft: the map itself, from 0 to 255. Unusable: the hard mask covers less than `least` or more
+    than `most` of the image, or the map has one value; alpha is then 255 everywhere, and a paste keeps the image.
+    """
+    alphas, unusables = [], []
+    for part in maps.split(chunk):
+        m = part.float() / (255 if part.dtype == torch.uint8 else 1)
+        high = m.amax((1, 2))
+        cut = 2 * m.mean((1, 2)) if threshold is None else torch.full_like(high, threshold)
+        hard = m >= torch.minimum(cut, high)[:, None, None]
+        area = hard.float().mean((1, 2))
+        unusable = (area < least) | (area > most) | (high == m.amin((1, 2)))
+        alpha = scaled(m) * 255 if soft else hard * 255
+        alphas.append(alpha.round().to(torch.uint8).masked_fill_(unusable[:, None, None], 255))
+        unusables.append(unusable)
+    return torch.cat(alphas), torch.cat(unusables)
+
+
+class Squashed(Dataset):
+    """Images of either kind of set, brought to side x side px: (index, uint8 [3, side, side], why not or "")."""
+
+    def __init__(self, dataset, side):
+        self.dataset, self.side = dataset, side
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, i):
+        try:
+            image = self.dataset.read(i)[0] if isinstance(self.dataset, data.Files) else self.dataset.images[i]
+            return i, tvf.resize(image, [self.side, self.side], antialias=True), ""
+        except OSError as error:
+            return i, torch.zeros(3, self.side, self.side, dtype=torch.uint8), runs.reason(error)
+
+
+def first_side(dataset):
+    """The working size for a set, by its first image that can be read."""
+    if isinstance(dataset, data.Images):
+        return side_for(*dataset.images.shape[2:])
+    for i in range(len(dataset)):
+        try:
+            return side_for(*dataset.read(i)[0].shape[1:])
+        except OSError:
+            pass
+    common.fail(f"no image of {dataset.name} decodes")
+
+
+def walk(dataset, indices, method, device, classifier=None, size=64, batch_size=64, workers=0):
+    """Yields (indices, images uint8 [b, 3, S, S], maps uint8 [b, size, size] on the CPU, why not [b]) in order; a file that
+    does not decode has an empty map and a reason."""
+    rows = torch.utils.data.Subset(Squashed(dataset, first_side(dataset)), indices)
+    pin = torch.device(device).type == "cuda"
+    for index, x, errors in DataLoader(
+        rows, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=data.outlive_signals
+    ):
+        m = maps(x.to(device, non_blocking=True), method, classifier, size)
+        yield index.tolist(), x, (m * 255).round().to(torch.uint8).cpu(), errors
+
+
+def of(dataset, method, device, classifier=None, size=None, batch_size=256, workers=0):
+    """Maps of a whole set, in order, for `pasteable`: uint8 [N, h, w]. Of a set in memory on the images' device and by
+    default of their size; of files on the CPU and by default 64 x 64, and empty where a file does not decode."""
+    bar = tqdm(total=len(dataset), desc=method, unit="img", leave=False, disable=None)
+    parts = []
+    if isinstance(dataset, data.Images):
+        for x in dataset.images.split(batch_size):
+            m = maps(x.to(device), method, classifier, size)
+            parts.append((m * 255).round().to(torch.uint8).to(dataset.images.device))
+            bar.update(len(x))
+    else:
+        for index, _, m, _ in walk(dataset, range(len(dataset)), method, device, classifier, size or 64, batch_size, workers):
+            parts.append(m)
+            bar.update(len(index))
+    bar.close()
+    return torch.cat(parts)
+
+
+# ============ masks in files ============
+
+
+def about(args):
+    """What the masks of a folder depend on, for MASKS/saliency.json."""
+    return {"data": str(args.data), "split": args.split, "method": args.method, "size": args.size,
+            "classifier": args.classifier}  # fmt: skip
+
+
+def claim(out, wanted):
+    """Make the folder, or check that the masks in it are of the same kind."""
+    note = Path(out, "saliency.json")
+    if note.is_file():
+        was = json.loads(note.read_text())
+        changed = [f"{k} {was.get(k)} -> {v}" for k, v in wanted.items() if was.get(k) != v]
+        if changed:
+            common.fail(f"{out} holds masks of another kind ({', '.join(changed)}); choose another --out")
+        return
+    try:
+        Path(out).mkdir(parents=True, exist_ok=True)
+        runs.write_text(note, json.dumps(wanted) + "\n")
+    except OSError as error:
+        common.fail(f"--out {out}: {runs.reason(error)}")
+
+
+def write_png(path, grey):
+    """uint8 [h, w] as a PNG that is whole or absent whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(f"{path}.tmp")
+    aside.write_bytes(encode_png(grey[None]).numpy().tobytes())
+    os.replace(aside, path)
+
+
+def beside(images, ms):
+    """uint8 images [b, 3, S, S] and maps [b, h, w] -> float [2 b, 3, 128, 128]: image, map, image, map, ..."""
+    pictures = [resized(t.float() / 255, 128, 128) for t in (images, ms[:, None])]
+    return torch.stack([pictures[0], pictures[1].expand(-1, 3, -1, -1)], 1).flatten(0, 1).clamp(0, 1)
+
+
+def write_masks(argv):
+    p = argparse.ArgumentParser(
+        usage="python saliency.py DATA --out MASKS [flags]   (python saliency.py score IMAGES MASKS [flags])",
+        description=__doc__, formatter_class=common.Help, allow_abbrev=False,
+    )  # fmt: skip
+    p.add_argument("data", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--out", required=True, help="folder for the masks, KEY.png; what it has already stays")
+    p.add_argument("--method", choices=METHODS + CLASS_METHODS, default="rbd", help="the last two need --classifier")
+    p.add_argument("--classifier", help="a file of evaluate.py --save, or torchvision:NAME (of a ResNet)")
+    p.add_argument("--root", default="datasets", help="where named sets live")
+    p.add_argument("--split", choices=("pretrain", "train", "test"), default="pretrain", help="which images of the set")
+    p.add_argument("--size", type=int, default=64, help="px, height and width of a mask, whatever the image's")
+    p.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes")
+    p.add_argument("--limit", type=int, default=0, help="N images, the same as a training script's --limit N (0: all)")
+    p.add_argument("--seed", type=int, default=0, help="which ones --limit takes")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "batch_size")
+    common.at_least(0, args, "workers", "limit")
+    if (args.method in CLASS_METHODS) != bool(args.classifier):
+        common.fail(f"--classifier FILE goes with --method {' and '.join(CLASS_METHODS)}, and only with them")
+    _, _, device = common.setup(args.device)
+    stop = common.catch_signals()
+    dataset = data.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
+    keys = [dataset.key(i) for i in range(len(dataset))]
+    if len(set(keys)) < len(keys):
+        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        common.fail(f"two images of {args.data} have the name {twice!r}, so their masks would be one file")
+    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    out = Path(args.out)
+    claim(out, about(args))
+
+    todo = [i for i, key in enumerate(keys) if not Path(out, f"{key}.png").exists()]
+    if not todo:
+        print(f"{out} has the masks of all {len(keys)} images already")
+        return
+    bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc=args.method, unit="img", disable=None)
+    done, broken, shown, start = 0, 0, [], time.perf_counter()
+    for index, x, ms, errors in walk(dataset, todo, args.method, device, classifier, args.size, args.batch_size, args.workers):
+        for i, m, error in zip(index, ms, errors, strict=True):
+            if error:
+                tqdm.write(f"skipped: {error}", file=sys.stderr)
+                broken += 1
+            else:
+                write_png(Path(out, f"{keys[i]}.png"), m)
+                done += 1
+        if sum(map(len, shown)) < 24:
+            whole = torch.tensor([not error for error in errors])
+            shown.append(beside(x[whole], ms[whole]))
+        bar.update(len(index))
+        if stop:
+            break
+    bar.close()
+    if not Path(out, "preview.png").exists() and done:  # or there is an image of that name
+        save_image(make_grid(torch.cat(shown)[:24], nrow=8, padding=2, pad_value=1), out / "preview.png")
+    rate = done / (time.perf_counter() - start)
+    print(f"{done} masks written to {out}, {rate:.1f} images/s on {device.type}; some of them in {out / 'preview.png'}")
+    if broken:
+        print(f"{broken} images do not decode and have no mask")
+    if stop:
+        print(f"stopped by a signal with {len(todo) - done - broken} images left; the same command goes on from here")
+
+
+# ============ against masks drawn by hand ============
+
+
+def score(maps, truths):
+    """{"max_f", "mean_f", "adaptive_f", "mae"} of maps, float [h, w] each, against truths, bool [h, w] of the same sizes.
+
+    A map is stretched to 0..255. Precision and recall at each of the 256 thresholds are averaged over the images before
+    they make F = (1 + b^2) P R / (b^2 P + R), b^2 = 0.3; then the maximum and the mean over the thresholds. (The mean of
+    the images' own maxima would be larger, and is not what papers report.) Adaptive: one threshold an image, twice its
+    mean. MAE: the mean of |map - truth|.
+    """
+    precision, recall = torch.zeros(257, dtype=torch.double), torch.zeros(257, dtype=torch.double)
+    error, n = 0.0, 0
+    for m, truth in zip(maps, truths, strict=True):
+        m, truth = scaled(m[None].float().cpu())[0], truth.cpu()
+        level = (m * 255).round().long()
+        found, right = (
+            torch.bincount(of.flatten(), minlength=256).flip(0).cumsum(0).flip(0).double() for of in (level, level[truth])
+        )  # [256]: pixels at or above each threshold
+        cut = m >= (2 * m.mean()).clamp(max=m.max())
+        found = torch.cat([found, cut.sum()[None]])
+        right = torch.cat([right, (cut & truth).sum()[None]])
+        precision += right / found.clamp(min=1)
+        recall += right / truth.sum().clamp(min=1)
+        error += (m - truth.float()).abs().mean().item()
+        n += 1
+    p, r = precision / n, recall / n
+    f = 1.3 * p * r / (0.3 * p + r).clamp(min=1e-12)
+    return {"max_f": f[:256].max().item(), "mean_f": f[:256].mean().item(), "adaptive_f": f[256].item(), "mae": error / n}
+
+
+def named(folder):
+    """{path below the folder without the suffix: path} of its images."""
+    if not Path(folder).is_dir():
+        common.fail(f"{folder}: no such folder")
+    return {Path(os.path.relpath(p, folder)).with_suffix("").as_posix(): p for p, _ in data.list_folder(folder)[0]}
+
+
+def matched(folder, keys):
+    """The files of a folder for images `keys`, in their order; names what does not match and ends the program."""
+    files = named(folder)
+    if odd := [k for k in keys if k not in files]:
+        some = ", ".join(odd[:10]) + (", ..." if len(odd) > 10 else "")
+        common.fail(f"{len(odd)} of {len(keys)} images have nothing of their name in {folder}: {some}")
+    return [files[k] for k in keys]
+
+
+def score_command(argv):
+    p = argparse.ArgumentParser(
+        usage="python saliency.py score IMAGES MASKS [flags]", description=score.__doc__, formatter_class=common.Help,
+        allow_abbrev=False,
+    )  # fmt: skip
+    p.add_argument("images", help="folder of images")
+    p.add_argument("masks", help="folder of masks with the images' names: above 128 is the object")
+    p.add_argument("--method", nargs="+", choices=METHODS + CLASS_METHODS, default=list(METHODS), help="maps to compute")
+    p.add_argument("--classifier", help="for cam and gradient: a file of evaluate.py --save, or torchvision:NAME")
+    p.add_argument("--maps", help="folder of saved maps with the images' names; none are computed")
+    p.add_argument("--picture", help="PNG to write: twenty images, each with its mask and its maps")
+    p.add_argument("--limit", type=int, default=0, help="the first N images (0: all)")
+    p.add_argument("--batch-size", type=int, default=64, help="images at a time")
+    p.add_argument("--workers", type=int, default=0, help="decoding processes")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    args = p.parse_args(argv)
+    common.at_least(1, args, "batch_size")
+    common.at_least(0, args, "workers", "limit")
+    if not args.maps and set(args.method) & set(CLASS_METHODS) and not args.classifier:
+        common.fail(f"--method {' and '.join(CLASS_METHODS)} need --classifier FILE")
+    _, _, device = common.setup(args.device)
+    images = named(args.images)
+    keys = list(images)[: args.limit or None]
+    if not keys:
+        common.fail(f"no images in {args.images}")
+    try:
+        truths = [data.decode(path)[0] > 128 for path in matched(args.masks, keys)]
+        saved = [data.decode(path)[:1].float() / 255 for path in matched(args.maps, keys)] if args.maps else None
+    except OSError as error:
+        common.fail(str(error))
+    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    dataset = data.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
+
+    rows, pictures = [], []
+    shown = torch.linspace(0, len(keys) - 1, min(20, len(keys))).long().tolist()
+    for method in ["saved"] if saved else args.method:
+        start, found = time.perf_counter(), saved
+        if not saved:
+            found = []
+            settings = (method, device, classifier, side_for(*dataset.read(0)[0].shape[1:]), args.batch_size, args.workers)
+            for _, _, m, errors in walk(dataset, range(len(keys)), *settings):
+                if any(errors):
+                    common.fail(next(filter(None, errors)))
+                found += (m.float() / 255)[:, None]
+        ms = 1000 * (time.perf_counter() - start) / len(keys)
+        found = [resized(m[None], *truth.shape)[0, 0] for m, truth in zip(found, truths, strict=True)]
+        r = score(found, truths)
+        published = "{:>8.3f} {:>5.3f}".format(*PUBLISHED[method]) if method in PUBLISHED else ""
+        rows.append(f"{method:<9} {r['max_f']:6.3f} {r['mean_f']:7.3f} {r['adaptive_f']:9.3f} {r['mae']:6.3f} "
+                    f"{'' if saved else f'{ms:.0f}':>9} {published}")  # fmt: skip
+        pictures.append([found[i] for i in shown])
+    print(f"{len(keys)} images, F-measure with beta^2 = 0.3\n")
+    print("method     max F  mean F  adaptive    MAE  ms/image  published max F, MAE on ECSSD (Borji et al. 2015)")
+    print("\n".join(rows))
+    if args.picture:
+        cells = []
+        for row, i in enumerate(shown):
+            for cell in (dataset.read(i)[0].float() / 255, truths[i].float(), *(column[row] for column in pictures)):
+                cells.append(resized(cell.expand(3, -1, -1)[None], 128, 128)[0])
+        save_image(make_grid(torch.stack(cells), nrow=2 * (2 + len(pictures)), padding=2, pad_value=1), args.picture)
+        print(f"{args.picture}: twice in a row: image, mask, {', '.join(['saved'] if saved else args.method)}")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    return score_command(argv[1:]) if argv[:1] == ["score"] else write_masks(argv)
+
+
+if __name__ == "__main__":
+    main()

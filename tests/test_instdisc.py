@@ -1,0 +1,449 @@
+import json
+import math
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import TINY, run, start, write_images
+from torchvision.io import write_png
+
+import backbones
+import common
+import data
+import instdisc
+import runs
+
+SMALL = ["instdisc.py", *TINY, "--limit", "48", "--epochs", "4", "--negatives", "16"]  # 3 steps an epoch, 12 in all
+
+
+def rows(n, dim=16, seed=0):
+    return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+# ============ the losses ============
+
+
+def test_losses_equal_naive_loops():
+    v, bank, index, negatives = rows(5), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8]), torch.tensor([1, 2, 2, 30, 11])
+    Z, K, n = 50.0, 5, 40
+    P = lambda b, j: math.exp(float(v[b] @ bank[j]) / 0.2) / Z
+    full, sampled, contrast = 0.0, 0.0, 0.0
+    for b, own in enumerate(index.tolist()):
+        full -= math.log(P(b, own) / sum(P(b, j) for j in range(n))) / 5
+        sampled -= math.log(P(b, own) / (P(b, own) + sum(P(b, j) for j in negatives.tolist()))) / 5
+        contrast -= math.log(P(b, own) / (P(b, own) + K / n)) / 5
+        contrast -= sum(math.log((K / n) / (P(b, j) + K / n)) for j in negatives.tolist()) / 5
+    assert instdisc.FullSoftmax.apply(v, bank, index, 0.2).item() == pytest.approx(full, rel=1e-5)
+    assert instdisc.softmax_nce(v, bank, index, negatives, 0.2).item() == pytest.approx(sampled, rel=1e-5)
+    assert instdisc.nce(v, bank, index, negatives, 0.2, torch.tensor(Z)).item() == pytest.approx(contrast, rel=1e-4)
+
+
+@pytest.mark.parametrize("chunk", [7, 100, 1000])
+def test_full_softmax_is_cross_entropy_over_the_bank_with_its_gradient(chunk):
+    v, bank, index = rows(6), rows(100, seed=1), torch.arange(6) * 9
+    one, two = v.clone().requires_grad_(), v.clone().requires_grad_()
+    F.cross_entropy(one @ bank.T / 0.07, index).backward()
+    loss = 3 * instdisc.FullSoftmax.apply(two, bank, index, 0.07, chunk)
+    loss.backward()
+    assert loss.item() / 3 == pytest.approx(F.cross_entropy(v @ bank.T / 0.07, index).item(), rel=1e-5)
+    assert torch.allclose(two.grad / 3, one.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "n", "K", "temperature", "value"),
+    [
+        ("softmax-nce", 100_000, 4096, 0.07, 9.12),
+        ("softmax-nce", 100_000, 16_384, 0.07, 10.50),
+        ("softmax-nce", 100_000, 65_536, 0.07, 11.89),
+        ("softmax", 50_000, 0, 0.1, 11.21),
+        ("nce", 100_000, 4096, 0.07, 10.1),  # 10.2 where n = 1.28 M: the code's 1e-7 adds 1e-7 n
+    ],
+)
+def test_the_first_loss_is_what_unrelated_features_give(loss, n, K, temperature, value):
+    torch.manual_seed(0)
+    model = Plain(n, temperature, loss)
+    index, negatives = torch.randperm(n)[:256], torch.randint(n, (K,))
+    got = model((rows(256, 128),), index, negatives, first=True).item()
+    assert got == pytest.approx(value, rel=0.02)
+    assert got == pytest.approx(instdisc.chance(loss, n, K, 128, temperature, 0), rel=0.02)
+    assert instdisc.chance("nce", 1_281_167, 4096, 128, 0.07, 0) == pytest.approx(10.2, rel=0.02)
+
+
+class Plain(instdisc.InstDisc):
+    """The method on features given as they are: f and g do nothing."""
+
+    def __init__(self, n, temperature=0.1, loss="softmax-nce", dim=128, momentum=0.5):
+        f = torch.nn.Identity()
+        f.dim = dim
+        super().__init__(f, n, dim, temperature, loss, momentum)
+        self.g = torch.nn.Identity()
+
+
+@pytest.mark.parametrize("loss", ["nce", "softmax-nce"])
+def test_a_view_is_not_told_from_its_own_row(loss):
+    model, v, index = Plain(50, loss=loss, dim=16), rows(4), torch.tensor([5, 6, 7, 8])
+    model.Z.fill_(40.0)
+    others = torch.tensor([1, 2, 3])
+    with_own = lambda b: torch.cat([others, index[b : b + 1]])
+    for b in range(4):
+        one = (v[b : b + 1],), index[b : b + 1]
+        if loss == "softmax-nce":
+            assert model(*one, with_own(b)).item() == pytest.approx(model(*one, others).item(), rel=1e-6)
+        else:  # K / n is larger by one; the extra row itself adds (almost) nothing
+            own, s = instdisc.scores(v[b : b + 1], model.bank, index[b : b + 1], with_own(b), 0.1)
+            assert s[0, -1] == -math.inf
+            expected = -(own.exp() / 40 / (own.exp() / 40 + 4 / 50)).log() + (1 + s[0, :3].exp() / 40 / 0.08).log().sum()
+            assert model(*one, with_own(b)).item() == pytest.approx(expected.item(), rel=1e-4)
+    x = v.clone().requires_grad_()
+    model((x,), index, index).backward()  # no row but their own: what is left is finite
+    assert x.grad.isfinite().all()
+
+
+def test_Z_is_n_times_the_mean_of_the_first_batch_and_stays():
+    model, v, index, negatives = Plain(50, loss="nce", dim=16), rows(4), torch.arange(4), torch.arange(10, 20)
+    model((v,), index, negatives, first=True)
+    e = [math.exp(float(v[b] @ model.bank[j]) / 0.1) for b in range(4) for j in [b, *range(10, 20)]]
+    Z = model.Z.clone()
+    assert Z.item() == pytest.approx(50 * sum(e) / len(e), rel=1e-5)
+    model.update_bank()
+    model((rows(4, seed=3),), index, negatives)
+    assert torch.equal(model.Z, Z) and "Z" in model.state_dict()
+
+
+# ============ the bank ============
+
+
+def test_bank_rows_are_unit_and_written_after_the_step():
+    torch.manual_seed(0)
+    model, v, index = Plain(50, dim=16, momentum=0.3), rows(4), torch.tensor([9, 0, 49, 3])
+    before = model.bank.clone()
+    assert torch.allclose(before.norm(dim=1), torch.ones(50)) and before.mean().abs() < 0.05
+    loss = model((v,), index, torch.arange(10, 20))
+    assert torch.equal(model.bank, before)
+    assert loss.item() == pytest.approx(instdisc.softmax_nce(v, before, index, torch.arange(10, 20), 0.1).item())
+    model.update_bank()
+    for row, feature in zip(index.tolist(), v, strict=True):
+        new = 0.3 * before[row] + 0.7 * feature
+        assert torch.allclose(model.bank[row], new / new.norm(), atol=1e-6)
+    untouched = [i for i in range(50) if i not in index.tolist()]
+    assert torch.equal(model.bank[untouched], before[untouched])
+    model((v[:2],), index[:2], torch.arange(10, 20)), model((v[2:],), index[2:], torch.arange(10, 20))
+    again = model.bank.clone()
+    model.update_bank()  # of both passes
+    assert (model.bank[index] != again[index]).any(1).all()
+
+
+def test_bank_is_fp32_and_no_parameter():
+    model = tiny_model()
+    assert model.bank.dtype == torch.float32 and not model.bank.requires_grad
+    with torch.autocast("cpu", torch.bfloat16):
+        model(views(8), torch.arange(8), torch.arange(20, 30)).backward()
+    model.update_bank()
+    assert model.bank.dtype == torch.float32 and torch.allclose(model.bank.norm(dim=1), torch.ones(48), atol=1e-6)
+
+
+def tiny_model(seed=0, loss="softmax-nce"):
+    torch.manual_seed(seed)
+    return instdisc.InstDisc(backbones.build("resnet10_16", 16), 48, 8, 0.1, loss)
+
+
+def views(n, seed=0):
+    return [torch.randn(n, 3, 16, 16, generator=torch.Generator().manual_seed(seed))]
+
+
+@pytest.mark.parametrize("loss", ["softmax", "nce", "softmax-nce", "supervised"])
+def test_the_loss_falls(loss):
+    torch.manual_seed(0)
+    labels = torch.arange(48) % 5 if loss == "supervised" else None
+    model = instdisc.InstDisc(backbones.build("resnet10_16", 16), 48, 16, 0.1, loss, labels=labels)
+    optimizer, xs, losses = torch.optim.AdamW(model.parameters(), lr=3e-3), views(32), []
+    for step in range(20):
+        value = model(xs, torch.arange(32), torch.arange(20, 48), first=step == 0)
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        model.update_bank()
+        losses.append(value.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert ("bank" in model.state_dict()) == (loss != "supervised")
+
+
+def test_bank_figures_tell_images_the_probes_must_not_know(tmp_path):
+    model, images = tiny_model(), data.Images("x", (torch.rand(48, 3, 16, 16) * 255).byte(), torch.arange(48) % 3)
+    preprocess = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
+    labels = images.labels.clone()
+    figures = lambda y, **k: instdisc.bank_figures(model, images, y, images, preprocess, torch.device("cpu"), 0, False, **k)
+    with torch.no_grad():
+        x = torch.cat([x for x, _ in data.batches(images, preprocess)])
+        model.eval().bank.copy_(F.normalize(model.g(model.f(x)), dim=1))
+    found = figures(labels, recompute=True)
+    assert {"bank_feature_std", "bank_effective_rank", "bank_knn200", "embedding_knn200"} == set(found)
+    assert found["bank_knn200"] == pytest.approx(found["embedding_knn200"])
+    labels[labels > 0] = -1
+    assert figures(labels)["bank_knn200"] == pytest.approx(100 / 3)  # one class is left in the bank
+
+
+# ============ views, schedule, masks, backgrounds ============
+
+
+def test_table_1_is_cumulative():
+    view = instdisc.RECIPES["imagenet"]["views"][0]
+    full = data.view(224, **view)
+    got = {name: data.view(224, **instdisc.augmented(view, name)) for name in instdisc.TABLE_1}
+    assert got["grey"] == full
+    assert [got[n]["grey"] for n in instdisc.TABLE_1] == [0, 0, 0, 0, 0, 0.2]
+    assert [got[n]["jitter_p"] for n in instdisc.TABLE_1] == [0, 0, 0, 0, 1, 1]
+    assert [got[n]["flip"] for n in instdisc.TABLE_1] == [0, 0.5, 0.5, 0.5, 0.5, 0.5]
+    assert got["scale"]["scale"] == (0.2, 1.0) and got["scale"]["ratio"] == (3 / 4, 4 / 3)
+    g = torch.Generator().manual_seed(0)
+    boxes = data.sample_boxes(100, 256, 256, got["crop"]["scale"], got["crop"]["ratio"], g)
+    assert (boxes[:, 2:] == 224).all() and len(boxes[:, 0].unique()) > 20  # places differ, size does not
+    boxes = data.sample_boxes(9, 300, 400, got["none"]["scale"], got["none"]["ratio"], g)
+    assert (boxes == torch.tensor([0.0, 50, 300, 300])).all()  # the central square
+
+
+def test_learning_rate_drops_at_120_and_160_of_200_epochs():
+    at = lambda epoch: instdisc.learning_rate(epoch * 10, 2000, 0.03, 0, "steps")
+    assert [at(e) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx([0.03, 0.03, 3e-3, 3e-3, 3e-4, 3e-4])
+    assert instdisc.learning_rate(5, 100, 1.0, 10, "steps") == 0.5
+    assert instdisc.learning_rate(55, 100, 1.0, 10, "cosine") == pytest.approx(0.5)
+
+
+def test_textures_are_many_and_the_same_for_a_seed():
+    a = instdisc.textures(20, 32, 0)
+    assert a.shape == (20, 3, 32, 32) and a.dtype == torch.uint8
+    assert torch.equal(a, instdisc.textures(20, 32, 0)) and not torch.equal(a, instdisc.textures(20, 32, 1))
+    assert (a.float().std((2, 3)).amax(1) > 5).all()  # none is plain
+    assert torch.corrcoef(a.float().mean(1).flatten(1)).fill_diagonal_(0).abs().max() < 0.9
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_quiet_crops_come_from_where_nothing_is_salient(tmp_path, in_memory):
+    images = torch.full((12, 3, 32, 32), 50, dtype=torch.uint8)
+    images[:, :, 16:, 16:] = 200  # the only quarter without response
+    maps = torch.full((12, 16, 16), 90, dtype=torch.uint8)
+    maps[:, 8:, 8:] = 0
+    maps[5:] += 20  # what is taken first is where the response is least
+    if in_memory:
+        train = data.Images("x", images)
+    else:
+        for i, image in enumerate(images):
+            write_png(image, str(tmp_path / f"{i:02d}.png"))
+        train = data.load(str(tmp_path))
+    got = instdisc.quiet_crops(train, maps, 5, 8, "cpu")
+    assert got.shape == (5, 3, 8, 8) and (got == 200).all()
+
+
+def options(*flags):
+    return instdisc.parse_args(["--device", "cpu", *flags])
+
+
+def test_maps_of_a_set_in_memory_are_made_once(tmp_path, monkeypatch):
+    train, calls = data.load("shapes", limit=20), []
+
+    def of(*_):
+        calls.append(1)
+        return torch.zeros(20, 32, 32, dtype=torch.uint8)
+
+    monkeypatch.setattr(instdisc.saliency, "of", of)
+    args = options("--masks", "gs", "--root", str(tmp_path / "new"))
+    for _ in range(2):
+        assert instdisc.open_maps(args, train, 0, torch.device("cpu")).shape == (20, 32, 32)
+    assert len(calls) == 1
+    exact = instdisc.open_maps(options("--masks", "exact"), train, 0, torch.device("cpu"))
+    assert torch.equal(exact > 0, train.masks > 0) and exact.max() == 255
+
+
+def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
+    train = data.load("shapes", limit=6)
+    train.masks[0], train.masks[1] = 0, 1
+    args = options("--masks", "exact", "--copy-paste", "1")
+    alpha, grounds = instdisc.objects(args, train, 0, torch.device("cpu"), print)
+    assert "2 of 6 masks are nearly empty or full" in capsys.readouterr().out and grounds is None
+    view = data.view(32, scale=(1, 1), ratio=(1, 1), flip=0, paste=1.0)
+    index, (x,) = next(data.Loader(train, [view], 6, 0, alpha=alpha).epoch(0))
+    _, (plain,) = next(data.Loader(train, [view | {"paste": 0.0}], 6, 0, alpha=alpha).epoch(0))
+    for row, image in enumerate(index.tolist()):
+        background = (train.masks[image] == 0) & (image != 1)
+        assert torch.allclose(x[row], plain[row], atol=1e-5) == (image < 2)
+        if image > 1:
+            outside = x[row][:, background] * torch.tensor(data.STD)[:, None] + torch.tensor(data.MEAN)[:, None]
+            assert outside.std() < 1e-3  # one grey
+            inside = train.masks[image] == 1
+            assert torch.allclose(x[row][:, inside], plain[row][:, inside], atol=1e-5)
+
+
+# ============ whole runs ============
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    printed, err = run(*SMALL, "--loss", "nce", "--copy-paste", "0.5", "--masks", "exact", "--out", out)
+    return out, printed, err
+
+
+def test_a_run_writes_what_it_promises(unbroken):
+    out, printed, _ = unbroken
+    assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= set(os.listdir(out))
+    assert printed.splitlines()[-1].startswith("instdisc shapes: knn ")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert {"own_cosine", "feature_std", "loss"} <= set(lines[1])
+    assert {"knn20", "bank_knn200", "bank_feature_std", "bank_effective_rank"} <= set(lines[0])
+    assert "embedding_knn200" in lines[-1] or "embedding_knn200" in lines[-2]
+    assert "bank 48 x 128, 0.0 MB" in printed and "loss of unrelated vectors" in printed
+    first = next(line["loss"] for line in lines if "loss" in line)
+    told = float(printed.split("loss of unrelated vectors ")[1].split(";")[0])
+    assert first == pytest.approx(told, rel=0.15)  # of 16 images and 48 rows
+    assert runs.load(out / "checkpoint.pt")["model"]["Z"] > 0
+
+
+def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
+    out = tmp_path / "run"
+    command = [*SMALL, "--loss", "nce", "--copy-paste", "0.5", "--masks", "exact", "--out", out]
+    process, log = start(*command), out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal" in printed, err
+    again, _ = run(*command)
+    assert "going on from step" in again
+    one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
+    assert one["step"] == two["step"] == 12
+    assert one["model"].keys() == two["model"].keys()
+    assert all(torch.equal(one["model"][k], two["model"][k]) for k in one["model"])
+
+
+BANKED = ("softmax", "nce", "softmax-nce")
+
+
+def half(rank, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    mine = [updated(tiny_model(loss=loss).eval(), slice(rank * 8, rank * 8 + 8)) for loss in BANKED]
+    torch.save(mine, f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def updated(model, part):
+    """The bank and Z after two updates with the images of `part`, and the first gradients of g."""
+    for step in range(2):
+        loss = model([v[part] for v in views(16, step)], torch.arange(16)[part] * 3, torch.arange(20, 30), first=step == 0)
+        model.update_bank()
+        if step == 0:
+            grad = torch.autograd.grad(loss, model.g.weight)[0]
+    return model.bank.clone(), model.Z.clone(), grad
+
+
+def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
+    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "rank"), nprocs=2)
+    ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    for loss, one, two in zip(BANKED, *ranks, strict=True):
+        bank, Z, grad = updated(tiny_model(loss=loss).eval(), slice(16))  # eval: BatchNorm aside
+        assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])  # the two agree bit for bit
+        assert torch.allclose(one[0], bank, atol=1e-6) and torch.allclose(one[1], Z, rtol=1e-5)
+        assert torch.allclose((one[2] + two[2]) / 2, grad, atol=1e-6)
+
+
+def test_two_processes_run_and_hold_one_bank(tmp_path):
+    printed, _ = run(*SMALL, "--epochs", "1", "--out", tmp_path / "run", processes=2)
+    assert printed.splitlines()[-1].startswith("instdisc shapes: knn ")
+    bank = runs.load(tmp_path / "run" / "checkpoint.pt")["model"]["bank"]
+    torch.manual_seed(0)
+    backbones.build("resnet10_16", 32)
+    start = instdisc.InstDisc(backbones.build("resnet10_16", 32), 48, 128).bank
+    assert bank.shape == start.shape and torch.allclose(bank.norm(dim=1), torch.ones(48), atol=1e-5)
+
+
+def test_accumulated_passes_see_one_bank_and_write_it_once():
+    whole, parts = tiny_model().eval(), tiny_model().eval()
+    xs, index, negatives = views(16), torch.arange(16), torch.arange(20, 30)
+    whole(xs, index, negatives).backward()
+    for k in (slice(8), slice(8, 16)):
+        (parts([xs[0][k]], index[k], negatives) / 2).backward()
+    whole.update_bank(), parts.update_bank()
+    assert torch.allclose(whole.bank, parts.bank, atol=1e-6)
+    for p, q in zip(whole.parameters(), parts.parameters(), strict=True):
+        assert torch.allclose(p.grad, q.grad, atol=1e-6)
+
+
+def test_supervised_needs_no_bank(tmp_path):
+    out, _ = run(*SMALL, "--loss", "supervised", "--augment", "flip", "--out", tmp_path / "run")
+    assert "bank" not in out.splitlines()[0] and "loss of unrelated vectors 2.30" in out
+
+
+def write_masks(folder, masks, size=20):
+    """Masks for the folder of images that `write_images` makes: a square in the middle, except those in `masks`."""
+    for path in sorted(folder.rglob("*.jpg")):
+        mask = torch.zeros(1, size, size, dtype=torch.uint8)
+        mask[:, 5:15, 5:15] = 255
+        file = folder.parent / "masks" / path.relative_to(folder).with_suffix(".png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_png(masks.get(path.stem, mask), str(file))
+    return folder.parent / "masks"
+
+
+FOLDER = ["instdisc.py", *TINY, "--limit", "0", "--recipe", "shapes", "--workers", "1", "--negatives", "8"]
+FOLDER += ["--epochs", "1", "--copy-paste"]
+
+
+def test_a_folder_with_masks_of_another_size(folder):
+    empty, full = torch.zeros(1, 9, 9, dtype=torch.uint8), torch.full((1, 9, 30), 255, dtype=torch.uint8)
+    masks = write_masks(folder, {"000": empty, "001": full})
+    (folder / "class0" / "002.jpg").write_bytes(b"not an image")
+    for background, blend in (("grey", "mix"), ("textures", "none"), ("images", "gaussian")):
+        out, _ = run(*FOLDER, "1", "--data", folder, "--masks", masks, "--background", background, "--blend", blend, "--out",
+                     folder.parent / background)  # fmt: skip
+        assert "2 of 64 masks are nearly empty or full" in out
+        assert (folder.parent / background / "views.png").exists()
+
+
+def test_masks_that_do_not_match_are_named(folder):
+    masks = write_masks(folder, {})
+    (masks / "class0" / "004.png").unlink(), (masks / "class1" / "007.png").unlink()
+    _, err = run(*FOLDER, "0.5", "--data", folder, "--masks", masks, code=2)
+    assert "2 of 64 images" in err and "class0/004, class1/007" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--negatives", "64", "--limit", "64"], "smaller than the 64 training images"),
+        (["--negatives", "0"], "--negatives"),
+        (["--temperature", "0"], "--temperature"),
+        (["--copy-paste", "1.5"], "at most 1"),
+        (["--bank-momentum", "-1"], "--bank-momentum"),
+        (["--copy-paste", "0.5", "--masks", "nowhere"], "no such folder"),
+        (["--data", "shapes", "--masks", "exact", "--copy-paste", "1", "--loss", "nce", "--limit", "8"], "batch-size"),
+    ],
+)
+def test_bad_flags(flags, words, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "catch_signals", list)
+    with pytest.raises(SystemExit) as stopped:
+        instdisc.main([*TINY, "--negatives", "16", *flags, "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_folders_need_masks_made_beforehand_and_exact_ones_need_to_exist(folder):
+    _, err = run(*FOLDER, "0.5", "--data", folder, code=2)
+    assert "python saliency.py" in err
+    _, err = run(*FOLDER, "0.5", "--data", folder, "--masks", "exact", code=2)
+    assert "has no masks of its own" in err
+
+
+def test_masks_that_are_all_useless_stop_the_run(folder):
+    masks = write_masks(folder, {f"{i:03d}": torch.zeros(1, 9, 9, dtype=torch.uint8) for i in range(64)})
+    _, err = run(*FOLDER, "0.5", "--data", folder, "--masks", masks, code=2)
+    assert "nothing to paste" in err
+
+
+def test_supervised_needs_labels(tmp_path):
+    folder = write_images(tmp_path / "images", 48, classes=1)
+    _, err = run(*FOLDER[:-1], "--data", folder, "--loss", "supervised", code=2)
+    assert "images without labels" in err
