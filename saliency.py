@@ -101,8 +101,8 @@ def slic(lab, block=BLOCK, compactness=20.0, rounds=10):
     x[:, :, :, 3], x[:, :, :, 4], x[:, :, :, 5] = at[:, None], at, 1.0
     x = x.view(n, 6, s * s)
     square = x.square().sum(1, keepdim=True)  # [n, 1, S^2], and 1 for the last row, which keeps d^2 well above 0
-    shift = torch.tensor([(dy, dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)], device=device) * scale * s  # [9, 2]
     kind = torch.arange(9, device=device, dtype=torch.int32)[:, None]
+    shift = (torch.cat([kind.div(3, rounding_mode="floor"), kind % 3], 1) - 1) * scale * s  # [9, 2]: of those blocks
     middle = s // 2 * s + s // 2
     centre = x[:, :5, middle].reshape(b, gh, gw, 5).permute(0, 3, 1, 2).contiguous()  # [B, 5, gh, gw]
     distance, chosen = torch.empty(n, 9, s * s, device=device), torch.empty(n, 9, s * s, device=device)
@@ -207,7 +207,7 @@ def graph(rgb, block=BLOCK, rounds=10):
     means = (sums[:, :8] / sums[:, 8:].clamp(min=1)).mT  # [B, K, 8]
     band = round(block / 3)  # 8 px of 24.5 in the authors' images of 400 x 300 px
     border = torch.cat([p.flatten(1) for p in (label[:, :band], label[:, -band:], label[..., :band], label[..., -band:])], 1)
-    place = means[..., 6:] / torch.tensor([h, w]).to(device, non_blocking=True)
+    place = torch.stack([means[..., 6] / h, means[..., 7] / w], 2)
     return dict(
         label=label, used=sums[:, 8] > 0, lab=to_lab(means[..., :3].mT).mT, lab_mean=means[..., 3:6], place=place,
         near=touching(label, k), band=members(border, k),
@@ -402,10 +402,10 @@ def gradient(classifier, x, g):
     slope = evaluate.class_gradients(classifier, x, classifier(x).argmax(1)).flatten(1)
     size = torch.zeros_like(used, dtype=torch.float).scatter_add_(1, flat, torch.ones_like(slope))
     slope = torch.zeros_like(size).scatter_add_(1, flat, slope) / size.clamp(min=1)
-    high, low = slope.masked_fill(~used, math.nan).nanquantile(torch.tensor([0.95, 0.3], device=used.device), 1)
+    high, low = (slope.masked_fill(~used, math.nan).nanquantile(q, 1, keepdim=True) for q in (0.95, 0.3))
     d = geodesic(distances(g["lab"]) + 1e-3, g["near"])  # not 0 between equal regions, so that the seeds share them
-    to_object = d.masked_fill(~(used & (slope > high[:, None]))[:, None], INF).amin(2)
-    to_ground = d.masked_fill(~(used & (slope <= low[:, None]))[:, None], INF).amin(2)
+    to_object = d.masked_fill(~(used & (slope > high))[:, None], INF).amin(2)
+    to_ground = d.masked_fill(~(used & (slope <= low))[:, None], INF).amin(2)
     return (to_ground / (to_object + to_ground)).masked_fill(~used, 0).nan_to_num(0)
 
 
