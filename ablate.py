@@ -103,7 +103,7 @@ TABLES = {
             ("GS", (0.557, 0.173, 57.8), "--copy-paste 0.5 --masks gs"),
             ("MC", (0.627, 0.186, 58.1), "--copy-paste 0.5 --masks mc"),
             ("RBD", (0.630, 0.144, 59.3), RBD),
-            ("exact (paper: BASNet)", (0.805, 0.056, 62.9), "--copy-paste 0.5 --masks exact"),
+            ("exact masks", (0.805, 0.056, 62.9), "--copy-paste 0.5 --masks exact"),
         ]),
         "ratio": ("DiLo, table 2b", ("linear",), [
             ("baseline", (56.5,), NO_PASTE),
@@ -141,10 +141,10 @@ FIGURES = {
 READ = {
     "sage": "paper: ResNet-50, 100 epochs of ImageNet, and a ResNet-18 where a row names an evaluator; top-1 and top-5 are the "
             "perceptual test's, of recovered images",
-    "instdisc": "paper: ResNet-50, 200 epochs of ImageNet; F_beta and MAE are of the masks, on DUT-OMRON; ours from energy on in "
-                "per cent: of the class gradient's energy that is inside the object (other: inside another image's object), of "
-                "images where its maximum is, of objects that the linear probe names on another's ground, and of these images "
-                "nearer to the object's image than to the ground's",
+    "instdisc": "paper: ResNet-50, 200 epochs of ImageNet; F_beta and MAE are of the masks, on DUT-OMRON, and beside exact masks "
+                "stand a network's, BASNet. Ours from energy on in per cent: of the class gradient's energy what is inside the "
+                "object (other: inside another image's object); of images, those with its maximum there; of objects, those that "
+                "the linear probe names on another's ground; of these images, those nearer to the object's than to the ground's",
 }
 DIGITS = {"MSE": 4, "F_beta": 3, "MAE": 3}  # else 1
 MASKED = ("localisation", "swap")  # probes of data whose masks are known
@@ -287,7 +287,7 @@ def show(own, table, columns, measured):
     """Print one table and write OUT/TABLE.json. measured: row name -> ({our head: figures by seed}, commands by seed)."""
     where, heads, _ = TABLES[own.method][table]
     wide = 8 if len(own.seeds) == 1 else 14
-    line = "{:30}" + "{:>9}" * len(heads) + "   |" + f"{{:>{wide}}}" * len(columns)
+    line = "{:30}" + "{:>9}" * len(heads) + "   |" + "".join(f"{{:>{max(wide, len(head) + 2)}}}" for head in columns)
     print(f"\n{table} ({where})\n" + line.format("", *heads, *columns))
     kept = []
     for name, paper, _ in own.rows[table]:

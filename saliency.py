@@ -31,6 +31,7 @@ device. All in fp32. The methods' constants are those of the authors' code (docs
 """
 
 import argparse
+import collections
 import json
 import math
 import os
@@ -206,7 +207,9 @@ def graph(rgb, block=BLOCK, rounds=10):
     sums = torch.zeros(b, 9, k, device=device).scatter_add_(2, label.view(b, 1, -1).expand(-1, 9, -1), pixels)
     means = (sums[:, :8] / sums[:, 8:].clamp(min=1)).mT  # [B, K, 8]
     band = round(block / 3)  # 8 px of 24.5 in the authors' images of 400 x 300 px
-    border = torch.cat([p.flatten(1) for p in (label[:, :band], label[:, -band:], label[..., :band], label[..., -band:])], 1)
+    border = torch.cat(
+        [p.flatten(1) for p in (label[:, :band], label[:, -band:], label[..., :band], label[..., -band:])], 1
+    )
     place = torch.stack([means[..., 6] / h, means[..., 7] / w], 2)
     return dict(
         label=label, used=sums[:, 8] > 0, lab=to_lab(means[..., :3].mT).mT, lab_mean=means[..., 3:6], place=place,
@@ -281,7 +284,10 @@ def gs(g):
     eye = torch.eye(k, dtype=torch.bool, device=band.device)
     unlike = unlike.masked_fill(~(band[:, :, None] & band[:, None, :]) | eye, INF)
     alike = unlike.topk(max(1, round(k / 200 * 5)), 2, largest=False).values.mean(2)  # [B, K]
-    low, high = alike.masked_fill(~band, INF).amin(1, keepdim=True), alike.masked_fill(~band, -INF).amax(1, keepdim=True)
+    low, high = (
+        alike.masked_fill(~band, INF).amin(1, keepdim=True),
+        alike.masked_fill(~band, -INF).amax(1, keepdim=True),
+    )
     ground = band & ((high - low <= 1) | (alike <= (low + high) / 2))
     # The least of all distances to background regions is that to a virtual node tied to them at no cost.
     d = geodesic((colour - clip).clamp(min=0), edges)
@@ -323,7 +329,9 @@ def rbd(g):
     smooth_sigma = torch.minimum(3 * m1, 0.2 * mt).clamp(1, 20)
     con = boundary_connectivity(colour, edges, clip, geo_sigma, band)
     ground = 1 - torch.exp(-con.square() / 2)  # sigma_BndCon 1, eq. 6
-    contrast = torch.bmm(colour * weight(distances(g["place"]), 0.4), ground[:, :, None] * used[:, :, None])[..., 0]  # eq. 8
+    contrast = torch.bmm(colour * weight(distances(g["place"]), 0.4), ground[:, :, None] * used[:, :, None])[
+        ..., 0
+    ]  # eq. 8
     contrast = minmax(contrast, used)
     contrast = torch.where(contrast < otsu(contrast, used), 0.0, contrast)
     # eq. 9: min  sum 5 g_i s_i^2 + sum c_i (s_i - 1)^2 + 1/2 sum w_ij (s_i - s_j)^2
@@ -372,6 +380,9 @@ def mc(g):
     doubt = (torch.minimum(tenth, 11 - tenth) * stays).sum(1, keepdim=True) / stays.sum(1, keepdim=True).clamp(min=1)
     s = torch.where(doubt < 2, plain, weighted)
     return torch.where(outlier, (near & (s > 0.3)[:, None, :]).any(2).float(), s)
+
+
+REGIONS = {"rbd": rbd, "mc": mc, "gs": gs}
 
 
 # ============ from a network trained with labels (DiLo, sec. 4: class-specific saliency) ============
@@ -435,8 +446,8 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
     """Saliency maps float32 [B, h, w] in [0, 1] of images [B, 3, H, W], uint8 or float in [0, 1], on any device.
 
     size: (h, w), or one number for both; default that of the images. side: the working size, a multiple of BLOCK.
-    classifier: of evaluate.open_classifier, for CLASS_METHODS. chunk: images at a time, which bounds the memory (5 MB an
-    image); on a CPU a few, whose intermediates stay in its cache. A constant image has an empty map.
+    classifier: of evaluate.open_classifier, for CLASS_METHODS. chunk: images at a time, which bounds the memory (about
+    10 MB an image); on a CPU a few, whose intermediates stay in its cache. A constant image has an empty map.
     """
     if method not in METHODS + CLASS_METHODS:
         raise ValueError(f"unknown saliency method {method!r}; known: {', '.join(METHODS + CLASS_METHODS)}")
@@ -452,7 +463,7 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
                 m = scaled(cam(classifier, x / 127.5 - 1))
             else:
                 g = graph(x)
-                s = gradient(classifier, x / 127.5 - 1, g) if method == "gradient" else globals()[method](g)
+                s = gradient(classifier, x / 127.5 - 1, g) if method == "gradient" else REGIONS[method](g)
                 m = s.gather(1, g["label"].flatten(1)).view(-1, side, side)
             m = m * (x.amax((2, 3)) > x.amin((2, 3))).any(1)[:, None, None]
             out.append(resized(m[:, None], height, width)[:, 0].clamp_(0, 1))
@@ -532,7 +543,8 @@ def of(dataset, method, device, classifier=None, size=None, batch_size=256, work
             parts.append((m * 255).round().to(torch.uint8).to(dataset.images.device))
             bar.update(len(x))
     else:
-        for index, _, m, _ in walk(dataset, range(len(dataset)), method, device, classifier, size or 64, batch_size, workers):
+        every = range(len(dataset))
+        for index, _, m, _ in walk(dataset, every, method, device, classifier, size or 64, batch_size, workers):
             parts.append(m)
             bar.update(len(index))
     bar.close()
@@ -542,14 +554,8 @@ def of(dataset, method, device, classifier=None, size=None, batch_size=256, work
 # ============ masks in files ============
 
 
-def about(args):
-    """What the masks of a folder depend on, for MASKS/saliency.json."""
-    return {"data": str(args.data), "split": args.split, "method": args.method, "size": args.size,
-            "classifier": args.classifier}  # fmt: skip
-
-
 def claim(out, wanted):
-    """Make the folder, or check that the masks in it are of the same kind."""
+    """Make the folder with a note of what its masks are, or check that it has the same."""
     note = Path(out, "saliency.json")
     if note.is_file():
         was = json.loads(note.read_text())
@@ -605,11 +611,11 @@ def write_masks(argv):
     dataset = data.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
     keys = [dataset.key(i) for i in range(len(dataset))]
     if len(set(keys)) < len(keys):
-        twice = next(key for i, key in enumerate(keys) if key in keys[:i])
+        twice = collections.Counter(keys).most_common(1)[0][0]
         common.fail(f"two images of {args.data} have the name {twice!r}, so their masks would be one file")
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     out = Path(args.out)
-    claim(out, about(args))
+    claim(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
 
     todo = [i for i, key in enumerate(keys) if not Path(out, f"{key}.png").exists()]
     if not todo:
@@ -617,7 +623,8 @@ def write_masks(argv):
         return
     bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc=args.method, unit="img", disable=None)
     done, broken, shown, start = 0, 0, [], time.perf_counter()
-    for index, x, ms, errors in walk(dataset, todo, args.method, device, classifier, args.size, args.batch_size, args.workers):
+    settings = (args.method, device, classifier, args.size, args.batch_size, args.workers)
+    for index, x, ms, errors in walk(dataset, todo, *settings):
         for i, m, error in zip(index, ms, errors, strict=True):
             if error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -658,9 +665,9 @@ def score(maps, truths):
     for m, truth in zip(maps, truths, strict=True):
         m, truth = scaled(m[None].float().cpu())[0], truth.cpu()
         level = (m * 255).round().long()
-        found, right = (
-            torch.bincount(of.flatten(), minlength=256).flip(0).cumsum(0).flip(0).double() for of in (level, level[truth])
-        )  # [256]: pixels at or above each threshold
+        # [256]: pixels at or above each threshold, and those of them within the object
+        counts = torch.stack([torch.bincount(t.flatten(), minlength=256) for t in (level, level[truth])])
+        found, right = counts.flip(1).cumsum(1).flip(1).double()
         cut = m >= (2 * m.mean()).clamp(max=m.max())
         found = torch.cat([found, cut.sum()[None]])
         right = torch.cat([right, (cut & truth).sum()[None]])
@@ -669,8 +676,8 @@ def score(maps, truths):
         error += (m - truth.float()).abs().mean().item()
         n += 1
     p, r = precision / n, recall / n
-    f = 1.3 * p * r / (0.3 * p + r).clamp(min=1e-12)
-    return {"max_f": f[:256].max().item(), "mean_f": f[:256].mean().item(), "adaptive_f": f[256].item(), "mae": error / n}
+    f = (1.3 * p * r / (0.3 * p + r).clamp(min=1e-12)).tolist()
+    return {"max_f": max(f[:256]), "mean_f": sum(f[:256]) / 256, "adaptive_f": f[256], "mae": error / n}
 
 
 def named(folder):
@@ -696,7 +703,7 @@ def score_command(argv):
     )  # fmt: skip
     p.add_argument("images", help="folder of images")
     p.add_argument("masks", help="folder of masks with the images' names: above 128 is the object")
-    p.add_argument("--method", nargs="+", choices=METHODS + CLASS_METHODS, default=list(METHODS), help="maps to compute")
+    p.add_argument("--method", nargs="+", choices=METHODS + CLASS_METHODS, default=list(METHODS), help="of the maps")
     p.add_argument("--classifier", help="for cam and gradient: a file of evaluate.py --save, or torchvision:NAME")
     p.add_argument("--maps", help="folder of saved maps with the images' names; none are computed")
     p.add_argument("--picture", help="PNG to write: twenty images, each with its mask and its maps")
@@ -721,15 +728,17 @@ def score_command(argv):
         common.fail(str(error))
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     dataset = data.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
+    side = first_side(dataset)
 
     rows, pictures = [], []
     shown = torch.linspace(0, len(keys) - 1, min(20, len(keys))).long().tolist()
     for method in ["saved"] if saved else args.method:
         start, found = time.perf_counter(), saved
         if not saved:
-            found = []
-            settings = (method, device, classifier, side_for(*dataset.read(0)[0].shape[1:]), args.batch_size, args.workers)
-            for _, _, m, errors in walk(dataset, range(len(keys)), *settings):
+            found, every = [], range(len(keys))
+            for _, _, m, errors in walk(
+                dataset, every, method, device, classifier, side, args.batch_size, args.workers
+            ):
                 if any(errors):
                     common.fail(next(filter(None, errors)))
                 found += (m.float() / 255)[:, None]

@@ -68,15 +68,16 @@ def against(paths, device, args):
         images = [data.decode(p) for p in paths]
         x = torch.stack([tvf.resize(i, [saliency.SIDE, saliency.SIDE], antialias=True) for i in images]).to(device)
         return [
-            saliency.resized(m[None, None], *i.shape[1:]).cpu()
-            for m, i in zip(saliency.maps(x), images, strict=True)
+            saliency.resized(m[None, None], *i.shape[1:]).cpu() for m, i in zip(saliency.maps(x), images, strict=True)
         ]
 
     times = timing.interleaved({"ours": ours, "peer": lambda: [peer.rbd(p) for p in paths]}, device, args.repeats)
     rows = []
     for name, t in times.items():
         each = statistics.median(t) / len(paths)
-        rows.append([name, f"{1 / each:.2f}", f"{1000 * each:.1f}", timing.ratio(times, name, "peer"), timing.spread(t)])
+        rows.append(
+            [name, f"{1 / each:.2f}", f"{1000 * each:.1f}", timing.ratio(times, name, "peer"), timing.spread(t)]
+        )
     head = ["", "images/s", "ms/image", "vs peer", "spread"]
     timing.table(f"RBD, {len(paths)} files, file to map, peer {Path(args.peer).name}", head, rows)
 

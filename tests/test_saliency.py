@@ -234,9 +234,7 @@ def test_gs_equals_loops():
         clip = saliency.spread(saliency.distances(g["lab"]), g["near"], g["used"])[1][i].item()
         alike = []
         for p in band:
-            unlike = sorted(
-                colour[p, q].item() / (1 + 3 * (place[p] - place[q]).norm().item()) for q in band if q != p
-            )
+            unlike = sorted(colour[p, q].item() / (1 + 3 * (place[p] - place[q]).norm().item()) for q in band if q != p)
             alike.append(sum(unlike[: round(k / 200 * 5)]) / round(k / 200 * 5))
         low, high = min(alike), max(alike)
         ground = [p for p, a in zip(band, alike, strict=True) if high - low <= 1 or (a - low) / (high - low) <= 0.5]
@@ -592,7 +590,20 @@ def test_masks_are_written_resumed_and_refused(tmp_path, capsys, monkeypatch):
 def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys, monkeypatch):
     images = write_images(tmp_path / "images", 40, size=100)
     masks = tmp_path / "masks"
-    command = ("saliency.py", images, "--out", masks, "--workers", 0, "--device", "cpu", "--batch-size", 1, "--size", 16)
+    command = (
+        "saliency.py",
+        images,
+        "--out",
+        masks,
+        "--workers",
+        0,
+        "--device",
+        "cpu",
+        "--batch-size",
+        1,
+        "--size",
+        16,
+    )
     process = start(*command)
     deadline = time.time() + 60
     while not list(masks.rglob("0*.png")) and time.time() < deadline:
