@@ -361,19 +361,25 @@ def listed(data, file):
 def read_masks(folder, data, size=64):
     """The masks of a set's images, one a file, FOLDER/KEY.png or of another format: uint8 [N, size, size], 255 where the
     object is. Masks of any size will do: they are resized (and so may be squashed, as a relative place is all they tell).
-    Images without a mask end the program, with their names."""
+    Images without a mask are named; up to 1 % of them (files that do not decode have none) get an empty one, more end the
+    program."""
     if not Path(folder).is_dir():
         fail(f"--masks {folder}: no such folder")
     files = {Path(os.path.relpath(p, folder)).with_suffix("").as_posix(): p for p, _ in list_folder(folder)[0]}
     keys = [data.key(i) for i in range(len(data))]
     if missing := [key for key in keys if key not in files]:
-        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        fail(f"{len(missing)} of {len(keys)} images of {data.name} have no mask below {folder}: {some}")
+        sentence = f"{len(missing)} of {len(keys)} images of {data.name} have no mask below {folder}: "
+        sentence += ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+        if len(missing) > max(1, len(keys) // 100):
+            fail(sentence)
+        print(f"warning: {sentence}", flush=True)
     if len(set(keys)) < len(keys):
         twice = collections.Counter(keys).most_common(1)[0][0]
         fail(f"two images of {data.name} have the name {twice!r}, so that masks in a folder cannot be told apart")
 
     def read(key):
+        if key not in files:
+            return torch.zeros(size, size, dtype=torch.uint8)
         try:
             mask = tvf.resize(decode(files[key])[:1], [size, size], antialias=True)
         except OSError as error:

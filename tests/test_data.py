@@ -219,9 +219,14 @@ def test_masks_of_a_folder_are_read_in_the_sets_order(folder, tmp_path, capsys):
     masks = data.read_masks(tmp_path / "masks", dataset, 16)
     assert masks.shape == (64, 16, 16) and masks.dtype == torch.uint8
     assert all((masks[i] == i).all() for i in range(64))
+    file = lambda i: tmp_path / "masks" / f"{dataset.key(i)}.png"
+    file(7).unlink()
+    data.list_folder.cache_clear()
+    assert (data.read_masks(tmp_path / "masks", dataset)[7] == 0).all()  # one may lack, as a broken image has none
+    assert f"1 of 64 images of {folder} have no mask below {tmp_path}/masks: {dataset.key(7)}" in capsys.readouterr().out
     for change, words in (
-        (lambda: (tmp_path / "masks" / f"{dataset.key(5)}.png").unlink(), f"1 of 64 images of {folder} have no mask"),
-        (lambda: (tmp_path / "masks" / f"{dataset.key(5)}.png").write_text("no"), "not a mask that can be read"),
+        (lambda: file(8).unlink(), f"2 of 64 images of {folder} have no mask"),
+        (lambda: [file(i).write_text("no") for i in (7, 8)], "not a mask that can be read"),
     ):
         change()
         data.list_folder.cache_clear()
