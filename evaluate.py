@@ -25,6 +25,7 @@ import importlib
 import json
 import math
 import os
+import re
 import typing
 from pathlib import Path
 
@@ -466,7 +467,10 @@ def figure(rows, headings=None, frames=False):
             at, below = left + i * (cell + GAP), top + cell
             canvas.paste(tvf.to_pil_image(x[i]), (at, top))
             if captions:
-                draw.text((at + STRIP, below + 2), captions[i], fill="black")
+                words = captions[i]
+                while ruler.textlength(words) > cell - STRIP:
+                    words = words[:-1]
+                draw.text((at + STRIP, below + 2), words, fill="black")
             if marks and marks[i] is not None:
                 colour = PASSES if marks[i] else FAILS
                 if frames:
@@ -558,7 +562,9 @@ def nearest(bank, queries, k):
 
 
 def title(dataset, label):
-    return "" if label < 0 else str(dataset.classes[label] if dataset.classes else label)
+    """The name of a class, without the WordNet number that folders of ImageNet's classes may begin with."""
+    name = "" if label < 0 else str(dataset.classes[label] if dataset.classes else label)
+    return re.sub(r"^n\d{8}_", "", name)
 
 
 def shown(model, dataset, rows, device, size):
