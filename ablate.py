@@ -32,6 +32,7 @@ import common
 import data
 import evaluate
 import runs
+import saliency
 
 # ============ the tables ============
 # METHOD: {NAME: (where in the paper, heads of the paper's columns, rows)}. A row: its name, the paper's figures, its flags
@@ -317,9 +318,18 @@ def main(argv=None):
     for name, _, flags in itertools.chain(*(own.rows[table] for table in own.tables)):
         if flags is not None:
             plan.setdefault(where[name], (name, flags))
+    of_files = any("--masks" in flags for _, flags in plan.values()) and not args.in_memory
+    of_files = of_files and isinstance(data.load(args.data, args.root), data.Files)
 
     for seed, (folder, (name, flags)) in itertools.product(own.seeds, plan.items()):
         path = own.out / f"seed{seed}" / folder
+        at = flags.index("--masks") + 1 if of_files and "--masks" in flags else 0
+        if at and flags[at] in saliency.METHODS:  # of files they are made beforehand
+            masks = own.out / f"masks-{flags[at]}"
+            if masks not in commands:
+                words = [args.data, "--root", args.root, "--method", flags[at], "--out", masks, "--workers", args.workers]
+                commands[masks] = call("saliency", words + ["--device", args.device] * bool(args.device), own, stop)
+            flags = [*flags[:at], masks, *flags[at + 1 :]]
         words = [*own.flags, *flags, "--seed", seed, "--out", path]
         commands[folder, seed] = call(own.method, words, own, stop, own.processes)
         found = figures(path, args.data)

@@ -133,7 +133,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
     )
-    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="lars as in the paper; its lr fits no other")
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
     p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
     p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")

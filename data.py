@@ -372,7 +372,8 @@ def read_masks(folder, data, size=64):
         sentence += ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         if len(missing) > max(1, len(keys) // 100):
             fail(sentence)
-        print(f"warning: {sentence}", flush=True)
+        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            print(f"warning: {sentence}", flush=True)
     if len(set(keys)) < len(keys):
         twice = collections.Counter(keys).most_common(1)[0][0]
         fail(f"two images of {data.name} have the name {twice!r}, so that masks in a folder cannot be told apart")
@@ -386,8 +387,11 @@ def read_masks(folder, data, size=64):
             fail(f"{files[key]} is not a mask that can be read: {error}")
         return mask[0]
 
+    masks = torch.empty(len(keys), size, size, dtype=torch.uint8)
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
-        return torch.stack(list(tqdm(pool.map(read, keys), "masks", len(keys), leave=False, disable=None)))
+        for start in tqdm(range(0, len(keys), 1000), "masks, thousands", leave=False, disable=None):
+            masks[start : start + 1000] = torch.stack(list(pool.map(read, keys[start : start + 1000])))
+    return masks
 
 
 # ============ geometry: random crops and flips ============
@@ -555,8 +559,8 @@ def copy_paste(x, alpha, view, grounds, g):
     """Some objects on other grounds, I <- M I + (1 - M) B (Distilling Localization, sec. 5.2), x [B, 3, S, S] in place.
 
     alpha [B, 1, S, S] is M in [0, 1]; the others, and images whose M is 1 everywhere, stay as they are. B is a level of
-    grey, drawn for each image, or one of `grounds` (uint8 [G, 3, H, W]) in a crop of its own. It comes after the crop of
-    image and mask, which is the same as before it up to the interpolation of the object's edge, and costs less.
+    grey, drawn for each image, or one of `grounds` (uint8 [G, 3, H, W]) in a crop and flip of its own. Image and mask have
+    been cut alike before, which costs less than after; with grey it is the same up to the interpolation along the edge.
     """
     rows = chosen(len(x), view["paste"], g, x.device)
     if grounds is None:
@@ -567,8 +571,8 @@ def copy_paste(x, alpha, view, grounds, g):
     alpha = alpha[rows]
     if BLENDS[view["blend"]]:
         soft = chosen(len(rows), BLENDS[view["blend"]], g, x.device)
-        # 5 taps, sigma 2: the kernel of the cut-and-paste generator that the paper cites for blending (its ref. 14).
-        alpha[soft] = blur(alpha[soft], torch.full((len(soft),), 2.0, device=x.device), 5)
+        if len(soft):  # 5 taps, sigma 2: the kernel of the cut-and-paste generator that the paper cites (its ref. 14)
+            alpha[soft] = blur(alpha[soft], torch.full((len(soft),), 2.0, device=x.device), 5)
     x[rows] = torch.lerp(ground, x[rows], alpha)
     return x
 
@@ -641,7 +645,9 @@ class Loader:
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
             )  # fmt: skip
         else:
-            self.alpha = None if alpha is None else tvf.resize(alpha, list(data.images.shape[2:]), antialias=True)[:, None]
+            self.alpha = None
+            if alpha is not None:
+                self.alpha = tvf.resize(alpha, list(data.images.shape[2:]), antialias=True)[:, None].to(data.images.device)
 
     def epoch(self, epoch, start=0):
         """The batches of epoch `epoch` from step `start` on; the same ones whenever they are asked for."""

@@ -73,6 +73,9 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
     Under torchrun every process does its share and all get the whole: every process must call it.
     """
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if world > 1:  # without SyncBN each process has averages of its own; those of rank 0 are saved, so all use them
+        for buffer in backbone.buffers():
+            dist.broadcast(buffer, 0)
     share = math.ceil(len(dataset) / world)
     mine = torch.arange(rank, share * world, world) % len(dataset)  # the last share is filled up from the front
     features, labels = [], []
@@ -661,6 +664,8 @@ def localisation(backbone, head, dataset, masks, preprocess, device, batch_size=
     Returns these and the number of "images"; images without a label or an object are left out.
     """
     rows, net, found = with_object(dataset, masks), nn.Sequential(backbone, head), []
+    if len(rows) < 2:
+        common.fail(f"localisation needs 2 test images with labels and objects; {dataset.name} has {len(rows)}")
     pairs = rows.split(batch_size), rows[partners(len(rows), seed)].split(batch_size)
     plain = data.batches(dataset, preprocess, batch_size, device, workers, rows)
     for (x, y), *places in zip(plain, *pairs, strict=True):

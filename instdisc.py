@@ -14,26 +14,28 @@ background cannot be what tells an image.
                                             row i <- n(m row i + (1 - m) v)  after the step       (n: L2-normalise)
 
     differences          paper                        official code              here
-    loss                 NCE (InstDisc), softmax-NCE  NCE; PyContrast has both   softmax-NCE, --loss nce, --loss softmax (eq. 1)
+    loss                 NCE (InstDisc), softmax-NCE  NCE, full softmax          softmax-NCE, --loss nce, --loss softmax (eq. 1)
     negatives            K from the bank, for each    K for each image           K for the whole batch and all processes
     own row among them   -                            stays                      left out
     constant Z           of the first batches         of the first batch         of the first batch, in the checkpoint
-    proximal term        weight 30                    bank momentum 0.5          bank momentum 0.5
+    proximal term        between two features         bank momentum 0.5          bank momentum 0.5
     bank at start        random unit vectors          uniform, about unit        uniform, then unit
     bank is written      after the step               in the backward pass       after the step
     last batch           -                            smaller                    dropped: its rows wait for the next epoch
-    grey, jitter         -                            grey, then jitter          jitter, then grey, as PyContrast
-    paste                before all else              none is public             between crop and jitter, a crop each for object
-                                                                                 and ground: the same up to the edge
+    grey, jitter         -                            ImageNet: grey first       jitter, then grey, as the code's CIFAR-10
+    weight decay         -                            on all parameters          not on biases and BatchNorm
+    mean and std         -                            CIFAR-10: its own          ImageNet's
+    paste                before all else              none is public             between crop and jitter; the ground in a crop
+                                                                                 and flip of its own
     mask                 RBD, threshold not stated    -                          hard at twice its mean (--soft-masks: as it is);
                                                                                  not pasted under 5 % or above 90 % of the image
     Gaussian blending    width not stated             -                          5 taps, sigma 2, on the mask
     textures             MIT VisTex                   -                          drawn: filtered noise in two colours
     image backgrounds    no response of a network     -                          half-size crops, least response of the masks
-    initial weights      -                            He (fan-out), torch's      the same
-    linear probe         lr 30, 100 epochs, crops     the same                   un-augmented frozen features (evaluate.py)
+    initial weights      -                            ImageNet: He, fan-out      He (fan-out), torch's for g
+    linear probe         lr 30, 100 epochs, crops     none                       un-augmented frozen features (evaluate.py)
     small images         -                            CIFAR-10 at 32 px          recipes below; 3x3 stem under 64 px
-    precision            -                            fp32                       bf16 autocast; embedding, loss, bank in fp32
+    precision            -                            fp32                       bf16 autocast; L2, loss and bank in fp32
 
 MEASURED
 
@@ -47,7 +49,9 @@ MEASURED
 import argparse
 import contextlib
 import functools
+import hashlib
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -85,7 +89,7 @@ RECIPES = {
         dim=128, eval_every=10,
         views=[dict(scale=(0.2, 1.0), interpolation="bilinear", flip=0.0, jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)],
     ),
-    # DiLo's ablations; its final models have K = 65536 (sec. 6.2).
+    # DiLo's ablations; its final models have K = 65536 (sec. 6.3).
     "imagenet": dict(
         arch="resnet50", size=224, epochs=200, batch_size=256,  # DiLo, sec. 6.1; the batch is InstDisc's (code, main.py)
         optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="steps", warmup_epochs=0,  # DiLo, sec. 6.1; decay: main.py
@@ -137,11 +141,11 @@ def parse_args(argv=None):
     p.add_argument(
         "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
     )
-    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="lars as in the paper; its lr fits no other")
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
     p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
     p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
-    p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 % and 80 % of the epochs")
+    p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # InstDisc
     p.add_argument("--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances")
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
@@ -162,10 +166,11 @@ def parse_args(argv=None):
         0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "copy_paste", "bank_momentum"
     )
     for name in ("copy_paste", "bank_momentum"):
-        if getattr(args, name) > 1:
+        if not getattr(args, name) <= 1:
             common.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: it must be at most 1")
-    if not args.temperature > 0:
-        common.fail(f"--temperature {args.temperature:g}: it must be above 0")
+    least = 0.02 if args.loss == "nce" else 0.0  # NCE's exp(s / tau) does not fit a float below that
+    if not args.temperature > least:
+        common.fail(f"--temperature {args.temperature:g}: with --loss {args.loss} it must be above {least:g}")
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
@@ -192,6 +197,12 @@ class FullSoftmax(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad * ctx.saved_tensors[0], None, None, None, None
+
+
+def draw_negatives(n, K, seed, step, device):
+    """The K rows of the bank, drawn uniformly, that an update tells its views from: one set for the whole batch and the
+    same in every process, so that all logits are one product."""
+    return torch.randint(n, (K,), generator=data.generator(seed, "negatives", step)).to(device, non_blocking=True)
 
 
 def scores(v, bank, index, negatives, temperature):
@@ -259,14 +270,13 @@ class InstDisc(nn.Module):
                 "feature_std": v.detach().std(0).mean() * v.shape[1] ** 0.5,  # 1: spread, 0: collapsed
                 "own_cosine": (v.detach() * self.bank[index]).sum(1).mean(),  # with the row of the last epoch
             }
-            settings = (v, self.bank, index)
             if self.loss == "softmax":
-                return FullSoftmax.apply(*settings, self.temperature)
+                return FullSoftmax.apply(v, self.bank, index, self.temperature)
             if self.loss == "softmax-nce":
-                return softmax_nce(*settings, negatives, self.temperature)
+                return softmax_nce(v, self.bank, index, negatives, self.temperature)
             if first:
                 self.Z.copy_(self.estimate_Z(v.detach(), index, negatives))
-            return nce(*settings, negatives, self.temperature, self.Z)
+            return nce(v, self.bank, index, negatives, self.temperature, self.Z)
 
     @torch.no_grad()
     def estimate_Z(self, v, index, negatives):
@@ -315,9 +325,9 @@ def bank_figures(model, train, y, test, preprocess, device, workers, amp, recomp
 # ============ copy-and-paste: masks and backgrounds ============
 
 
-def open_maps(args, train, rank, device):
+def open_maps(args, train, device):
     """Saliency of every training image, uint8 [n, h, w]: computed for a set in memory and kept in --root, read from a
-    folder, or the exact masks of a set that has them."""
+    folder, or the exact masks of a set that has them. Every process must call it."""
     if args.masks == "exact":
         if train.masks is None:
             common.fail(f"--masks exact: {train.name} has no masks of its own")
@@ -329,41 +339,58 @@ def open_maps(args, train, rank, device):
             f"--masks {args.masks}: of a folder they are made beforehand, python saliency.py {args.data} --method "
             f"{args.masks} --out MASKS, and used with --masks MASKS"
         )
-    file = Path(args.root) / f"saliency-{args.masks}-{train.name}-{train.fingerprint()[:12]}.pt"
-    if rank == 0 and not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        runs.write(file, {"maps": saliency.of(train, args.masks, device)})
+    key = hashlib.sha1(train.fingerprint().encode() + Path(saliency.__file__).read_bytes()).hexdigest()[:12]
+    file = Path(args.root) / f"saliency-{args.masks}-{Path(train.name).name}-{key}.pt"
+    maps = None
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        with contextlib.suppress(EOFError):  # a damaged file is made again
+            maps = runs.load(file)["maps"] if file.exists() else None
+        if maps is None:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                common.fail(f"--root {args.root}, where saliency maps are kept: {runs.reason(error)}")
+            maps = saliency.of(train, args.masks, device).cpu()
+            runs.write(file, {"maps": maps})
     common.any_rank(False)  # the others wait here
-    return runs.load(file)["maps"]
+    return runs.load(file)["maps"] if maps is None else maps
 
 
 def textures(n, size, seed):
     """Drawn textures, uint8 [n, 3, size, size], in place of VisTex's photographs: noise, filtered in the frequency domain by
     a power law (rough to smooth) and a preferred direction (fabric to wood), in a mix of two colours."""
     g = data.generator(seed, "textures")
-    u = lambda low, high, *shape: low + (high - low) * torch.rand(n, *(shape or (1, 1)), generator=g)
+    u = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)
     fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
     angle, stretch = u(0, math.pi), u(1, 6)
     across, along = angle.cos() * fx + angle.sin() * fy, angle.cos() * fy - angle.sin() * fx  # [n, size, size / 2 + 1]
     gain = ((stretch * along) ** 2 + across**2).add(size**-2).pow(-u(0.3, 1.2))
     t = torch.fft.irfft2(torch.fft.rfft2(torch.randn(n, size, size, generator=g)) * gain, s=(size, size))
     t = ((t - t.mean((1, 2), keepdim=True)) / t.std((1, 2), keepdim=True) / 4 + 0.5).clamp(0, 1)[:, None]
-    return (torch.lerp(u(0, 1, 3, 1, 1), u(0, 1, 3, 1, 1), t) * 255).to(torch.uint8)
+    one, other = torch.rand(2, n, 3, 1, 1, generator=g)
+    return (torch.lerp(one, other, t) * 255).to(torch.uint8)
 
 
-def quiet_crops(train, maps, n, size, device):
-    """Backgrounds from the images themselves: in each the window of half its height and width with the least mean
+def quiet_crops(train, maps, usable, n, size, device):
+    """Backgrounds from the images themselves: in each of the `usable` the window of half its height and width with the least
     saliency, of the `n` images where that is lowest, uint8 [n, 3, size, size]."""
+    whole = torch.tensor(maps.shape[1:])
     h, w = (max(1, s // 2) for s in maps.shape[1:])
-    means = [F.avg_pool2d(part[:, None].float(), (h, w), 1).flatten(1).min(1) for part in maps.split(4096)]
-    least, place = (torch.cat(parts) for parts in zip(*means, strict=True))
-    chosen = least.argsort(stable=True)[:n]
+    least, place = [], []
+    for part in maps.split(4096):
+        area = F.pad(part.float().cumsum(1).cumsum(2), (1, 0, 1, 0))  # sums of all windows from four corners
+        windows = area[:, h:, w:] - area[:, :-h, w:] - area[:, h:, :-w] + area[:, :-h, :-w]
+        low = windows.flatten(1).min(1)
+        least.append(low.values), place.append(low.indices)
+    least, place = torch.cat(least).masked_fill(~usable, math.inf), torch.cat(place)
+    chosen = least.argsort(stable=True)[: min(n, int(usable.sum()))]
     columns = maps.shape[2] - w + 1
-    corner = torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / torch.tensor(maps.shape[1:])  # [n, 2]
+    corner = torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / whole  # [n, 2], as shares of the side
+    share = torch.tensor([h, w]) / whole
     if isinstance(train, data.Images):
         images = train.images[chosen.to(train.images.device)]
         side = torch.tensor(images.shape[2:])
-        boxes = torch.cat([corner * side, (side / 2).expand(len(chosen), 2)], 1)
+        boxes = torch.cat([corner * side, (share * side).expand(len(chosen), 2)], 1)
         crops = data.crop_resize(images, boxes, torch.zeros(len(chosen), dtype=torch.bool), size, "bilinear")
         return (crops * 255).round().to(torch.uint8)
     crops = []
@@ -373,27 +400,28 @@ def quiet_crops(train, maps, n, size, device):
         except OSError:  # named when training meets it
             continue
         high, wide = image.shape[1:]
-        box = int(top * high), int(left * wide), max(1, high // 2), max(1, wide // 2)
+        box = int(top * high), int(left * wide), max(1, int(share[0] * high)), max(1, int(share[1] * wide))
         crops.append(tvf.resized_crop(image, *box, [size, size], antialias=True))
     return torch.stack(crops).to(device)
 
 
-def objects(args, train, rank, device, say):
-    """(alpha [n, h, w], grounds) for data.Loader."""
-    maps = open_maps(args, train, rank, device)
+def objects(args, train, device, say):
+    """(alpha uint8 [n, h, w] on the CPU, grounds uint8 [G, 3, S, S] on the device or None) for data.Loader."""
+    maps = open_maps(args, train, device).cpu()
     alpha, unusable = saliency.pasteable(maps, soft=args.soft_masks)
-    share = (alpha[~unusable].float().mean() / 255) if not unusable.all() else 0.0
-    say(
-        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * share:.0f} % of their "
-        f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted"
-    )
     if unusable.all():
         common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
+    share = alpha.sum((1, 2), dtype=torch.long)[~unusable].float().mean() / (255 * alpha[0].numel())
+    say(
+        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * share:.0f} % of their "
+        f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted; "
+        f"{alpha.numel() / 1e6:.0f} MB a process"
+    )
     grounds = None
     if args.background == "textures":
         grounds = textures(1000, args.size, args.seed).to(device)
     elif args.background == "images":
-        grounds = quiet_crops(train, maps, 1000, args.size, device)
+        grounds = quiet_crops(train, maps, ~unusable, 1000, args.size, device)
     return alpha, grounds
 
 
@@ -432,13 +460,12 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
+    if args.loss == "supervised":
+        train = bank  # the images whose labels the probes may know, too
     per_pass = common.images_per_pass(args, world, len(train))
     if args.loss in ("nce", "softmax-nce") and args.negatives >= len(train):
         common.fail(f"--negatives {args.negatives}: it must be smaller than the {len(train)} training images of {args.data}")
-    alpha = grounds = None
-    if args.copy_paste and not args.dry_run:
-        alpha, grounds = objects(args, train, rank, device, say)
-    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device, alpha, grounds)
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
@@ -447,8 +474,9 @@ def main(argv=None):
     labels = bank_labels.clone() if args.loss == "supervised" else None
     if labels is not None and (labels < 0).any():
         common.fail(f"--loss supervised: {train.name} has images without labels")
-    if bank is not train:  # images that are trained on but that the probes must not know
-        known = {bank.key(i) for i in range(len(bank))}
+    if bank is not train:  # some of these images, without their labels, are the probes' test set
+        probed = data.load(args.data, args.root, "train")
+        known = {probed.key(i) for i in range(len(probed))}
         bank_labels[torch.tensor([train.key(i) not in known for i in range(len(train))])] = -1
     model = InstDisc(
         backbones.build(args.arch, args.size), len(train), args.dim, args.temperature, args.loss, args.bank_momentum, labels
@@ -470,9 +498,9 @@ def main(argv=None):
     warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
 
     # ============ recipe ============
-    draw = lambda step: torch.randint(  # the same rows for all processes: one product for the whole batch
-        len(train), (args.negatives,), generator=data.generator(args.seed, "negatives", step)
-    ).to(device, non_blocking=True)
+    draw = lambda step: None  # no negatives
+    if args.loss in ("nce", "softmax-nce"):
+        draw = lambda step: draw_negatives(len(train), args.negatives, args.seed, step, device)
     rest = lambda n: (torch.arange(n, device=device), draw(0))
     minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
     say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
@@ -504,6 +532,9 @@ def main(argv=None):
             say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
             return
         say(f"{args.out}: going on from step {step} of {total}")
+    if args.copy_paste:  # the same loader, with masks
+        masks = objects(args, train, device, say)
+        loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device, *masks)
     command = shlex.join(["python", *sys.argv])
     log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
@@ -563,8 +594,9 @@ def main(argv=None):
     # ============ final probe ============
     log.bar.close()
     numbers = bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
-    log.record("eval", step, epoch=args.epochs, **numbers)
-    log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+    if numbers:
+        log.record("eval", step, epoch=args.epochs, **numbers)
+        log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
     result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
     say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")

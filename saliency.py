@@ -473,22 +473,22 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
 def pasteable(maps, soft=False, threshold=None, least=0.05, most=0.9, chunk=1024):
     """What to paste an image by: (alpha uint8 [N, h, w], unusable bool [N]), from maps float in [0, 1] or uint8 in 0..255.
 
-    Hard: 255 where the map reaches `threshold`, or twice its own mean, the usual threshold of saliency maps, but no more
-    than its maximum; else 0. Soft: the map itself, from 0 to 255. Unusable: the hard mask covers less than `least` or more
-    than `most` of the image, or the map has one value; alpha is then 255 everywhere, and a paste keeps the image.
+    Hard: 255 where the map reaches `threshold` (by default twice its own mean, the usual threshold of saliency maps, but
+    no more than half its maximum, as large objects would be lost), else 0. Soft: the map itself, from 0 to 255. Unusable:
+    the hard mask covers less than `least` or more than `most` of the image, or the map has one value; alpha is then 255
+    everywhere, and a paste keeps the image.
     """
-    alphas, unusables = [], []
-    for part in maps.split(chunk):
+    alphas, unusables = torch.empty_like(maps, dtype=torch.uint8), []
+    for part, alpha in zip(maps.split(chunk), alphas.split(chunk), strict=True):
         m = part.float() / (255 if part.dtype == torch.uint8 else 1)
         high = m.amax((1, 2))
-        cut = 2 * m.mean((1, 2)) if threshold is None else torch.full_like(high, threshold)
+        cut = torch.minimum(2 * m.mean((1, 2)), high / 2) if threshold is None else torch.full_like(high, threshold)
         hard = m >= torch.minimum(cut, high)[:, None, None]
         area = hard.float().mean((1, 2))
         unusable = (area < least) | (area > most) | (high == m.amin((1, 2)))
-        alpha = scaled(m) * 255 if soft else hard * 255
-        alphas.append(alpha.round().to(torch.uint8).masked_fill_(unusable[:, None, None], 255))
+        alpha.copy_(scaled(m).mul_(255).round_() if soft else hard * 255).masked_fill_(unusable[:, None, None], 255)
         unusables.append(unusable)
-    return torch.cat(alphas), torch.cat(unusables)
+    return alphas, torch.cat(unusables)
 
 
 class Squashed(Dataset):

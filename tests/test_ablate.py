@@ -31,6 +31,7 @@ def parse_args(argv=None):
     p.add_argument("--masks", default="rbd")
     p.add_argument("--probes", nargs="*", default=["knn", "linear"])
     p.add_argument("--fresh", action="store_true")
+    p.add_argument("--in-memory", action="store_true")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction)
     return p.parse_args(argv)
 
@@ -313,3 +314,14 @@ def test_help_names_the_tables(capfd):
     with pytest.raises(SystemExit):
         ablate.main(["--help"])
     assert "sage: evaluators recovery" in capfd.readouterr().out
+
+
+def test_masks_of_a_folder_are_made_before_the_rows_that_paste_by_them(folder, tmp_path, capfd):
+    flags = ["--data", str(folder), "--recipe", "shapes", "--dry-run", "--out", str(tmp_path / "out")]
+    ablate.main(["instdisc", "saliency", "ratio", *flags])
+    commands = [line for line in capfd.readouterr().out.splitlines() if line.startswith("python ")]
+    made = [line.split("--method ")[1].split()[0] for line in commands if line.startswith("python saliency.py")]
+    assert made == ["gs", "mc", "rbd"]
+    pasted = [line for line in commands if "--copy-paste 0." in line]
+    assert pasted and all(f"--masks {tmp_path}/out/masks-" in line for line in pasted)
+    assert not any("exact" in line for line in commands)

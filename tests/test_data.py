@@ -161,6 +161,25 @@ def test_blending_blurs_all_masks_or_half_of_them():
         soft[blend] = between.flatten(1).any(1).float().mean().item()
         assert not between[:, :, :, :6].any() and not between[:, :, :, 10:].any()  # 5 taps reach two pixels
     assert soft["none"] == 0 and soft["gaussian"] == 1 and 0.35 < soft["mix"] < 0.65
+    for seed in range(40):  # also where none of a small batch is pasted or blurred
+        g = torch.Generator().manual_seed(seed)
+        data.copy_paste(x[:2].clone(), alpha[:2], data.view(16, paste=0.3, blend="mix"), None, g)
+
+
+def test_masks_are_where_the_images_are():
+    images = data.Images("x", torch.zeros(6, 3, 8, 8, dtype=torch.uint8, device="meta"))
+    made = data.Loader(images, [data.view(8, paste=1.0)], 2, 0, alpha=torch.zeros(6, 4, 4, dtype=torch.uint8))
+    assert made.alpha.device.type == "meta" and made.alpha.shape == (6, 1, 8, 8)
+
+
+def test_an_image_that_takes_anothers_place_brings_its_own_mask(folder):
+    files = data.load(str(folder))
+    with open(files.items[2][0], "wb") as f:
+        f.write(b"broken")
+    alpha = torch.arange(64, dtype=torch.uint8)[:, None, None].expand(64, 4, 4).contiguous()
+    index, (crop,), bad = data.Crops(files, [data.view(16, paste=1.0)], 0, alpha)[0, 2]
+    assert index == 2 and bad == [2] and crop.shape == (4, 16, 16)
+    assert (crop[3] == crop[3, 0, 0]).all() and crop[3, 0, 0] != 2
 
 
 @pytest.mark.parametrize("memory", [True, False])

@@ -424,3 +424,6 @@ def test_swap_needs_two_images_and_objects(capsys):
         with pytest.raises(SystemExit) as stop:
             evaluate.swap(object_reader, identity(), bank, y, dataset, masks, PLAIN, CPU)
         assert stop.value.code == 2 and "swap needs 2 test images" in capsys.readouterr().err
+        with pytest.raises(SystemExit) as stop:
+            evaluate.localisation(object_reader, identity(), dataset, masks, PLAIN, CPU)
+        assert stop.value.code == 2 and "localisation needs 2 test images" in capsys.readouterr().err

@@ -15,6 +15,7 @@ from torchvision.io import write_png
 import backbones
 import common
 import data
+import evaluate
 import instdisc
 import runs
 
@@ -235,8 +236,15 @@ def test_quiet_crops_come_from_where_nothing_is_salient(tmp_path, in_memory):
         for i, image in enumerate(images):
             write_png(image, str(tmp_path / f"{i:02d}.png"))
         train = data.load(str(tmp_path))
-    got = instdisc.quiet_crops(train, maps, 5, 8, "cpu")
+    usable = torch.ones(12, dtype=torch.bool)
+    got = instdisc.quiet_crops(train, maps, usable, 5, 8, "cpu")
     assert got.shape == (5, 3, 8, 8) and (got == 200).all()
+    maps[7], usable[7] = 0, False  # an image without a mask is no background
+    assert (instdisc.quiet_crops(train, maps, usable, 12, 8, "cpu") == 200).all()
+    assert len(instdisc.quiet_crops(train, maps, usable, 12, 8, "cpu")) == 11
+    odd = torch.zeros(12, 5, 5, dtype=torch.uint8)
+    odd[:, :3, :] = odd[:, :, :3] = 90
+    assert (instdisc.quiet_crops(train, odd, usable, 5, 8, "cpu") == 200).all()
 
 
 def options(*flags):
@@ -253,9 +261,12 @@ def test_maps_of_a_set_in_memory_are_made_once(tmp_path, monkeypatch):
     monkeypatch.setattr(instdisc.saliency, "of", of)
     args = options("--masks", "gs", "--root", str(tmp_path / "new"))
     for _ in range(2):
-        assert instdisc.open_maps(args, train, 0, torch.device("cpu")).shape == (20, 32, 32)
+        assert instdisc.open_maps(args, train, torch.device("cpu")).shape == (20, 32, 32)
     assert len(calls) == 1
-    exact = instdisc.open_maps(options("--masks", "exact"), train, 0, torch.device("cpu"))
+    (file,) = (tmp_path / "new").iterdir()
+    file.write_bytes(file.read_bytes()[:100])  # damaged: made again
+    assert instdisc.open_maps(args, train, torch.device("cpu")).shape == (20, 32, 32) and len(calls) == 2
+    exact = instdisc.open_maps(options("--masks", "exact"), train, torch.device("cpu"))
     assert torch.equal(exact > 0, train.masks > 0) and exact.max() == 255
 
 
@@ -263,7 +274,7 @@ def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
     train = data.load("shapes", limit=6)
     train.masks[0], train.masks[1] = 0, 1
     args = options("--masks", "exact", "--copy-paste", "1")
-    alpha, grounds = instdisc.objects(args, train, 0, torch.device("cpu"), print)
+    alpha, grounds = instdisc.objects(args, train, torch.device("cpu"), print)
     assert "2 of 6 masks are nearly empty or full" in capsys.readouterr().out and grounds is None
     view = data.view(32, scale=(1, 1), ratio=(1, 1), flip=0, paste=1.0)
     index, (x,) = next(data.Loader(train, [view], 6, 0, alpha=alpha).epoch(0))
@@ -280,11 +291,13 @@ def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
 
 # ============ whole runs ============
 
+UNBROKEN = [*SMALL, "--loss", "nce", "--schedule", "steps", "--copy-paste", "0.5", "--masks", "exact"]
+
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    printed, err = run(*SMALL, "--loss", "nce", "--copy-paste", "0.5", "--masks", "exact", "--out", out)
+    printed, err = run(*UNBROKEN, "--out", out)
     return out, printed, err
 
 
@@ -301,22 +314,26 @@ def test_a_run_writes_what_it_promises(unbroken):
     told = float(printed.split("loss of unrelated vectors ")[1].split(";")[0])
     assert first == pytest.approx(told, rel=0.15)  # of 16 images and 48 rows
     assert runs.load(out / "checkpoint.pt")["model"]["Z"] > 0
+    lr = [line["lr"] for line in lines if "loss" in line]
+    assert lr[4] == pytest.approx(100 * lr[-1]) and lr[8] == pytest.approx(10 * lr[-1])  # steps
 
 
 def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
     out = tmp_path / "run"
-    command = [*SMALL, "--loss", "nce", "--copy-paste", "0.5", "--masks", "exact", "--out", out]
+    command = [*UNBROKEN, "--out", out]
     process, log = start(*command), out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     printed, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "stopped by a signal" in printed, err
+    early = runs.load(out / "checkpoint.pt")
     again, _ = run(*command)
-    assert "going on from step" in again
+    assert "going on from step" in again and early["step"] < 12
     one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
     assert one["step"] == two["step"] == 12
     assert equal(one["model"], two["model"])
+    assert torch.equal(early["model"]["Z"], one["model"]["Z"])  # of the first batch, not of a later one
 
 
 BANKED = ("softmax", "nce", "softmax-nce")
@@ -326,7 +343,11 @@ def half(rank, port, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     mine = [updated(tiny_model(loss=loss).eval(), slice(rank * 8, rank * 8 + 8)) for loss in BANKED]
-    torch.save(mine, f"{out}{rank}")
+    net, images = tiny_model().f, data.Images("x", (views(8)[0] * 30 + 99).byte())
+    net.bn1.running_mean += rank  # as after a step with other images
+    plain = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
+    features, _ = evaluate.extract(net, images, plain, torch.device("cpu"))
+    torch.save([*mine, features], f"{out}{rank}")
     torch.distributed.destroy_process_group()
 
 
@@ -343,6 +364,11 @@ def updated(model, rows):
 def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
     mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "rank"), nprocs=2)
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
+    images = data.Images("x", (views(8)[0] * 30 + 99).byte())
+    plain = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
+    alone, _ = evaluate.extract(tiny_model().f, images, plain, torch.device("cpu"))
+    for features in (ranks[0].pop(), ranks[1].pop()):
+        assert torch.allclose(features, alone, atol=1e-5)  # of rank 0's averages in both
     for loss, one, two in zip(BANKED, *ranks, strict=True):
         bank, Z, grad = updated(tiny_model(loss=loss).eval(), slice(16))  # eval: BatchNorm aside
         assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])  # the two agree bit for bit
@@ -350,14 +376,64 @@ def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
         assert torch.allclose((one[2] + two[2]) / 2, grad, atol=1e-6)
 
 
-def test_two_processes_run_and_hold_one_bank(tmp_path):
-    printed, _ = run(*SMALL, "--epochs", "1", "--out", tmp_path / "run", processes=2)
+def test_two_processes_run_with_accumulation_and_masks_made_once(tmp_path):
+    flags = ["--epochs", "1", "--accumulate", "2", "--copy-paste", "0.5", "--masks", "gs", "--root", tmp_path / "root"]
+    printed, _ = run(*SMALL, *flags, "--out", tmp_path / "run", processes=2)
     assert printed.splitlines()[-1].startswith("instdisc shapes: knn ")
-    bank = runs.load(tmp_path / "run" / "checkpoint.pt")["model"]["bank"]
+    assert len(list((tmp_path / "root").iterdir())) == 1
+    found = runs.load(tmp_path / "run" / "checkpoint.pt")
     torch.manual_seed(0)
-    backbones.build("resnet10_16", 32)
-    start = instdisc.InstDisc(backbones.build("resnet10_16", 32), 48, 128).bank
-    assert bank.shape == start.shape and torch.allclose(bank.norm(dim=1), torch.ones(48), atol=1e-5)
+    start = instdisc.InstDisc(backbones.build("resnet10_16", 32), 48).bank
+    assert found["step"] == 3 and (found["model"]["bank"] != start).any(1).all()  # 3 updates of 16 reach each of 48 rows
+
+
+class Stop(Exception):
+    pass
+
+
+def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
+    calls, real = [], data.Loader
+
+    def loader(*args):
+        calls.append(args)
+        if len(calls) == 2:  # the first has no masks yet
+            raise Stop
+        return real(*args)
+
+    monkeypatch.setattr(data, "Loader", loader)
+    monkeypatch.setattr(common, "catch_signals", list)
+    flags = ["--augment", "flip", "--copy-paste", "0.3", "--masks", "exact", "--background", "textures", "--blend", "mix"]
+    with pytest.raises(Stop):
+        instdisc.main([*SMALL[1:], *flags, "--soft-masks", "--out", str(tmp_path / "run")])
+    _, (view,), *_, alpha, grounds = calls[1]
+    assert view["scale"] == (1, 1) and view["flip"] == 0.5 and view["paste"] == 0.3 and view["blend"] == "mix"
+    assert alpha.shape == (48, 32, 32) and grounds.shape == (1000, 3, 32, 32)
+
+
+def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(folder, tmp_path, monkeypatch):
+    steps, labels, draw, figures = [], [], instdisc.draw_negatives, instdisc.bank_figures
+    monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(instdisc, "draw_negatives", lambda *a: [steps.append(a[3]), draw(*a)][1])
+    monkeypatch.setattr(instdisc, "bank_figures", lambda *a, **k: [labels.append(a[2]), figures(*a, **k)][1])
+    flags = ["--data", str(folder), "--workers", "0", "--limit", "40", "--epochs", "2", "--out", str(tmp_path / "run")]
+    instdisc.main([*FOLDER[1:-1], *flags])
+    assert steps[-4:] == [0, 1, 2, 3]  # before them the estimate of the time
+    assert not torch.equal(draw(40, 8, 0, 0, "cpu"), draw(40, 8, 0, 1, "cpu"))
+    everything = data.load(str(folder))
+    held_out = {everything.key(i) for i in range(9, 64, 10)}
+    used = data.load(str(folder), limit=40)
+    expected = [used.key(i) in held_out for i in range(40)]
+    assert sum(expected) > 1 and (labels[-1] == -1).tolist() == expected
+
+
+def test_supervised_sees_no_label_of_a_test_image(folder, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(data, "Loader", lambda train, *_: [found.append(train), (_ for _ in ()).throw(Stop)][1])
+    flags = ["--data", str(folder), "--workers", "0", "--loss", "supervised", "--out", str(tmp_path / "run")]
+    with pytest.raises((Stop, TypeError, AttributeError)):
+        instdisc.main([*FOLDER[1:-1], *flags])
+    assert len(found[0]) == 58
 
 
 def batch(n):
@@ -418,6 +494,8 @@ def test_masks_that_do_not_match_are_named(folder):
         (["--negatives", "64", "--limit", "64"], "smaller than the 64 training images"),
         (["--negatives", "0"], "--negatives"),
         (["--temperature", "0"], "--temperature"),
+        (["--temperature", "0.01", "--loss", "nce"], "above 0.02"),
+        (["--copy-paste", "nan"], "at most 1"),
         (["--copy-paste", "1.5"], "at most 1"),
         (["--bank-momentum", "-1"], "--bank-momentum"),
         (["--copy-paste", "0.5", "--masks", "nowhere"], "no such folder"),

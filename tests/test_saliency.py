@@ -428,6 +428,9 @@ def test_pasteable():
     m[3, 0, 0] = 0.0  # 99 %, above twice the mean only because the threshold stays within the map
     m[4, :5] = 0.3
     m[4, :2] = 1.0  # mean .29: only the two brightest rows
+    large = torch.full((1, 10, 10), 0.8)
+    large[0, :3], large[0, 9, 9] = 0.0, 1.0  # mean .56: the whole object, not the one pixel that reaches twice that
+    assert (saliency.pasteable(large)[0] == 255).equal(large > 0)
     alpha, unusable = saliency.pasteable(m)
     assert unusable.tolist() == [False, True, True, True, False, True]
     assert alpha.dtype == torch.uint8 and (alpha[unusable] == 255).all()

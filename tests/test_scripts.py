@@ -71,6 +71,15 @@ def test_what_has_one_name_is_one_thing(a, b):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_help_prints(method, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        importlib.import_module(method).parse_args(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0 and "--weight-decay" in text
+    assert not any(mark in text for mark in ("@@", "MEASURED", "TODO"))
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_every_flag_of_the_design_is_there(method):
     promised = "data root size arch epochs batch-size lr weight-decay workers eval-every seed out device amp compile"
     assert {f"--{name}" for name in [*promised.split(), "limit", "dry-run", "fresh"]} <= set(flags(method))
