@@ -341,6 +341,8 @@ def open_maps(args, train, device):
             common.fail(f"--masks exact: {train.name} has no masks of its own")
         return train.masks * 255
     if args.masks not in saliency.METHODS:
+        if not Path(args.masks).is_dir():
+            common.fail(f"--masks {args.masks}: neither {', '.join(saliency.METHODS)} or exact, nor a folder")
         return data.read_masks(args.masks, train)
     if isinstance(train, data.Files):
         common.fail(

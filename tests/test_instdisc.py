@@ -498,7 +498,7 @@ def test_masks_that_do_not_match_are_named(folder):
         (["--copy-paste", "nan"], "at most 1"),
         (["--copy-paste", "1.5"], "at most 1"),
         (["--bank-momentum", "-1"], "--bank-momentum"),
-        (["--copy-paste", "0.5", "--masks", "nowhere"], "no such folder"),
+        (["--copy-paste", "0.5", "--masks", "nowhere"], "neither rbd, mc, gs or exact, nor a folder"),
         (["--data", "shapes", "--masks", "exact", "--copy-paste", "1", "--loss", "nce", "--limit", "8"], "batch-size"),
     ],
 )
