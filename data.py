@@ -120,7 +120,7 @@ class Files:
 
     def key(self, i):
         if isinstance(self.items, list):
-            return Path(os.path.relpath(self.items[i][0], self.base)).with_suffix("").as_posix()
+            return stem(self.items[i][0], self.base)
         return f"{self.items.indices[i] if isinstance(self.items, Subset) else i:06d}"
 
     def fingerprint(self):
@@ -165,6 +165,27 @@ def list_folder(folder):
         return [(str(p), -1) for p in paths], None
     number = {c: i for i, c in enumerate(classes)}
     return [(str(p), number[t]) for p, t in zip(paths, tops, strict=True)], classes
+
+
+def stem(path, folder):
+    """The name of a file: its path below `folder` without the suffix."""
+    return Path(os.path.relpath(path, folder)).with_suffix("").as_posix()
+
+
+def named(folder):
+    """{name: path} of the images below `folder`."""
+    if not Path(folder).is_dir():
+        fail(f"{folder}: no such folder")
+    return {stem(path, folder): path for path, _ in list_folder(folder)[0]}
+
+
+def keys_of(data):
+    """The names of all images of a set, each of them once: files of masks are told apart by them."""
+    keys = [data.key(i) for i in range(len(data))]
+    if len(set(keys)) < len(keys):
+        twice = collections.Counter(keys).most_common(1)[0][0]
+        fail(f"two images of {data.name} have the name {twice!r}, so their masks would be one file")
+    return keys
 
 
 def load_folder(folder, split, name):
@@ -365,8 +386,7 @@ def read_masks(folder, data, size=64):
     program."""
     if not Path(folder).is_dir():
         fail(f"--masks {folder}: no such folder")
-    files = {Path(os.path.relpath(p, folder)).with_suffix("").as_posix(): p for p, _ in list_folder(folder)[0]}
-    keys = [data.key(i) for i in range(len(data))]
+    files, keys = named(folder), keys_of(data)
     if missing := [key for key in keys if key not in files]:
         sentence = f"{len(missing)} of {len(keys)} images of {data.name} have no mask below {folder}: "
         sentence += ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
@@ -374,9 +394,6 @@ def read_masks(folder, data, size=64):
             fail(sentence)
         if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             print(f"warning: {sentence}", flush=True)
-    if len(set(keys)) < len(keys):
-        twice = collections.Counter(keys).most_common(1)[0][0]
-        fail(f"two images of {data.name} have the name {twice!r}, so that masks in a folder cannot be told apart")
 
     def read(key):
         if key not in files:

@@ -31,7 +31,6 @@ device. All in fp32. The methods' constants are those of the authors' code (docs
 """
 
 import argparse
-import collections
 import json
 import math
 import os
@@ -609,10 +608,7 @@ def write_masks(argv):
     _, _, device = common.setup(args.device)
     stop = common.catch_signals()
     dataset = data.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
-    keys = [dataset.key(i) for i in range(len(dataset))]
-    if len(set(keys)) < len(keys):
-        twice = collections.Counter(keys).most_common(1)[0][0]
-        common.fail(f"two images of {args.data} have the name {twice!r}, so their masks would be one file")
+    keys = data.keys_of(dataset)
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     out = Path(args.out)
     claim(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
@@ -680,16 +676,9 @@ def score(maps, truths):
     return {"max_f": max(f[:256]), "mean_f": sum(f[:256]) / 256, "adaptive_f": f[256], "mae": error / n}
 
 
-def named(folder):
-    """{path below the folder without the suffix: path} of its images."""
-    if not Path(folder).is_dir():
-        common.fail(f"{folder}: no such folder")
-    return {Path(os.path.relpath(p, folder)).with_suffix("").as_posix(): p for p, _ in data.list_folder(folder)[0]}
-
-
 def matched(folder, keys):
     """The files of a folder for images `keys`, in their order; names what does not match and ends the program."""
-    files = named(folder)
+    files = data.named(folder)
     if odd := [k for k in keys if k not in files]:
         some = ", ".join(odd[:10]) + (", ..." if len(odd) > 10 else "")
         common.fail(f"{len(odd)} of {len(keys)} images have nothing of their name in {folder}: {some}")
@@ -717,7 +706,7 @@ def score_command(argv):
     if not args.maps and set(args.method) & set(CLASS_METHODS) and not args.classifier:
         common.fail(f"--method {' and '.join(CLASS_METHODS)} need --classifier FILE")
     _, _, device = common.setup(args.device)
-    images = named(args.images)
+    images = data.named(args.images)
     keys = list(images)[: args.limit or None]
     if not keys:
         common.fail(f"no images in {args.images}")
