@@ -4,13 +4,23 @@ Built from torchvision's own blocks and with torchvision's own key names, so tha
 converter. Below 64 px a network made for 224 px would shrink the image to nothing before it has looked at it, so the
 stem becomes a 3x3 convolution of stride 1 without max-pooling (the CIFAR form of He et al. 2016, sec. 4.2).
 
+The second half holds the networks of "Revisiting Self-Supervised Visual Representation Learning" (Kolesnikov et al. 2019,
+https://arxiv.org/abs/1901.09005): ResNet v1 and v2, RevNet and VGG with a widening factor, and any total stride.
+
 Bringing your own takes two lines: any `nn.Module` with an attribute `dim` whose forward returns [B, dim] is a backbone;
-return it from `build` under a name. `stages(x)` (a list of feature maps) is needed only by methods that read maps.
+return it from `build` under a name. `stages(x)` (a list of feature maps), `taps(x)` and `channels` are needed only by
+methods that read maps.
 """
 
+import contextlib
 import difflib
+import functools
+import re
 
+import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import cfgs, make_layers
 
@@ -30,74 +40,106 @@ RESNETS = {  # name: (block, blocks per stage, channels of the first stage)
     "resnet10_32": (BasicBlock, (1, 1, 1, 1), 32),
 }
 VGGS = {"vgg11_bn": "A", "vgg13_bn": "B", "vgg16_bn": "D", "vgg19_bn": "E"}
-NAMES = [*RESNETS, *(f"{n}_w2" for n in RESNETS if not n.startswith("resnet10")), *VGGS, "alexnet_bn"]
+PLAIN = [*RESNETS, *(f"{n}_w2" for n in RESNETS if not n.startswith("resnet10")), *VGGS, "alexnet_bn"]
+
+STRIDES = {  # total stride: of root, pool, stages 2, 3, 4. The root gives its own up first, then stages from the end
+    32: (2, 2, 2, 2, 2),
+    16: (1, 2, 2, 2, 2),
+    8: (1, 2, 2, 2, 1),  # the study's form for patches of 64 px
+    4: (1, 2, 2, 1, 1),
+    2: (1, 2, 1, 1, 1),
+}
 
 
-class ResNet(nn.Module):
-    """ResNet v1 (He et al. 2016; stride on the 3x3 convolution of a bottleneck, as in torchvision).
+class Backbone(nn.Module):
+    """What every backbone here answers. `dim` is the width of its vector, `channels` that of its last feature map.
 
-    `width` multiplies the channels of every layer ("ResNet-50 (2x)" of the BYOL paper), unlike torchvision's
-    wide_resnet50_2, which widens only the inner convolution of a block.
+    A subclass writes `maps`: {name: map [B, C, H, W]} in order of depth, "root" (after the first convolution and pooling,
+    where there is such a part) and "block1", "block2", ..., and `vectors` where the vector is not the last map's mean.
     """
 
-    def __init__(self, block, depths, channels, width=1, small=False):
+    def vectors(self, last):
+        """What follows the last map, by name; "pre_logits" [B, dim] is what a probe or a head gets."""
+        return {"pre_logits": last.mean((2, 3))}
+
+    def stages(self, x):
+        """The list of feature maps after each stage."""
+        return [m for name, m in self.maps(x).items() if name != "root"]
+
+    def taps(self, x):
+        """Everything that a probe at several depths reads, from one pass: the maps and then the vectors, by name."""
+        maps = self.maps(x)
+        return maps | self.vectors(list(maps.values())[-1])
+
+    def forward(self, x):
+        return self.taps(x)["pre_logits"]  # [B, dim]
+
+
+def he(net):
+    """He et al. 2015, by fan-out, for the convolutions; BatchNorm as torch makes it."""
+    for m in net.modules():
+        if isinstance(m, nn.Conv2d):
+            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+def blocks(x, layers):
+    """{"block1": layers[0](x), "block2": layers[1](of that), ...}"""
+    return {f"block{i}": (x := layer(x)) for i, layer in enumerate(layers, 1)}
+
+
+class ResNet(Backbone):
+    """ResNet v1 (He et al. 2016; stride on the 3x3 convolution of a bottleneck, as in torchvision).
+
+    `channels` are those of the root. Twice as many widen every layer ("ResNet-50 (2x)" of the BYOL paper), unlike
+    torchvision's wide_resnet50_2, which widens only the inner convolution of a block. `strides`: of root, pool and stages
+    2, 3, 4; at 224 px the usual ones give maps of 56, 28, 14 and 7 px.
+    """
+
+    def __init__(self, block, depths, channels, strides=STRIDES[32], kernel=7):
         super().__init__()
-        c = channels * width
-        if small:
-            self.conv1, self.maxpool = nn.Conv2d(3, c, 3, 2 if c < 64 else 1, 1, bias=False), nn.Identity()
-        else:
-            self.conv1, self.maxpool = nn.Conv2d(3, c, 7, 2, 3, bias=False), nn.MaxPool2d(3, 2, 1)
-        self.bn1, self.relu = nn.BatchNorm2d(c), nn.ReLU(inplace=True)
-        inplanes = c
+        root, pool, *strides = strides
+        self.conv1 = nn.Conv2d(3, channels, kernel, root, kernel // 2, bias=False)
+        self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+        self.maxpool = nn.MaxPool2d(3, pool, 1) if pool > 1 else nn.Identity()
+        inplanes = channels
         for i, depth in enumerate(depths):
-            planes, blocks = c * 2**i, []
+            planes, units = channels * 2**i, []
             for j in range(depth):
-                stride, outplanes, downsample = 2 if i > 0 and j == 0 else 1, planes * block.expansion, None
+                stride = strides[i - 1] if i > 0 and j == 0 else 1
+                outplanes, downsample = planes * block.expansion, None
                 if stride != 1 or inplanes != outplanes:
                     conv = nn.Conv2d(inplanes, outplanes, 1, stride, bias=False)
                     downsample = nn.Sequential(conv, nn.BatchNorm2d(outplanes))
                 # A bottleneck's inner width is planes * base_width / 64: torchvision's own default.
-                blocks.append(block(inplanes, planes, stride, downsample))
+                units.append(block(inplanes, planes, stride, downsample))
                 inplanes = outplanes
-            setattr(self, f"layer{i + 1}", nn.Sequential(*blocks))
-        self.dim = inplanes
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            setattr(self, f"layer{i + 1}", nn.Sequential(*units))
+        self.dim = self.channels = inplanes
+        he(self)
 
-    def stages(self, x):
-        """Feature maps after each of the four stages; at 224 px 56, 28, 14 and 7 px wide."""
+    def maps(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
-        maps = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            maps.append(x := layer(x))
-        return maps
-
-    def forward(self, x):
-        return self.stages(x)[-1].mean((2, 3))  # [B, dim]
+        return {"root": x} | blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4))
 
 
-class ConvNet(nn.Module):
+class ConvNet(Backbone):
     """A plain stack of convolutions under torchvision's name `features`; a stage ends at each max-pooling."""
 
     def __init__(self, features, dim):
         super().__init__()
-        self.features, self.dim = features, dim
-        for m in self.modules():
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(m.bias)
+        self.features = features
+        self.dim = self.channels = dim
+        he(self)
 
-    def stages(self, x):
-        maps = []
+    def maps(self, x):
+        maps = {}
         for layer in self.features:
             x = layer(x)
             if isinstance(layer, nn.MaxPool2d):
-                maps.append(x)
+                maps[f"block{len(maps) + 1}"] = x
         return maps
-
-    def forward(self, x):
-        return self.features(x).mean((2, 3))  # [B, dim]
 
 
 def alexnet_bn(small):
@@ -114,29 +156,310 @@ def alexnet_bn(small):
     return ConvNet(nn.Sequential(*layers), 256)
 
 
-def build(name, size=224):
-    """The backbone called `name` for images of `size` px, freshly initialised from torch's global generator.
+# ============ the networks of "Revisiting Self-Supervised Visual Representation Learning" ============
+# k is the widening factor. The first convolution has 16 k channels and stage s of ResNets and RevNets 64 k 2^(s - 1), so
+# that the vector has 512 k; k = 4 is the usual ResNet-50. ResNet v1 is the class above with torchvision's bottleneck.
 
-    An unknown name ends the program with exit code 2 and the nearest known one.
+
+def root(channels, kernel, strides):
+    """First convolution and max-pooling without BatchNorm and ReLU: the first unit has its own. Values may be negative
+    here, so it matters that the study pads the pooling with zeros, where torch's own padding is minus infinity."""
+    conv = nn.Conv2d(3, channels, kernel, strides[0], kernel // 2, bias=False)
+    pool = nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, strides[1])) if strides[1] > 1 else nn.Identity()
+    return nn.Sequential(conv, pool)
+
+
+def bottleneck(inplanes, outplanes, stride=1):
+    """The residual function of a pre-activation unit: BN, ReLU, 1x1, BN, ReLU, 3x3 (stride), BN, ReLU, 1x1."""
+    inner = outplanes // 4
+    plan = [(inplanes, inner, 1, 1, 0), (inner, inner, 3, stride, 1), (inner, outplanes, 1, 1, 0)]
+    return [layer for c in plan for layer in (nn.BatchNorm2d(c[0]), nn.ReLU(inplace=True), nn.Conv2d(*c, bias=False))]
+
+
+def last_norm(channels, relu):
+    """The last BatchNorm before the mean; without its ReLU in the networks that the study marks (-)."""
+    return nn.Sequential(nn.BatchNorm2d(channels), *([nn.ReLU(inplace=True)] if relu else []))
+
+
+class PreActivation(nn.Module):
+    """Unit of ResNet v2 (He et al. 2016b): y = s + F(a), a = ReLU(BN(x)). s is x, or a 1x1 convolution of a, without
+    BatchNorm, where the shape changes."""
+
+    def __init__(self, inplanes, outplanes, stride):
+        super().__init__()
+        layers, same = bottleneck(inplanes, outplanes, stride), stride == 1 and inplanes == outplanes
+        self.activation, self.residual = nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])
+        self.downsample = None if same else nn.Conv2d(inplanes, outplanes, 1, stride, bias=False)
+
+    def forward(self, x):
+        a = self.activation(x)
+        return (x if self.downsample is None else self.downsample(a)) + self.residual(a)
+
+
+class ResNetV2(Backbone):
+    """ResNet v2 of the study: pre-activation bottlenecks. The last stage's map is taken after the last BatchNorm (+ ReLU)."""
+
+    def __init__(self, depths, k, strides, kernel, last_relu=True):
+        super().__init__()
+        self.root = root(round(16 * k), kernel, strides)
+        inplanes = round(16 * k)
+        for i, depth in enumerate(depths):
+            outplanes, units = round(64 * k) * 2**i, []
+            for j in range(depth):
+                units.append(PreActivation(inplanes, outplanes, strides[i + 1] if i > 0 and j == 0 else 1))
+                inplanes = outplanes
+            setattr(self, f"layer{i + 1}", nn.Sequential(*units))
+        self.last = last_norm(inplanes, last_relu)
+        self.dim = self.channels = inplanes
+        he(self)
+
+    def maps(self, x):
+        x = self.root(x)
+        maps = {"root": x} | blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4))
+        return maps | {"block4": self.last(maps["block4"])}
+
+
+class Reversible(nn.ModuleList):
+    """Units of one stage of a RevNet: [x1, x2] -> [y2, y1], y1 = x1 + F(x2), y2 = x2, on halves of the channels. The halves
+    change places, so that the next unit changes the other one."""
+
+    def forward(self, x):
+        x1, x2 = x.chunk(2, 1)  # [B, C / 2, H, W] each
+        for f in self:
+            x1, x2 = x2, x1 + f(x2)
+        return torch.cat([x1, x2], 1)
+
+    def inverse(self, y):
+        """The stage's input from its output: x2 = y2, x1 = y1 - F(x2). In training mode F uses the statistics of the
+        batch, as the forward pass did."""
+        y2, y1 = y.chunk(2, 1)
+        for f in reversed(self):
+            y2, y1 = y1 - f(y2), y2
+        return torch.cat([y2, y1], 1)
+
+
+class Recompute(torch.autograd.Function):
+    """A `Reversible` stage of which only the output is kept for the backward pass; see RevNet. `zeros`: how many of the
+    last channels of x are padding."""
+
+    @staticmethod
+    def forward(ctx, stage, zeros, x, *parameters):
+        device = x.device.type
+        norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        ctx.stage, ctx.zeros, ctx.norms = stage, zeros, [(m, m.training) for m in norms]
+        # autocast would remember weights that it has cast in here, where no gradients are recorded, for use outside
+        ctx.autocast = dict(
+            device_type=device,
+            dtype=torch.get_autocast_dtype(device),
+            enabled=torch.is_autocast_enabled(device),
+            cache_enabled=False,
+        )
+        with torch.autocast(**ctx.autocast):
+            y = stage(x)
+        ctx.save_for_backward(y, *parameters)  # parameters: torch then notices a change before the backward pass
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        y, *_ = ctx.saved_tensors
+        (y2, y1), (g2, g1), grads = y.chunk(2, 1), grad.chunk(2, 1), {}
+        with same_statistics(ctx.norms):
+            for f in reversed(ctx.stage):
+                if ctx.zeros and f is ctx.stage[0]:
+                    # Exact zeros again: BatchNorm leaves them at the ReLU's kink, where rounding would decide the gradient.
+                    y2 = nn.functional.pad(y2[:, : -ctx.zeros], (0, 0, 0, 0, 0, ctx.zeros))
+                x2, weights = y2.detach().requires_grad_(), [p for p in f.parameters() if p.requires_grad]
+                with torch.enable_grad(), torch.autocast(**ctx.autocast):
+                    r = f(x2)  # once, for the gradients and for x1
+                g, *of_f = torch.autograd.grad(r, [x2, *weights], g1.to(r.dtype))
+                grads |= zip(weights, of_f, strict=True)
+                y2, y1 = y1 - r, y2  # [x1, x2], which is what the unit before gave as [y2, y1]
+                g2, g1 = g1, g2 + g
+        return None, None, torch.cat([g2, g1], 1), *(grads.get(p) for p in ctx.stage.parameters())
+
+
+@contextlib.contextmanager
+def same_statistics(norms):
+    """Inside, each BatchNorm of [(norm, training)] normalises as in that mode and leaves its running averages and their
+    count alone: they have seen this batch already."""
+    now = [(m, m.training, m.track_running_stats) for m, _ in norms]
+    try:
+        for m, training in norms:
+            m.training, m.track_running_stats = training, False
+        yield
+    finally:
+        for m, training, track in now:
+            m.training, m.track_running_stats = training, track
+
+
+class RevNet(Backbone):
+    """RevNet (Gomez et al. 2017, https://arxiv.org/abs/1707.04585) in the study's form: every unit can be inverted.
+
+        x = [x1, x2] (halves of the channels)  ->  y = [y2, y1],   y1 = x1 + F(x2),   y2 = x2
+        inverse:    x2 = y2,   x1 = y1 - F(x2)
+        gradients:  dx1 = dy1,   dx2 = dy2 + J_F(x2)^T dy1,   dtheta = (dF / dtheta)^T dy1
+
+    F is the bottleneck of ResNet v2 on half of the channels. A unit is half of a block of the RevNet paper: two in a row
+    are y1 = x1 + F(x2), y2 = x2 + G(y1). Between stages the map is averaged over 2x2 and gets C / 2 channels of zeros on
+    either side. The first convolution has 64 k channels, since there are no projections that could widen the map later.
+
+    So the backward pass needs of each stage only its output (pooling cannot be inverted): it runs every F once more,
+    about a third more arithmetic, for memory that does not grow with depth (`recompute`; False keeps the plain graph). F
+    then uses the statistics of the batch again, and running averages are moved once. Inputs come back up to rounding, for
+    which the sums x1 + F(x2) stay in the precision of the weights under autocast.
     """
+
+    def __init__(self, depths, k, strides, kernel, last_relu=True):
+        super().__init__()
+        channels = round(64 * k)
+        self.root = root(channels, kernel, strides)
+        for i, depth in enumerate(depths):
+            half = channels * 2**i // 2
+            setattr(self, f"layer{i + 1}", Reversible(nn.Sequential(*bottleneck(half, half)) for _ in range(depth)))
+        self.strides, self.recompute = strides[2:], True
+        self.dim = self.channels = 2 * half
+        self.last = last_norm(self.dim, last_relu)
+        he(self)
+
+    def stage(self, i, x):
+        """Stage i = 1..4 from the map of the one before."""
+        zeros = x.shape[1] // 2 if i > 1 else 0
+        if zeros:
+            # ceil_mode: an odd map becomes as large as a convolution of stride 2 would make it.
+            x = nn.functional.avg_pool2d(x, self.strides[i - 2], ceil_mode=True)
+            x = nn.functional.pad(x, (0, 0, 0, 0, zeros, zeros))
+        stage = getattr(self, f"layer{i}")
+        if self.recompute and torch.is_grad_enabled():
+            return Recompute.apply(stage, zeros, x, *stage.parameters())
+        return stage(x)
+
+    def maps(self, x):
+        if self.recompute:  # the root has no BatchNorm, so torch's own recomputation does; pooling keeps much
+            x = checkpoint(self.root, x, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x = self.root(x)
+        x = x.to(self.root[0].weight.dtype)  # out of autocast's half precision
+        maps = {"root": x} | blocks(x, [functools.partial(self.stage, i) for i in range(1, 5)])
+        return maps | {"block4": self.last(maps["block4"])}
+
+
+class VGG(Backbone):
+    """VGG with BatchNorm in the study's form (k = 8: the usual widths). 3x3 convolutions of 8 k, 16 k, 32 k, 64 k, 64 k
+    channels in five stages, the first of which end in a max-pooling, as many as the stride needs; then fc6, one convolution
+    over the whole last map, and fc7. A larger image than the network was built for is read at every place, and averaged.
+    """
+
+    def __init__(self, depths, k, stride, size):
+        super().__init__()
+        pools, inplanes = stride.bit_length() - 1, 3
+        for i, depth in enumerate(depths):
+            outplanes, layers = round(8 * k) * 2 ** min(i, 3), []
+            for _ in range(depth):
+                layers += self.layer(inplanes, outplanes, 3, 1)
+                inplanes = outplanes
+            setattr(self, f"layer{i + 1}", nn.Sequential(*layers, *([nn.MaxPool2d(2)] if i < pools else [])))
+        self.channels, self.dim = inplanes, round(512 * k)
+        self.fc6 = nn.Sequential(*self.layer(inplanes, self.dim, size // stride))
+        self.fc7 = nn.Sequential(*self.layer(self.dim, self.dim, 1))
+        he(self)
+
+    @staticmethod
+    def layer(inplanes, outplanes, kernel, padding=0):
+        conv = nn.Conv2d(inplanes, outplanes, kernel, padding=padding, bias=False)
+        return conv, nn.BatchNorm2d(outplanes), nn.ReLU(inplace=True)
+
+    def maps(self, x):
+        return blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5))
+
+    def vectors(self, last):
+        fc6 = self.fc6(last)
+        return {"fc6": fc6, "pre_logits": self.fc7(fc6).mean((2, 3))}
+
+
+DEPTHS = {"50": (3, 4, 6, 3), "26": (2, 2, 2, 2), "14": (1, 1, 1, 1)}  # 50 is the study's; the others for small budgets
+STUDY = {  # family: (class, units per stage, channels of the narrowest layer for k = 1)
+    **{f"resnet{n}v1": (ResNet, units, 16) for n, units in DEPTHS.items()},
+    **{f"resnet{n}v2": (ResNetV2, units, 16) for n, units in DEPTHS.items()},
+    **{f"revnet{n}": (RevNet, units, 8) for n, units in DEPTHS.items()},
+    "vgg19": (VGG, (2, 2, 4, 4, 4), 8),
+    "vgg11": (VGG, (1, 1, 2, 2, 2), 8),
+}
+NAMES = [
+    *PLAIN,
+    f"FAMILY_kK with FAMILY one of {' '.join(STUDY)} and K the widening factor (4 8 12 16 in the study)",
+    "FAMILY_kK_minus (v2 and RevNet: no last ReLU)",
+    f"_sN after a ResNet's name or after FAMILY_kK[_minus] for a total stride N of {' '.join(map(str, reversed(STRIDES)))}",
+]
+
+
+# ============ by name ============
+
+
+def parse(name, size):
+    """(name without suffixes, k or None, whether _minus, total stride or None for the usual one) of a backbone's name.
+
+    `size`: px of the square input. Bad names end the program with exit code 2 and one sentence.
+    """
+    base, k, minus, stride = re.fullmatch(r"(.*?)(?:_k(\d+(?:\.\d+)?))?(_minus)?(?:_s(\d+))?", name, re.DOTALL).groups()
+    if base not in (STUDY if k else PLAIN) or (minus and not k):
+        known = [*PLAIN, *(f"{family}_k{k or 4}" for family in STUDY)]
+        near = difflib.get_close_matches(name, known, 1, 0.0)[0]
+        fail(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
+    if k:
+        kind, _, narrowest = STUDY[base]
+        if not (width := narrowest * float(k)).is_integer() or width == 0:
+            fail(f"{name}: its narrowest layers would have {width:g} channels; K must be a multiple of 1/{narrowest}")
+        if minus and kind not in (ResNetV2, RevNet):
+            fail(f"{name}: the last ReLU can be left out (_minus) of ResNet v2 and RevNet only")
+    elif stride and base.removesuffix("_w2") not in RESNETS:
+        fail(f"{name}: _s{stride} is for ResNets, RevNets and the VGGs with a widening factor")
+    if stride and int(stride) not in STRIDES:
+        fail(f"{name}: the total stride _s{stride} is not one of {', '.join(map(str, reversed(STRIDES)))}")
+    if k and not stride:
+        stride = next((s for s, px in ((32, 112), (16, 64), (8, 32), (4, 16)) if size >= px), 2)
+    if stride and size < (stride := int(stride)):
+        fail(f"{name}: an image of {size} px is smaller than the total stride {stride}; _sN sets another")
+    return base, float(k) if k else None, bool(minus), stride
+
+
+def build(name, size=224):
+    """The backbone called `name` for square images of `size` px (for patch methods: patches), freshly initialised from
+    torch's global generator.
+
+    Names are in NAMES. Without _sN the study's networks take the total stride 32 from 112 px, 16 from 64, 8 from 32, 4 from
+    16 and 2 below. An unknown name, a width that is not whole and a size below the stride end the program with exit code 2.
+    """
+    base, k, minus, stride = parse(name, size)
     small = size < SMALL
-    if size < 32 and name in (*VGGS, "alexnet_bn"):
+    kernel = 3 if small else 7
+    if size < 32 and base in (*VGGS, "alexnet_bn"):
         fail(f"--size {size}: {name} halves an image five times and needs 32 px or more")
-    if name in VGGS:
-        return ConvNet(make_layers(cfgs[VGGS[name]], batch_norm=True), 512)
-    if name == "alexnet_bn":
+    if base in VGGS:
+        return ConvNet(make_layers(cfgs[VGGS[base]], batch_norm=True), 512)
+    if base == "alexnet_bn":
         return alexnet_bn(small)
-    if name in NAMES:
-        block, depths, channels = RESNETS[name.removesuffix("_w2")]
-        return ResNet(block, depths, channels, 2 if name.endswith("_w2") else 1, small)
-    near = difflib.get_close_matches(name, NAMES, 1, 0.0)[0]
-    fail(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
+    if base in PLAIN:
+        block, depths, channels = RESNETS[base.removesuffix("_w2")]
+        channels *= 2 if base.endswith("_w2") else 1
+        usual = (2 if channels < 64 else 1, 1, 2, 2, 2) if small else STRIDES[32]
+        return ResNet(block, depths, channels, STRIDES[stride] if stride else usual, kernel)
+    kind, depths, _ = STUDY[base]
+    if kind is VGG:
+        return VGG(depths, k, stride, size)
+    if kind is ResNet:
+        return ResNet(Bottleneck, depths, round(16 * k), STRIDES[stride], kernel)
+    return kind(depths, k, STRIDES[stride], kernel, last_relu=not minus)
 
 
 def describe(net, name, size):
     """One line on what `build` made, for the recipe that a script prints."""
+    base, _, _, stride = parse(name, size)
     parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    stem = f"below {SMALL} px: 3x3 stem, no max-pool" if size < SMALL and name not in VGGS else "the usual stem"
+    stem = f"below {SMALL} px: 3x3 stem, no max-pool" if size < SMALL and base not in VGGS else "the usual stem"
+    if stride:
+        px, of = (size // stride, "fc6") if isinstance(net, VGG) else (3 if size < SMALL else 7, "root")
+        stem = f"total stride {stride}, {px}x{px} {of}"
     return f"{name}, {parameters:.2f} M parameters, {net.dim}-d ({stem})"
 
 
@@ -144,8 +467,10 @@ def loading_lines(arch, size, path):
     """Two lines of Python that load an exported backbone; without this repository where torchvision has the network."""
     load = f'net.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
     stem = "net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()"
-    if arch in RESNETS and RESNETS[arch][2] == 64:
-        make = f"import torch, torchvision; net = torchvision.models.{arch}(); net.fc = torch.nn.Identity()"
+    usual = arch in RESNETS and RESNETS[arch][2] == 64
+    if usual or (arch == "resnet50v1_k4" and size >= 112):
+        name = arch.removesuffix("v1_k4")
+        make = f"import torch, torchvision; net = torchvision.models.{name}(); net.fc = torch.nn.Identity()"
         return f"{make}; {stem}\n{load}" if size < SMALL else f"{make}\n{load}"
     if arch in VGGS:
         make = f"import torch, torchvision; net = torchvision.models.{arch}(); net.classifier = torch.nn.Identity()"

@@ -51,12 +51,12 @@ BY_FILE = {  # name: (class, arguments of the training split, of the test split)
     "cars": (datasets.StanfordCars, {"split": "train"}, {"split": "test"}),
     "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
 }
-NAMES = ["shapes", "shapes-hard", *IN_MEMORY, *BY_FILE]
+NAMES = ["shapes", "shapes-hard", "shapes-upright", *IN_MEMORY, *BY_FILE]
 
 
 def recipe_for(name):
     """The name of the recipe whose numbers fit a set: its own, or that of the set most like it."""
-    alike = {"shapes-hard": "shapes", "cifar100": "cifar10", "svhn": "cifar10"}.get(name, name)
+    alike = {"shapes-hard": "shapes", "shapes-upright": "shapes", "cifar100": "cifar10", "svhn": "cifar10"}.get(name, name)
     return alike if alike in ("shapes", "cifar10") else "imagenet"
 
 
@@ -235,7 +235,7 @@ def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0,
 def _load(name, root, split, device, limit, seed, memory):
     if name.startswith("shapes") and name in NAMES:
         n, list_seed = (2_000, 1) if split == "test" else (10_000, 0)
-        images, labels, masks = shapes.draw_shapes(n, seed=list_seed, hard=name == "shapes-hard")
+        images, labels, masks = shapes.draw_shapes(n, 32, list_seed, name == "shapes-hard", name == "shapes-upright")
         return subset(Images(name, images.to(device), labels, shapes.CLASSES, masks), limit, seed)
     own = Path(root, name)
     if name in NAMES and (own / "train").is_dir():
@@ -416,7 +416,9 @@ def read_masks(folder, data, size=64):
 
 def sample_boxes(n, height, width, scale, ratio, g):
     """`n` crops (top, left, height, width) [n, 4], distributed as torchvision's RandomResizedCrop: area U(scale) of the
-    image, log-uniform aspect ratio; of ten tries the first that fits, else the largest central crop of allowed ratio."""
+    image, log-uniform aspect ratio (None: the image's own, so that the resize squashes it); of ten tries the first that
+    fits, else the largest central crop of allowed ratio."""
+    ratio = ratio or (width / height, width / height)
     area = height * width * (scale[0] + (scale[1] - scale[0]) * torch.rand(n, 10, generator=g))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + (high - low) * torch.rand(n, 10, generator=g))
@@ -560,6 +562,28 @@ def normalise(x, mean=MEAN, std=STD):
     return (x - mean).div_(std)
 
 
+def to_lab(rgb):
+    """sRGB in [0, 1], [B, 3, ...] -> CIE Lab (D65): L in 0..100, a and b within -108..98."""
+    r, g, b = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92).unbind(1)
+    xyz = torch.stack([(0.412453 * r + 0.357580 * g + 0.180423 * b) / 0.95047,
+                       0.212671 * r + 0.715160 * g + 0.072169 * b,
+                       (0.019334 * r + 0.119193 * g + 0.950227 * b) / 1.08883], 1)  # fmt: skip
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856).pow(1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def lightness(lab):
+    """What a network sees of Lab [B, 3, H, W] if colour is to be foretold: (L - 50) / 50, in [-1, 1], three times over."""
+    return ((lab[:, :1] - 50) / 50).expand(-1, 3, -1, -1)
+
+
+def standardise(x):
+    """Each image [B, C, H, W] to mean 0 and standard deviation 1 over all its pixels and channels; the deviation counts as
+    1 / sqrt(C H W) at least (TensorFlow's per_image_standardization)."""
+    x = x - x.mean((1, 2, 3), keepdim=True)
+    return x / x.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=x[0].numel() ** -0.5)
+
+
 def uniform(n, low, high, g):
     return low + (high - low) * torch.rand(n, generator=g)
 
@@ -629,9 +653,9 @@ def view(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic",
          blend="none"):  # fmt: skip
     """The numbers of one view; the scripts spell out those that their paper sets.
 
-    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop. jitter: strengths of brightness,
-    contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip, jitter_p, grey, blur,
-    solarize, paste: probabilities. blend: of the pasted object's edge, a key of BLENDS.
+    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop (ratio None: the image's own). jitter:
+    strengths of brightness, contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip, jitter_p,
+    grey, blur, solarize, paste: probabilities. blend: of the pasted object's edge, a key of BLENDS.
     """
     return dict(size=size, scale=scale, ratio=ratio, interpolation=interpolation, flip=flip, jitter=jitter,
                 jitter_p=jitter_p, grey=grey, blur=blur, sigma=sigma, solarize=solarize, mean=mean, std=std,

@@ -4,6 +4,10 @@
     python evaluate.py runs/byol-cifar10 --data cifar100 --probe knn linear lbfgs
     python evaluate.py resnet50.pth --arch resnet50 --data DIR        a plain torchvision state dict
     python evaluate.py random:resnet18 --data cifar10 --size 32       the baseline that every number stands beside
+    python evaluate.py RUN --probe linear mlp --labels 1 10 100       on shares of the labels; mlp: one hidden layer
+    python evaluate.py RUN --probe depth [--layers block3 pre_logits] a linear probe at every depth of the network
+    python evaluate.py RUN --probe lbfgs --penalty study              the regulariser of Kolesnikov et al. 2019
+    python evaluate.py RUN --probe schedule --decay-at 30 120 480     SGD's accuracy over epochs by when its rate decays
     python evaluate.py RUN --probe finetune --labels 1 10             all weights, on 1 % and on 10 % of the labels
     python evaluate.py RUN --probe finetune --labels 100 --save FILE  the same on all labels, kept as a classifier
     python evaluate.py RUN --probe perceptual --classifier FILE       does it recognise the images that RUN recovers?
@@ -20,6 +24,7 @@ and RUN/evaluate.json keeps them. The training scripts call the same functions.
 import argparse
 import contextlib
 import copy
+import difflib
 import hashlib
 import importlib
 import json
@@ -27,6 +32,7 @@ import math
 import os
 import re
 import typing
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -46,9 +52,71 @@ import runs
 
 KS = (1, 10, 20, 100, 200)
 FEWEST = 10  # labelled images that a linear probe needs
-PROBES = ("knn", "linear", "lbfgs")  # of frozen features: what the training scripts can end with
+PROBES = ("knn", "linear", "lbfgs", "mlp")  # of frozen features: what the training scripts can end with
 DIAGNOSIS = ("neighbours", "gradients", "localisation", "swap")
-MORE = ("finetune", "perceptual", "pictures", *DIAGNOSIS)
+MORE = ("depth", "schedule", "finetune", "perceptual", "pictures", *DIAGNOSIS)
+
+
+# ============ what a network was trained to see ============
+
+
+class Trunk(nn.Module):
+    """A backbone `f` behind what it was trained to see, so that all of this file works with methods that do not look at
+    plain RGB images. Images [B, 3, S, S] in [-1, 1] to [B, dim].
+
+    lightness: of Lab the L alone, as `data.lightness` gives it. patch: of the 3 x 3 cells of `cell` px in the middle of an
+    image the central `patch` px each; the image's features are the mean over these nine. standardise: each patch, or the
+    image where there are none, to mean 0 and deviation 1.
+    """
+
+    def __init__(self, f, lightness=False, standardise=False, patch=0, cell=0):
+        super().__init__()
+        self.f, self.dim = f, f.dim
+        self.lightness, self.standardise, self.patch, self.cell = lightness, standardise, patch, cell
+
+    def see(self, x):
+        """What f gets: [B, 3, S, S], or nine patches an image, [B * 9, 3, patch, patch]."""
+        if self.lightness:
+            x = data.lightness(data.to_lab(x / 2 + 0.5))
+        if self.patch:
+            x = tvf.center_crop(x, [3 * self.cell] * 2).unflatten(2, (3, -1)).unflatten(4, (3, -1))  # [B, 3, 3, c, 3, c]
+            inside = slice(start := (self.cell - self.patch) // 2, start + self.patch)
+            x = x[:, :, :, inside, :, inside].permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
+        return data.standardise(x) if self.standardise else x
+
+    def mean(self, features):
+        """Over the patches of each image: [B * 9, ...] to [B, ...]."""
+        return features.unflatten(0, (-1, 9)).mean(1) if self.patch else features
+
+    def forward(self, x):
+        return self.mean(self.f(self.see(x)))  # [B, dim]
+
+    def taps(self, x, most=9000):
+        """{layer: map [B, C, h, w] or vector [B, dim]} of f, in order of depth, each pooled to `most` features at most
+        (`shrink`), and then averaged over the patches."""
+        return {name: self.mean(shrink(tap, most)) for name, tap in self.f.taps(self.see(x)).items()}
+
+
+def shrink(tap, most):
+    """A map [B, C, H, W] of more than `most` features max-pooled by windows of ceil(sqrt(features / most)) px, of which
+    only whole ones count; others, and vectors [B, d], as they are (the study's evaluation at all depths)."""
+    if tap.ndim == 2 or tap[0].numel() <= most:
+        return tap
+    return F.max_pool2d(tap, min(math.ceil(math.sqrt(tap[0].numel() / most)), *tap.shape[2:]))  # a window fits the map
+
+
+def as_trained(f, preprocess, size=0):
+    """The backbone `f` behind what it was trained to see: a Trunk if a checkpoint's `preprocess` says so under "sees" (a
+    Trunk's arguments), else f. `size`: px that were asked for instead of its own."""
+    if not preprocess.get("sees"):
+        return f
+    trunk = Trunk(f, **preprocess["sees"])
+    if trunk.patch and size not in (0, preprocess["size"]):
+        common.fail(f"images of {size} px: this network looks at patches cut from {preprocess['size']} px, no other size")
+    if 3 * trunk.cell > preprocess["size"] or trunk.patch > trunk.cell:
+        common.fail(f"a grid of 3 x 3 cells of {trunk.cell} px, patches of {trunk.patch} px in them, does not fit images of "
+                    f"{preprocess['size']} px")  # fmt: skip
+    return trunk
 
 
 # ============ features ============
@@ -235,21 +303,154 @@ def fit_lbfgs(x, y, classes, penalty, start=None, iterations=200):
     return w.detach(), b.detach()
 
 
+def standardised(x, test_x):
+    """Both sets of features, each dimension to mean 0 and deviation 1 over the training set `x`."""
+    mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
+    return (x - mean) / std, (test_x - mean) / std
+
+
 def linear_lbfgs(x, y, test_x, test_y, penalties=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5), seed=0):
-    """Multinomial logistic regression on standardised features; no learning rate, the penalty chosen on the held-out
-    tenth of the training set. Returns {"top1", "top5", "penalty", "grid"}."""
-    classes, mean, std = int(max(y.max(), test_y.max())) + 1, x.mean(0), x.std(0).clamp(min=1e-6)
-    x, test_x = (x - mean) / std, (test_x - mean) / std
-    train, val = held_out(len(x), seed)
+    """Multinomial logistic regression on standardised features; no learning rate, of several penalties the best chosen on
+    the held-out tenth of the training set. Returns {"top1", "top5", "penalty", "grid"}.
+
+    penalties = "study": that of Kolesnikov et al. 2019, 100 / (M C) for M features and C classes, on features as they are
+    and with their 800 updates. It counts per image, as the cross-entropy here is a mean (their sum or mean is not said)."""
+    classes, updates = int(max(y.max(), test_y.max())) + 1, 200
+    if penalties == "study":
+        penalties, updates = [100 / (x.shape[1] * classes)], 800
+    else:
+        x, test_x = standardised(x, test_x)
     head, scores = None, []
-    for penalty in penalties:  # from strong to weak, each starting where the last ended
-        head = fit_lbfgs(x[train], y[train], classes, penalty, head)
-        scores.append(accuracy(x[val] @ head[0] + head[1], y[val])[0].item())
-    best = penalties[scores.index(max(scores))]
-    w, b = fit_lbfgs(x, y, classes, best)
+    if len(penalties) > 1:
+        train, val = held_out(len(x), seed)
+        for penalty in penalties:  # from strong to weak, each starting where the last ended
+            head = fit_lbfgs(x[train], y[train], classes, penalty, head)
+            scores.append(accuracy(x[val] @ head[0] + head[1], y[val])[0].item())
+    best = penalties[scores.index(max(scores))] if scores else penalties[0]
+    w, b = fit_lbfgs(x, y, classes, best, iterations=updates)
     top1, top5 = accuracy(test_x @ w + b, test_y)
-    grid = {f"penalty {p:g}": round(s, 2) for p, s in zip(penalties, scores, strict=True)}
+    grid = {f"penalty {p:g}": round(s, 2) for p, s in zip(penalties, scores, strict=False)}
     return {"top1": top1.item(), "top5": top5.item(), "penalty": best, "grid": grid}
+
+
+@torch.inference_mode()
+def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, seed=0):
+    """How late should the rate decay? (Kolesnikov et al. 2019, Figure 8) Softmax regression by SGD on features as they are:
+    momentum 0.9, no weight decay, lr 0.1 * batch / 256, x 0.1 after D and D + 20 epochs of D + 40. Returns {D: test top-1
+    in per cent after each epoch}. Until its first decay every D trains alike: one run at the full rate serves all."""
+    x, test_x = (F.pad(f, (0, 1), value=1.0) for f in (x, test_x))  # the last column's weight is the bias
+    batch_size = min(batch_size, len(x))
+    steps, lr, columns = len(x) // batch_size, 0.1 * batch_size / 256, torch.arange(batch_size, device=x.device)
+
+    def train(w, v, first, last, lr):
+        """Epochs `first` to `last`, not included, of weights and momentum [C, d + 1], in place: top-1 after each."""
+        curve = []
+        for epoch in tqdm(range(first, last), f"lr {lr:g}", unit="epoch", leave=False, disable=None):
+            order = torch.randperm(len(x), generator=data.generator(seed, "late decays", epoch))
+            for rows in order[: steps * batch_size].to(x.device).view(steps, batch_size):
+                xb = x.index_select(0, rows)
+                p = (w @ xb.T).softmax(0)  # [C, b]
+                p[y[rows], columns] -= 1  # the gradient of the cross-entropy, as in `fit_sgd`
+                w.sub_(v.mul_(0.9).add_(p @ xb, alpha=1 / batch_size), alpha=lr)
+            curve.append(accuracy(test_x @ w.T, test_y)[0])
+        return curve
+
+    w = torch.zeros(int(max(y.max(), test_y.max())) + 1, x.shape[1], device=x.device)
+    v, start, full, curves = torch.zeros_like(w), 0, [], {}
+    for d in sorted(set(decay_at)):
+        full += train(w, v, start, d, lr)
+        branch = w.clone(), v.clone()
+        tail = train(*branch, d, d + 20, 0.1 * lr) + train(*branch, d + 20, d + 40, 0.01 * lr)
+        start, curves[d] = d, torch.stack(full + tail).tolist()
+    return curves
+
+
+# ============ a probe with a hidden layer ============
+
+
+def fit_mlp(x, y, classes, lrs, passes, hidden, batch_size, seed):
+    """A network for each rate, with one hidden layer, ReLU and dropout 0.5, all from one start and on the same batches:
+    Adam and a cosine to 0. Where a pass has fewer than 30 updates, there are more than `passes`."""
+    device, batch_size = x.device, min(batch_size, len(x))
+    steps = len(x) // batch_size
+    epochs, g = math.ceil(passes * max(1, 30 / steps)), data.generator(seed, "mlp")
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
+        torch.manual_seed(seed)  # of weights and dropout; outside, the random numbers go on as they were
+        layers = nn.Linear(x.shape[1], hidden), nn.ReLU(), nn.Dropout(0.5), nn.Linear(hidden, classes)
+        nets = [copy.deepcopy(nn.Sequential(*layers)).to(device) for _ in lrs]
+        groups = [{"params": net.parameters(), "lr": lr} for net, lr in zip(nets, lrs, strict=True)]
+        optimizer = torch.optim.Adam(groups, fused=True)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
+        for _ in range(epochs):
+            order = torch.randperm(len(x), generator=g)[: steps * batch_size].to(device)
+            for rows in order.view(steps, batch_size):
+                xb, yb = x[rows], y[rows]
+                loss = sum(F.cross_entropy(net(xb), yb) for net in nets)  # no weight is in two of them
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                schedule.step()
+    return [net.eval() for net in nets]
+
+
+@torch.no_grad()
+def mlp_probe(x, y, test_x, test_y, lrs=(3e-4, 1e-3, 3e-3), passes=10, hidden=1000, batch_size=256, seed=0):
+    """What is in the features, but not linearly (Kolesnikov et al. 2019, Figure 3): one hidden layer on standardised
+    features. The rate is chosen on the held-out tenth of the training set by runs of `passes` // 3, then all of it is used.
+    Returns {"top1", "top5", "lr", "grid"}."""
+    classes, (x, test_x) = int(max(y.max(), test_y.max())) + 1, standardised(x, test_x)
+    train, val = held_out(len(x), seed)
+    nets = fit_mlp(x[train], y[train], classes, lrs, passes // 3, hidden, batch_size, seed)
+    scores = [accuracy(net(x[val]), y[val])[0].item() for net in nets]
+    lr = lrs[scores.index(max(scores))]
+    (net,) = fit_mlp(x, y, classes, [lr], passes, hidden, batch_size, seed)
+    top1, top5 = accuracy(net(test_x), test_y)
+    grid = {f"lr {a:g}": round(s, 2) for a, s in zip(lrs, scores, strict=True)}
+    return {"top1": top1.item(), "top5": top5.item(), "lr": lr, "grid": grid}
+
+
+# ============ a probe at every depth ============
+
+
+class Depths(nn.Module):
+    """The `layers` of a backbone (none: all), each pooled to `most` features at most, as one long vector of an image:
+    [B, 3, size, size] to [B, n]. `shapes`: {layer: (C, h, w) or (dim,)}, in order of depth. A layer that the network does
+    not have ends the program with exit code 2."""
+
+    def __init__(self, backbone, layers, size, most=9000):
+        super().__init__()
+        self.trunk, self.most = backbone if isinstance(backbone, Trunk) else Trunk(backbone), most
+        if not hasattr(self.trunk.f, "taps"):
+            common.fail("depth needs a backbone with `taps`, which gives its layers by name (backbones.py)")
+        with in_eval(backbone), torch.inference_mode():
+            taps = self.trunk.taps(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device), most)
+        for name in layers:
+            if name not in taps:
+                near = difflib.get_close_matches(name, taps, 1, 0.0)[0]
+                common.fail(f"--layers {name}: did you mean {near!r}? This network has {', '.join(taps)}")
+        self.shapes = {name: tuple(tap.shape[1:]) for name, tap in taps.items() if not layers or name in layers}
+
+    def forward(self, x):
+        taps = self.trunk.taps(x, self.most)
+        return torch.cat([taps[name].flatten(1) for name in self.shapes], 1)
+
+
+def depth(net, train, test, preprocess, device, workers=0, amp=False, seed=0):
+    """A linear probe on each of the layers of a `Depths` (Kolesnikov et al. 2019, Figure 5), whose features are extracted in
+    one pass over each set: {layer: {"shape", "features", "top1", "top5", "lr", "weight_decay", "grid"}}.
+
+    Memory: 4 bytes for each feature of all these layers and of all images, twice while they are put together, and three
+    times those of the layer that is fitted: 10,000 images of 9000 features are 0.4 GB a layer. No weight decay is tried: the
+    study has none."""
+    (x, y), (test_x, test_y) = (
+        labelled(*extract(net, s, preprocess, device, 128, workers, amp, progress=True)) for s in (train, test)
+    )
+    sizes, results = [math.prod(shape) for shape in net.shapes.values()], {}
+    parts = x.split(sizes, 1), test_x.split(sizes, 1)
+    for (name, shape), n, a, b in zip(net.shapes.items(), sizes, *parts, strict=True):
+        r = linear_sgd(a, y, b, test_y, decays=(0.0,), seed=seed)
+        results[name] = {"shape": list(shape), "features": n} | r
+    return results
 
 
 def classes_of(dataset):
@@ -373,7 +574,7 @@ def open_classifier(target, arch=None, size=None):
             backbone.load_state_dict(found["state_dict"])
             head = nn.Linear(backbone.dim, len(found["head"]["bias"]))
             head.load_state_dict(found["head"])
-            net = nn.Sequential(backbone, head)
+            net = nn.Sequential(as_trained(backbone, own, size or 0), head)
             return Classifier(net, head.out_features, own["mean"], own["std"], size or own["size"])
         if "preprocess" in found or "model" in found:
             common.fail(f"--classifier {target} holds no classifier: --probe finetune --save FILE makes one")
@@ -790,15 +991,20 @@ def first(dataset, n):
     return data.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
-def probe(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None):
-    """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict. `fitted`:
-    what `fit_linear` found on them, where it has been called already."""
+def probe(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, penalties=None):
+    """The label-free health figures and `judge` on (features, labels) pairs; prints and returns the results."""
     results = {"health": health(train[0])}
     say("health   " + "  ".join(f"{k} {v:.3g}" for k, v in results["health"].items()))
     say(
         "         of training features, no labels used; feature_std is 1 where features are spread evenly, 0 at collapse"
     )
-    (x, y), (test_x, test_y) = labelled(*train), labelled(*test)
+    return results | judge(train, test, probes, temperature, seed, say, fitted, penalties)
+
+
+def judge(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, penalties=None):
+    """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict. `fitted`:
+    what `fit_linear` found on them, where it has been called already. penalties: of `linear_lbfgs`, if not its own."""
+    (x, y), (test_x, test_y), results = labelled(*train), labelled(*test), {}
     if not len(x) or not len(test_x):
         say("no labels: k-NN and linear probes left out")
         return results
@@ -823,9 +1029,18 @@ def probe(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None):
         )
         say("         held-out top-1: " + ", ".join(f"{k}: {v}" for k, v in r["grid"].items()))
     if "lbfgs" in probes:
-        r = results["lbfgs"] = linear_lbfgs(x, y, test_x, test_y, seed=seed)
+        r = linear_lbfgs(x, y, test_x, test_y, seed=seed, **({"penalties": penalties} if penalties else {}))
+        results["lbfgs"] = r
+        how = "chosen on a tenth of TRAIN" if r["grid"] else "given"
+        how = f"standardised, penalty {how}" if penalties != "study" else "as they are, penalty 100 / (M C), 800 updates"
         say(f"lbfgs    top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; penalty {r['penalty']:g})")
-        say("         logistic regression, standardised features, penalty chosen on a tenth of TRAIN; " + sizes)
+        say(f"         logistic regression, features {how}")
+        say(f"         {sizes}")
+    if "mlp" in probes:
+        r = results["mlp"] = mlp_probe(x, y, test_x, test_y, seed=seed)
+        say(f"mlp      top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; lr {r['lr']:g})")
+        say("         one hidden layer of 1000, ReLU, dropout 0.5; standardised features; Adam, batch 256, cosine")
+        say("         10 passes, 300 updates at least; lr chosen on a tenth of TRAIN, then all of it; " + sizes)
     return results
 
 
@@ -843,7 +1058,7 @@ def report(pairs, test, preprocess, device, args, log, method, step):
     write_json(log.out, args.data, results)
     if "knn" in results:
         figures["knn"] = results["knn"]["20" if "20" in results["knn"] else "1"]["weighted"]
-    figures |= {k: results[k]["top1"] for k in ("linear", "lbfgs") if k in results}
+    figures |= {k: results[k]["top1"] for k in ("linear", "lbfgs", "mlp") if k in results}
     log.record("eval", step, **{f"final_{k}": v for k, v in figures.items()}, **results["health"])
     some = torch.randperm(len(test), generator=data.generator("projector"))[:1000]
     x, _ = next(data.batches(test, preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}, len(some), "cpu", 0, some))
@@ -857,8 +1072,13 @@ def write_json(out, name, results):
     path = Path(out, "evaluate.json")
     known = json.loads(path.read_text()) if path.exists() else {}
     own = known.setdefault(str(name), {})
-    shares = own.get("finetune", {}) | results.get("finetune", {})  # other shares of the labels stay
-    own.update(results | ({"finetune": shares} if shares else {}))
+    for key, r in results.items():
+        if key in ("finetune", "depth", "schedule"):  # other shares, layers and epochs stay
+            r = own.get(key, {}) | r
+        elif key == "labels":  # and, of the same share, other probes
+            was = own.get(key, {})
+            r = was | {share: was.get(share, {}) | its for share, its in r.items()}
+        own[key] = r
     runs.write_text(path, json.dumps(known, indent=1) + "\n")
     return path
 
@@ -878,7 +1098,7 @@ def open_backbone(target, arch, size, seed):
             preprocess = found["preprocess"] | ({"size": size} if size else {})
             backbone = backbones.build(found["arch"], found.get("built_for", found["preprocess"]["size"]))
             backbone.load_state_dict(found["state_dict"])
-            return backbone, preprocess, found, path
+            return as_trained(backbone, found["preprocess"], size), preprocess, found, path
         if "model" in found:
             common.fail(f"{path} is a training checkpoint; the backbone is in backbone.pt beside it")
         if not arch:
@@ -915,19 +1135,79 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
     return features, labels
 
 
+def need_labels(what, sets, shares=None):
+    """Exit code 2 unless the test set and each of the shares, {name: places} (none: all), of the training set have labels."""
+    train, test = (data.labels_of(s) for s in sets.values())
+    for name, rows in (shares or {"": slice(None)}).items():
+        n = int((train[rows] >= 0).sum())
+        if n < FEWEST or not (test >= 0).any():
+            has = f"{sets['train'].name} has {n} for the share {name}" if name else f"{sets['test'].name} has too few labels"
+            common.fail(f"{what}: {FEWEST} labelled training images and a labelled test set are needed; {has}")
+
+
+def label_shares(args, sets, what, default=()):
+    """{name: places of the labelled training images} for --labels (else for the `default`, per cent) or --label-list."""
+    train = sets["train"]
+    labels = data.labels_of(train)
+    if args.label_list:
+        rows = data.listed(train, args.label_list)
+        shares = {Path(args.label_list).stem: rows[labels[rows] >= 0]}
+    else:
+        shares = {f"{p:g}": data.share(labels, p, args.seed) for p in args.labels or default}
+    if shares:
+        need_labels(what, sets, shares)
+    return shares
+
+
+def run_frozen(args, sets, pairs, shares, fitted):
+    """The probes of PROBES that were asked for, on all labels or on the shares; prints and returns the results."""
+    settings = dict(probes=args.probe, temperature=args.temperature, seed=args.seed, penalties=args.penalty)
+    results, (x, y) = {}, pairs[0]
+    if not shares or 100 in (args.labels or ()):
+        results = probe(*pairs, fitted=fitted, **settings)
+    for name, rows in shares.items():
+        if args.label_list or name != "100":  # all of the labels stands above
+            print(f"{name}{'' if args.label_list else ' %'} of the labels")
+            part = judge((x[rows.to(x.device)], y[rows]), pairs[1], **settings)
+            results["labels"] = results.get("labels", {}) | {name: part | {"images": len(rows)}}
+    return results
+
+
+def run_schedule(args, pairs, path):
+    """Figure 8: prints the accuracies, writes schedule.csv, and returns {D: {"final", "curve"}}."""
+    (x, y), (test_x, test_y) = (labelled(*pair) for pair in pairs)
+    curves = late_decays(x, y, test_x, test_y, args.decay_at, seed=args.seed)
+    for d, curve in curves.items():
+        some = ", ".join(f"{curve[e - 1]:.2f} after {e}" for e in (1, d, d + 20))
+        print(f"schedule first decay at {d}: top-1 {curve[-1]:.2f} after {d + 40} epochs   ({some})")
+    print(f"         SGD 0.9, no weight decay, batch {min(2048, len(x))}, lr 0.1 * batch / 256, x 0.1 twice, 20 epochs apart")
+    print(f"         {len(x)} training and {len(test_x)} test images, no augmentation; {x.shape[1]}-d features as they are")
+    file, columns = Path(args.out or (path.parent if path else "."), "schedule.csv"), zip_longest(*curves.values())
+    rows = [",".join("" if a is None else f"{a:.2f}" for a in row) for row in columns]
+    table = ["epoch," + ",".join(f"decay at {d}" for d in curves), *(f"{e},{row}" for e, row in enumerate(rows, 1))]
+    runs.write_text(file, "\n".join(table) + "\n")
+    print(f"{file}: top-1 after every epoch")
+    return {f"{d}": {"final": curve[-1], "curve": curve} for d, curve in curves.items()}
+
+
+def run_depth(args, net, sets, preprocess, device, amp):
+    """Figure 5: prints a table of the layers of `net`, a Depths, and returns the results by layer."""
+    results = depth(net, *sets.values(), preprocess, device, args.workers, amp, args.seed)
+    best = max(r["top1"] for r in results.values())
+    print(f"{'depth':<12}{'shape':>14}{'features':>10}{'top-1':>8}")
+    for name, r in results.items():
+        shape = "x".join(map(str, [*r["shape"][1:], r["shape"][0]]))
+        print(f"{name:<12}{shape:>14}{r['features']:>10}{r['top1']:8.2f}{'  best' if r['top1'] == best else ''}")
+    print(f"         linear probes of frozen maps, max-pooled to {args.most_features} features at most (height x width x "
+          "channels)")  # fmt: skip
+    print("         SGD 100 epochs, batch 256, cosine, wd 0; lr chosen on a tenth of TRAIN, then all of it; no augmentation")
+    return results
+
+
 def run_finetune(args, backbone, about, sets, preprocess, device, amp):
     """Fine-tune on every share that was asked for; prints the results, and returns them as {share: result}."""
     train, results, scratch = sets["train"], {}, args.checkpoint.startswith("random:")
-    labels = data.labels_of(train)
-    if args.label_list:
-        shares = {Path(args.label_list).stem: data.listed(train, args.label_list)}
-    else:
-        shares = {f"{p:g}": data.share(labels, p, args.seed) for p in args.labels}
-    for name, rows in shares.items():
-        rows = rows[labels[rows] >= 0]
-        if len(rows) < FEWEST or not (data.labels_of(sets["test"]) >= 0).any():
-            common.fail(f"fine-tuning needs {FEWEST} labelled training images and a labelled test set; "
-                        f"{train.name} has {len(rows)} for the share {name}")  # fmt: skip
+    for name, rows in label_shares(args, sets, "fine-tuning", (1, 10)).items():
         trunk, head = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
         net, r = finetune(
             backbone, data.pick(train, rows), sets["test"], preprocess, device, args.trunk_lr or trunk, args.head_lr or head,
@@ -943,7 +1223,8 @@ def run_finetune(args, backbone, about, sets, preprocess, device, amp):
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")
     if args.save:
-        weights = [{k: v.cpu() for k, v in part.state_dict().items()} for part in net]
+        trunk = net[0].f if isinstance(net[0], Trunk) else net[0]  # what it sees is in `preprocess`
+        weights = [{k: v.cpu() for k, v in part.state_dict().items()} for part in (trunk, net[1])]
         arch = about.get("arch") or args.arch or args.checkpoint.removeprefix("random:")
         # The stem was chosen by the size of the pretraining, which --size may since have changed.
         built_for = about.get("built_for", about.get("preprocess", preprocess)["size"])
@@ -1012,10 +1293,6 @@ def run_images(args, path, dataset, device, amp):
 def ready_for_diagnosis(args, sets, preprocess):
     """(places of the queries, masks or None, backbones of --beside as `open_backbone` gives them), or exit code 2."""
     test, labels = sets["test"], data.labels_of(sets["test"])
-    enough = (data.labels_of(sets["train"]) >= 0).sum() >= FEWEST and (labels >= 0).any()
-    if not enough:
-        common.fail(f"{' '.join(DIAGNOSIS)} need {FEWEST} labelled training images and a labelled test set: "
-                    f"{test.name} has too few labels")  # fmt: skip
     for i in args.queries or []:
         if not 0 <= i < len(test) or labels[i] < 0:
             common.fail(f"--queries {i}: the test images of {test.name} with a label are among 0 to {len(test) - 1}")
@@ -1103,11 +1380,16 @@ def parse_args():
     p.add_argument("--seed", type=int, default=0, help="of held-out slice, shares, batches, pictures, random:ARCH")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 (default: where the device has it)")
-    p.add_argument("--out", help="folder for pictures (default: the checkpoint's; for random:ARCH the current one)")
+    p.add_argument("--out", help="folder for pictures and tables (default: the checkpoint's; for random:ARCH the current one)")
     p.add_argument("--beside", nargs="+", default=[], help="other checkpoints that the pictures show, too")
+    p.add_argument("--labels", type=float, nargs="+",
+                   help=f"per cent of the labels, one or more: {' '.join(PROBES)} (default: 100), finetune (1 10)")  # fmt: skip
+    p.add_argument("--label-list", help="instead: a file that names the labelled images, one a line (folders only)")
+    p.add_argument("--penalty", help="lbfgs: a number, or study: 100 / (features * classes) (default: chosen on TRAIN)")
+    p.add_argument("--layers", nargs="+", default=[], help="depth: only these (default: all)")
+    p.add_argument("--most-features", type=int, default=9000, help="depth: of a layer, more are pooled; fewer is faster")
+    p.add_argument("--decay-at", type=int, nargs="+", default=[30, 120, 480], help="schedule: epochs until the first decay")
     f = p.add_argument_group("finetune")
-    f.add_argument("--labels", type=float, nargs="+", help="per cent of the labels, one or more (default: 1 10)")
-    f.add_argument("--label-list", help="instead: a file that names the labelled images, one a line (folders only)")
     f.add_argument("--trunk-lr", type=float, nargs="+", help=f"(default: {TRUNK_LRS}, random:ARCH {SCRATCH_LRS[0]})")
     f.add_argument("--head-lr", type=float, nargs="+", help=f"(default: {HEAD_LRS}, random:ARCH {SCRATCH_LRS[1]})")
     f.add_argument("--finetune-epochs", type=int, default=20, help="passes over the labelled images")
@@ -1127,12 +1409,21 @@ def parse_args():
     if args.temperature <= 0:
         common.fail(f"--temperature {args.temperature}: it must be above 0")
     common.at_least(0, args, "limit", "size", "workers", "weight_decay", "classifier_size")
-    common.at_least(1, args, "finetune_epochs", "top")
+    common.at_least(1, args, "finetune_epochs", "top", "most_features")
     common.at_least(2, args, "batch_size")
     if args.labels and args.label_list:
         common.fail("--labels and --label-list exclude each other")
-    args.labels = args.labels or [1.0, 10.0]
-    for percent in args.labels:
+    for d in args.decay_at:
+        if d < 1:
+            common.fail(f"--decay-at {d}: it must be at least 1")
+    if args.penalty not in (None, "study"):
+        try:
+            args.penalty = [float(args.penalty)]
+        except ValueError:
+            common.fail(f"--penalty {args.penalty}: a number or 'study' is expected")
+        if not 0 <= args.penalty[0] < math.inf:
+            common.fail(f"--penalty {args.penalty[0]:g}: it must be finite and at least 0")
+    for percent in args.labels or ():
         if not 0 < percent <= 100:
             common.fail(f"--labels {percent:g}: a share is above 0 and at most 100 per cent")
     for name in ("trunk_lr", "head_lr"):
@@ -1162,14 +1453,24 @@ def main():
     backbone.to(device, memory_format=torch.channels_last)
     sets = {s: data.load(name, args.root, s, device, args.limit, args.seed) for s in ("train", "test")}
     results, fitted, diagnosis = {}, None, set(args.probe) & set(DIAGNOSIS)
+    frozen = set(args.probe) & set(PROBES)
+    if more := diagnosis | set(args.probe) & {"depth", "schedule"}:
+        need_labels(" ".join(p for p in MORE if p in more), sets)
     if diagnosis:
         ready = ready_for_diagnosis(args, sets, preprocess)
-    if diagnosis or set(args.probe) & set(PROBES):
+    if "depth" in args.probe:
+        depths = Depths(backbone, args.layers, preprocess["size"], args.most_features)
+    shares = label_shares(args, sets, " ".join(p for p in PROBES if p in frozen)) if frozen else {}
+    if diagnosis or frozen or "schedule" in args.probe:
         pairs = [cached(backbone, path, sets[s], s, preprocess, device, args.workers, amp) for s in sets]
     if diagnosis:
         fitted = fit_pairs(*pairs, args.seed)
-    if set(args.probe) & set(PROBES):
-        results = probe(*pairs, args.probe, args.temperature, args.seed, fitted=fitted)
+    if frozen:
+        results = run_frozen(args, sets, pairs, shares, fitted)
+    if "depth" in args.probe:
+        results["depth"] = run_depth(args, depths, sets, preprocess, device, amp)
+    if "schedule" in args.probe:
+        results["schedule"] = run_schedule(args, pairs, path)
     if diagnosis:
         results |= run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, device, amp)
     if "finetune" in args.probe:

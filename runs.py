@@ -30,6 +30,7 @@ OWN = (
     "metrics.jsonl",
     "evaluate.json",
     "views.png",
+    "schedule.csv",
     "reconstructions.png",
     "events.out.*",
     "projector_config.pbtxt",

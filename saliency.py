@@ -64,16 +64,6 @@ PUBLISHED = {"rbd": (0.718, 0.173), "mc": (0.742, 0.204), "gs": (0.661, 0.206)}
 # ============ superpixels (SLIC: Achanta et al. 2012, in the form of RBD's code) ============
 
 
-def to_lab(rgb):
-    """sRGB in 0..255, [B, 3, ...] -> CIE Lab (D65): L in 0..100, a and b within -108..98."""
-    r, g, b = torch.where((x := rgb / 255) > 0.04045, ((x + 0.055) / 1.055).pow(2.4), x / 12.92).unbind(1)
-    xyz = torch.stack([(0.412453 * r + 0.357580 * g + 0.180423 * b) / 0.95047,
-                       0.212671 * r + 0.715160 * g + 0.072169 * b,
-                       (0.019334 * r + 0.119193 * g + 0.950227 * b) / 1.08883], 1)  # fmt: skip
-    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856).pow(1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
-    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
-
-
 def nine(grid, outside):
     """[B, C, gh, gw] -> [B, gh * gw, 9, C]: what stands in the 3x3 blocks around each, `outside` beyond the border."""
     b, c, h, w = grid.shape
@@ -197,7 +187,7 @@ def graph(rgb, block=BLOCK, rounds=10):
     the mean of Lab; place [B, K, 2] in 0..1; near, near8 [B, K, K]: 4- and 8-neighbours; band [B, K]: at the border."""
     (b, _, h, w), device = rgb.shape, rgb.device
     k = (h // block) * (w // block)
-    lab = to_lab(rgb)
+    lab = data.to_lab(rgb / 255)
     label = connect(*slic(lab, block, rounds=rounds), k, block)
     y, x = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
     plane = torch.stack([y[:, None].expand(h, w), x.expand(h, w), torch.ones(h, w, device=device)])
@@ -211,7 +201,7 @@ def graph(rgb, block=BLOCK, rounds=10):
     )
     place = torch.stack([means[..., 6] / h, means[..., 7] / w], 2)
     return dict(
-        label=label, used=sums[:, 8] > 0, lab=to_lab(means[..., :3].mT).mT, lab_mean=means[..., 3:6], place=place,
+        label=label, used=sums[:, 8] > 0, lab=data.to_lab(means[..., :3].mT / 255).mT, lab_mean=means[..., 3:6], place=place,
         near=touching(label, k), band=members(border, k),
     )  # fmt: skip
 

@@ -61,12 +61,13 @@ def colour(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return (v[:, None] * (1 - s[:, None] * (1 - rgb)))[..., None, None]
 
 
-def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False):
+def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, upright: bool = False):
     """The first `n` images of the endless list `seed`: uint8 [N, 3, H, W], labels int64 [N], masks uint8 [N, H, W] (1:
     object).
 
     A class is an outline with its own surface pattern; all else is drawn alike for every class. The background is soft,
     as a network trained without labels learns first whatever varies most; `hard`: it wears the pattern of a random class.
+    Objects are turned at will; `upright`: by 15 degrees at most, so that there is something to know about rotations.
     """
     # One row of numbers per image: an image depends on the seed and its place in the list, not on n.
     rows = torch.rand(n, 32, generator=torch.Generator().manual_seed(seed))
@@ -84,10 +85,10 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False):
         ground = colour(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
         other = (ground + torch.stack([u(-0.4, 0.4) for _ in range(3)], 1)[..., None, None]).clamp(0, 1)
 
-        def frame(scale: Tensor, free: Tensor):
+        def frame(scale: Tensor, free: Tensor, still: bool = False):
             """The pixels' coordinates in a frame of its own for each image: turned, shrunk, moved within `free`."""
             px, py = (gx - (free * u(-1, 1))[:, None, None]), (gy - (free * u(-1, 1))[:, None, None])
-            turn = u(0, TURN)
+            turn = u(-TURN / 24, TURN / 24) if still else u(0, TURN)
             c, s = (turn.cos() / scale)[:, None, None], (turn.sin() / scale)[:, None, None]
             return c * px + s * py, c * py - s * px
 
@@ -96,7 +97,7 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False):
             return a[i] + (b[i] - a[i]) * mix
 
         scale = u(0.55, 0.85)
-        x, y = frame(scale, free=1.2 - 0.8 * scale)
+        x, y = frame(scale, free=1.2 - 0.8 * scale, still=upright)
         phase = u(0, TURN)
         bx, by = frame(u(0.6, 0.87), free=torch.ones(len(part)))
         canvas = ground + (other - ground) * (0.5 + 0.35 * bx).clamp(0, 1)[:, None]  # a soft slope between two tints

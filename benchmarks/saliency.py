@@ -28,12 +28,12 @@ import shapes
 def stages(x, device, args):
     """The parts of maps(), each on what the one before it left: a table of ms an image."""
     k = (x.shape[2] // saliency.BLOCK) * (x.shape[3] // saliency.BLOCK)
-    lab = saliency.to_lab(x)
+    lab = data.to_lab(x / 255)
     label, cost = saliency.slic(lab)
     g = saliency.graph(x)
     colour = saliency.distances(g["lab"])
     parts = {
-        "Lab": lambda: saliency.to_lab(x),
+        "Lab": lambda: data.to_lab(x / 255),
         "SLIC, 10 rounds": lambda: saliency.slic(lab),
         "connectivity": lambda: saliency.connect(label, cost, k),
         "the graph, all of it": lambda: saliency.graph(x),

@@ -1,9 +1,13 @@
 """Shared by all tests: the scripts as a user starts them, small folders of images, and what every method must keep to."""
 
+import functools
 import os
 import random
+import runpy
+import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -43,12 +47,84 @@ def start(*args, processes=1, **kwargs):
     return subprocess.Popen([*launcher, *map(str, args)], **pipes, **kwargs)
 
 
-def run(*args, code=0, **kwargs):
+def run(*args, code=0, start=start, **kwargs):
     """The same, finished; checks the exit code and returns (stdout, stderr)."""
     process = start(*args, **kwargs)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+# ============ the same, without the wait for imports ============
+# A command that `start` starts imports torch and torchvision for three to four seconds first. A server of multiprocessing
+# has them imported already and forks a process for each command. It is a process like any other, with signals, an exit
+# code and output of its own, and it reads the project's files anew: none of them is in the server. So `forked` takes the
+# place of `run` nearly everywhere; once a script, `run` and `start` try what Python itself and torchrun do.
+
+SERVER = mp.get_context("forkserver")
+SERVER.set_forkserver_preload(["pytest", "torch", "torchvision", "torch.utils.tensorboard", "tqdm"])
+OUTPUT = ("stdout", "stderr")
+
+
+def script(words, folder, env):
+    """What a process of the server does: `python WORDS`, with its stdout and stderr in files of the folder."""
+    for number, name in enumerate(OUTPUT, 1):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_APPEND), number)
+    os.chdir(ROOT)
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    mp.set_start_method(None, force=True)  # its workers start as they do anywhere, not by the server
+    sys.argv = words
+    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+
+
+class fork:
+    """`start` by the server; what it returns does what the tests ask of a Popen. With `processes`, each has the variables
+    that torchrun sets, but there is no torchrun: a signal goes to each, and one that fails does not end the others."""
+
+    def __init__(self, *args, processes=1):
+        self.folder = tempfile.TemporaryDirectory()
+        for name in OUTPUT:
+            Path(self.folder.name, name).touch()
+        together = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": random.randint(20000, 30000)}
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank, **together} for rank in range(processes)] if processes > 1 else [{}]
+        given = [str(arg) for arg in args], self.folder.name
+        envs = [{name: str(value) for name, value in rank.items()} for rank in ranks]
+        self.processes = [SERVER.Process(target=script, args=(*given, env)) for env in envs]
+        for process in self.processes:
+            process.start()
+
+    def poll(self):
+        """The exit code, None before the end; of several processes, that of one that failed, if one did."""
+        codes = [process.exitcode for process in self.processes]
+        return None if None in codes else next(filter(None, codes), 0)
+
+    returncode = property(poll)
+
+    def send_signal(self, number):
+        for process in self.processes:
+            if process.exitcode is None:
+                os.kill(process.pid, number)
+
+    def kill(self):
+        self.send_signal(signal.SIGKILL)
+
+    def wait(self, timeout=None):
+        for process in self.processes:
+            process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("fork", timeout)
+
+    def communicate(self, timeout=None):
+        with self.folder as folder:
+            try:
+                self.wait(timeout)
+            finally:
+                self.kill()  # at its end pytest would wait for what hangs
+            return tuple(Path(folder, name).read_text() for name in OUTPUT)
+
+
+forked = functools.partial(run, start=fork)
 
 
 def write_images(folder, n, classes=2, size=40, seed=0):
@@ -105,7 +181,8 @@ def check_two_processes(build, batch, tmp_path, atol=1e-6, rtol=1e-5, n=16):
     whole = build().eval()
     loss = whole(*batch(n))
     loss.backward()
-    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "two.pt", build, batch, n), nprocs=2)
+    given = (random.randint(20000, 40000), tmp_path / "two.pt", build, batch, n)
+    mp.start_processes(half, given, 2, start_method="forkserver")
     two = torch.load(tmp_path / "two.pt")
     assert torch.allclose(two["loss"], loss, atol=atol)
     grads = [p.grad for p in whole.parameters() if p.requires_grad]

@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, TINY, write_images
+from conftest import ROOT, TINY, fork, write_images
 from torchvision.io import decode_image
 
 import ablate
@@ -298,6 +298,7 @@ def test_sage_with_judge_and_pictures(tmp_path, monkeypatch, capfd):
     rows = [row for row in ablate.TABLES["sage"]["evaluators"][2] if row[0] in ("neither", "L_D only", "full")]
     monkeypatch.setattr(ablate, "TABLES", {"sage": {"evaluators": ("table 6", ("linear",), rows)}})
     monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(ablate.subprocess, "Popen", lambda command, **_: fork(*command[1:]))
     images = write_images(tmp_path / "images", 64)
     flags = ["--data", str(images), "--recipe", "shapes", "--workers", "0", "--limit", "48", "--epochs", "1"]
     out = tmp_path / "ablation"

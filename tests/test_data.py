@@ -3,7 +3,7 @@ import os
 
 import pytest
 import torch
-from conftest import run, write_images
+from conftest import forked, run, write_images
 from torchvision.io import write_png
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as T
@@ -457,13 +457,13 @@ def test_check_lists_what_does_not_decode(folder):
     bad.write_bytes(bad.read_bytes()[:20])
     out, _ = run("data.py", "check", folder, code=1)
     assert str(bad) in out and "64 images, 1 do not decode" in out
-    _, err = run("data.py", "check", folder / "none", code=2)
+    _, err = forked("data.py", "check", folder / "none", code=2)
     assert err.startswith("error: ") and len(err.splitlines()) == 1
 
 
 def test_show_writes_a_picture(folder, tmp_path):
     for what, size in (("shapes", 32), (folder, 48)):
-        out, _ = run("data.py", "show", what, "--n", 4, "--size", size, "--out", tmp_path / "show.png")
+        out, _ = forked("data.py", "show", what, "--n", 4, "--size", size, "--out", tmp_path / "show.png")
         picture = data.decode(tmp_path / "show.png")
         assert picture.float().std() > 10 and "view 2" in out
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, equal, part, run, start, write_images
+from conftest import TINY, check_accumulation, equal, fork, forked, part, run, write_images
 from torchvision.io import write_png
 
 import backbones
@@ -296,6 +296,7 @@ UNBROKEN = [*SMALL, "--loss", "nce", "--schedule", "steps", "--copy-paste", "0.5
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
+    """By Python itself; the runs that are compared with it are forked."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
     printed, err = run(*UNBROKEN, "--out", out)
     return out, printed, err
@@ -321,14 +322,14 @@ def test_a_run_writes_what_it_promises(unbroken):
 def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
     out = tmp_path / "run"
     command = [*UNBROKEN, "--out", out]
-    process, log = start(*command), out / "metrics.jsonl"
+    process, log = fork(*command), out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
         time.sleep(0.02)
     process.send_signal(signal.SIGTERM)
     printed, err = process.communicate(timeout=120)
     assert process.returncode == 0 and "stopped by a signal" in printed, err
     early = runs.load(out / "checkpoint.pt")
-    again, _ = run(*command)
+    again, _ = forked(*command)
     assert "going on from step" in again and early["step"] < 12
     one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
     assert one["step"] == two["step"] == 12
@@ -362,7 +363,7 @@ def updated(model, rows):
 
 
 def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
-    mp.spawn(half, args=(random.randint(20000, 40000), tmp_path / "rank"), nprocs=2)
+    mp.start_processes(half, (random.randint(20000, 40000), tmp_path / "rank"), 2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
     images = data.Images("x", (views(8)[0] * 30 + 99).byte())
     plain = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
@@ -378,7 +379,7 @@ def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
 
 def test_two_processes_run_with_accumulation_and_masks_made_once(tmp_path):
     flags = ["--epochs", "1", "--accumulate", "2", "--copy-paste", "0.5", "--masks", "gs", "--root", tmp_path / "root"]
-    printed, _ = run(*SMALL, *flags, "--out", tmp_path / "run", processes=2)
+    printed, _ = forked(*SMALL, *flags, "--out", tmp_path / "run", processes=2)
     assert printed.splitlines()[-1].startswith("instdisc shapes: knn ")
     assert len(list((tmp_path / "root").iterdir())) == 1
     found = runs.load(tmp_path / "run" / "checkpoint.pt")
@@ -451,7 +452,7 @@ def test_accumulated_passes_see_one_bank_and_write_it_once():
 
 
 def test_supervised_needs_no_bank(tmp_path):
-    out, _ = run(*SMALL, "--loss", "supervised", "--augment", "flip", "--out", tmp_path / "run")
+    out, _ = forked(*SMALL, "--loss", "supervised", "--augment", "flip", "--out", tmp_path / "run")
     assert "bank" not in out.splitlines()[0] and "loss of unrelated vectors 2.30" in out
 
 
@@ -475,7 +476,7 @@ def test_a_folder_with_masks_of_another_size(folder):
     masks = write_masks(folder, {"000": empty, "001": full})
     (folder / "class0" / "002.jpg").write_bytes(b"not an image")
     flags = ["--data", folder, "--masks", masks, "--background", "images", "--blend", "gaussian", "--out", folder.parent / "run"]
-    out, _ = run(*FOLDER, "1", *flags)
+    out, _ = forked(*FOLDER, "1", *flags)
     assert "2 of 64 masks are nearly empty or full" in out
     assert (folder.parent / "run" / "views.png").exists()
 

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, run, start, write_images
+from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, run, write_images
 from torch import nn
 from torchvision.io import decode_image
 
@@ -267,7 +267,7 @@ def state(out):
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """`python sage.py` with nothing there: stage 1, then stage 2."""
+    """`python sage.py` with nothing there: stage 1, then stage 2. The runs that are compared with it are forked."""
     out = tmp_path_factory.mktemp("unbroken") / "sage"
     printed, _ = run(*SMALL, "--evaluator-epochs", "1", "--out", out)
     return out, printed, out.parent / "byol-shapes-1"
@@ -304,7 +304,7 @@ def test_stop_and_resume_is_exact_with_both_optimisers(unbroken, tmp_path):
     out = tmp_path / "sage"
     flags = ["--evaluator-epochs", "1", "--out", out]
     (tmp_path / "byol-shapes-1").symlink_to(evaluator)
-    process = start(*SMALL, *flags)
+    process = fork(*SMALL, *flags)
     log = out / "metrics.jsonl"
     while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
         time.sleep(0.02)
@@ -312,14 +312,14 @@ def test_stop_and_resume_is_exact_with_both_optimisers(unbroken, tmp_path):
     printed, err = process.communicate(timeout=120)
     assert "stopped by a signal" in printed, err
     assert 4 <= runs.load(out / "checkpoint.pt")["step"] < 12
-    again, _ = run(*SMALL, *flags)
+    again, _ = forked(*SMALL, *flags)
     assert "going on from step" in again and "stage 1" not in again
     assert equal(state(out), state(whole)) and len(state(out)) > 60
 
 
 def test_a_byol_run_of_other_data_is_no_evaluator(unbroken, tmp_path):
     (tmp_path / "byol-shapes-1").symlink_to(unbroken[2])
-    _, err = run(*SMALL, "--limit", "64", "--evaluator-epochs", "1", "--out", tmp_path / "sage", code=2)
+    _, err = forked(*SMALL, "--limit", "64", "--evaluator-epochs", "1", "--out", tmp_path / "sage", code=2)
     assert "--limit 48" in err and "--evaluator" in err and len(err.splitlines()) == 1
 
 
@@ -330,7 +330,7 @@ def test_a_random_evaluator_is_not_the_encoders_start():
 
 
 def test_two_processes_with_stage_1(tmp_path):
-    printed, _ = run(*SMALL, "--epochs", "1", "--evaluator-epochs", "1", "--out", tmp_path / "sage", processes=2)
+    printed, _ = forked(*SMALL, "--epochs", "1", "--evaluator-epochs", "1", "--out", tmp_path / "sage", processes=2)
     assert "stage 1" in printed and "64 = 2 cpu" not in printed and "= 2 cpu x 1 x 8" in printed
     assert printed.splitlines()[-1].startswith("sage shapes: knn ")
 
@@ -359,9 +359,9 @@ def test_projector_as_semantic_feature(unbroken, tmp_path):
 def test_evaluate_reads_what_a_run_recovers(unbroken):
     out, _, evaluator = unbroken
     (out / "reconstructions.png").unlink()
-    printed, _ = run("evaluate.py", out, "--probe", "pictures", "--beside", out)
+    printed, _ = forked("evaluate.py", out, "--probe", "pictures", "--beside", out)
     assert "reconstructions.png" in printed and decode_image(str(out / "reconstructions.png")).shape[0] == 3
-    _, err = run("evaluate.py", evaluator, "--probe", "pictures", code=2)
+    _, err = forked("evaluate.py", evaluator, "--probe", "pictures", code=2)
     assert "byol does not make images" in err
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import run, start, write_images
+from conftest import fork, run, write_images
 from torch import nn
 from torchvision.io import decode_image, read_file, write_jpeg, write_png
 
@@ -67,11 +67,11 @@ def test_lab_of_known_colours():
     lab = torch.tensor(  # the usual figures for sRGB under D65
         [[0, 0, 0], [100, 0, 0], [53.24, 80.09, 67.20], [87.74, -86.18, 83.18], [32.30, 79.19, -107.86], [53.59, 0, 0]]
     )
-    assert torch.allclose(saliency.to_lab(rgb.T[None].float())[0].T, lab, atol=0.03)
+    assert torch.allclose(data.to_lab(rgb.T[None] / 255)[0].T, lab, atol=0.03)
 
 
 def test_slic_equals_loops():
-    x = saliency.to_lab(blobs(1, 48, 64))
+    x = data.to_lab(blobs(1, 48, 64) / 255)
     (h, w), s = x.shape[2:], BLOCK
     gh, gw, scale = h // s, w // s, 20 / BLOCK
     pixels = torch.cat([x[0], torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")) * scale])
@@ -108,7 +108,7 @@ def test_connect_leaves_every_region_in_one_piece(kind):
     x = torch.randint(0, 256, (2, 3, 96, 80), generator=g).float()
     x = {"blobs": blobs(2, 96, 80), "noise": x, "binary": (x > 127) * 255.0, "plain": torch.full_like(x, 77)}[kind]
     k = 6 * 5
-    label, cost = saliency.slic(saliency.to_lab(x))
+    label, cost = saliency.slic(data.to_lab(x / 255))
     done = saliency.connect(label, cost, k)
     assert saliency.connect(done, cost, k).equal(done)  # nothing left to do
     for before, after in zip(label, done, strict=True):
@@ -159,9 +159,9 @@ def test_graph_equals_loops():
         assert set(g["band"][i].nonzero()[:, 0].tolist()) == band
         for r in label.unique().tolist():
             inside = label == r
-            colour = saliency.to_lab(x[i][:, inside].mean(1)[None])[0]
+            colour = data.to_lab(x[i][:, inside].mean(1)[None] / 255)[0]
             assert torch.allclose(g["lab"][i, r], colour, atol=1e-2)
-            assert torch.allclose(g["lab_mean"][i, r], saliency.to_lab(x[i][:, inside][None])[0].mean(1), atol=1e-2)
+            assert torch.allclose(g["lab_mean"][i, r], data.to_lab(x[i][:, inside][None] / 255)[0].mean(1), atol=1e-2)
             place = inside.nonzero().float().mean(0) / torch.tensor([h, w])
             assert torch.allclose(g["place"][i, r], place, atol=1e-4)
         assert g["used"][i].nonzero()[:, 0].tolist() == label.unique().tolist()
@@ -607,7 +607,7 @@ def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys, monkeypatch):
         "--size",
         16,
     )
-    process = start(*command)
+    process = fork(*command)
     deadline = time.time() + 60
     while not list(masks.rglob("0*.png")) and time.time() < deadline:
         time.sleep(0.01)

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-SHARED = {"data", "shapes", "backbones", "evaluate", "common", "runs", "saliency", "ablate"}
+SHARED = {"data", "shapes", "backbones", "evaluate", "common", "runs", "saliency", "ablate", "study"}
 METHODS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in SHARED)
 SECTIONS = ["data", "model", "optimiser", "recipe", "resume", "training", "final probe"]
 OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same

@@ -1,0 +1,695 @@
+"""Pretext tasks: rotation, exemplar, jigsaw, relative patch location and colorization, and the study that compares them.
+
+Revisiting Self-Supervised Visual Representation Learning (Kolesnikov, Zhai, Beyer, 2019, https://arxiv.org/abs/1901.09005).
+The tasks are those of Gidaris et al. 2018 (rotation), Dosovitskiy et al. 2014 (exemplar), Noroozi and Favaro 2016 (jigsaw),
+Doersch et al. 2015 (relative patch location) and Zhang, Isola, Efros 2016 (colorization).
+
+Ask of an unlabelled image a question whose answer is known because we made it: how was it turned, which patch was where,
+what colour was it. The answers are of no use; what a network must see to give them is. The study's finding: which network
+asks matters as much as which question.
+
+    rotation      image -> 4 turns                          -> f -> linear -> which turn
+    exemplar      image -> 8 distorted copies               -> f -> linear -> L2 -> triplets: own copies near, others far
+    jigsaw        image -> 3 x 3 patches -> each f -> linear -> 9 of them in a permuted order -> MLP -> which of 100 orders
+    relative      image -> 3 x 3 patches -> each f -> linear -> one of the 8 beside the middle one -> MLP -> which of 8 places
+    colorization  lightness              -> f's last map    -> deconvolution -> which of 313 colours, at every fourth pixel
+
+    differences            paper                       official code               here
+    rotation: crop         random                      inception, random resizing  inception, bilinear (ImageNet); recipes below
+    exemplar: unit length  of each embedding           across the batch            of each embedding: a triplet compares images
+    exemplar: evaluated    -                           not standardised            standardised, as it was trained
+    exemplar: triplets     of the batch                of one device's images      anchors of one process, candidates of all
+    patches: grey          each for itself, p = 2/3    whole image, p = 0.66       each for itself, p = 2/3 (--colour)
+    patches: short cuts    grey, standardised          the same, not closed by it  the same; --colour drop closes them
+    patches: head          -                           L2 on it five times, 5e-4   the trunk's; BatchNorm momentum 0.1, not 0.003
+    jigsaw: permutations   100, largest Hamming        a file of 100               made, greedy, from the identity: mean 8.08
+    jigsaw: orders a step  -                           8, the same for all images  the same
+    jigsaw: test           -                           central patches, all 100    as in training, on test images
+    colorization           5 nearest bins              10, of a file               5; bins from the gamut of sRGB: 313
+      prior                ImageNet's                  of a file                   of 2,000 training images, smoothed, sigma 5
+    initial weights        -                           Glorot, eps 1e-3            He (fan-out), torch's BatchNorm
+    weight decay           L2, convolutions            not the RevNet's root       all weights of 2 or more dimensions
+    linear probe           L-BFGS; SGD for 520 epochs  with augmentation           frozen features (evaluate.py has both)
+    small images           -                           -                           recipes and geometry below
+    precision              -                           fp32, bf16 on TPU           bf16 autocast; losses in fp32
+
+    python pretext.py                                                        rotation on drawn, upright shapes
+    python pretext.py --task jigsaw --data shapes                            and exemplar, relative, colorization
+    python pretext.py --task rotation --data DIR --arch revnet50_k4          any folder, any backbone (backbones.py)
+    torchrun --standalone --nproc_per_node=8 pretext.py --task rotation --data imagenet --root DIR
+    python pretext.py --study                                                which backbone suits which task (study.py)
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import re
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as dist_nn
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torchvision.utils import make_grid
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+import study
+
+METHOD = "pretext"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+HALF = dict(interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3)  # pixels in [-1, 1] (code)
+INCEPTION = dict(scale=(0.05, 1.0), jitter=(32 / 255, 0.5, 0.5, 0.2), jitter_p=1.0, **HALF)  # TF-slim's
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW, a small network, cosine.
+    "shapes": dict(
+        task="rotation", arch="resnet10_16", size=32, epochs=10, batch_size=64, optimizer="adamw", lr=4e-3,
+        weight_decay=1e-4, warmup_epochs=1.0, drop_at=[], embedding=64, head=256, eval_every=2,
+        views=[dict(scale=(0.6, 1.0), jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, **HALF)],
+    ),
+    # Made from the ImageNet recipe; as a whole not run yet.
+    "cifar10": dict(
+        task="rotation", arch="revnet50_k4", size=32, epochs=105, batch_size=128, optimizer="sgd", lr=0.1,
+        weight_decay=1e-4, warmup_epochs=5.0, drop_at=[15 / 35, 25 / 35], embedding=256, head=1024, eval_every=5,
+        views=[dict(scale=(0.3, 1.0), **HALF)],
+    ),
+    # The study's: code, config/TASK/imagenet.sh. A batch counts images, not their copies or patches.
+    "imagenet": dict(
+        task="rotation", arch="revnet50_k16", size=224, epochs=35, batch_size=64, optimizer="sgd", lr=0.1,
+        weight_decay=1e-4, warmup_epochs=5.0, drop_at=[15 / 35, 25 / 35], embedding=1000, head=4096, eval_every=5,
+        views=[INCEPTION],
+    ),
+}  # fmt: skip
+# What a task changes of them. Patches: cut from a crop at a random place that keeps the scale, 255 px of 292 in the code.
+SOME = {"arch": "resnet50v1_k8", "batch_size": 128, "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)]}
+MOST = {"views": [dict(scale=((30 / 32) ** 2,) * 2, ratio=None, **HALF)]}
+BY_TASK = {
+    "shapes": {
+        "exemplar": {"epochs": 6}, "jigsaw": MOST, "relative": MOST,
+        "colorization": {"views": [dict(scale=(0.6, 1.0), **HALF)]},
+    },
+    "cifar10": {"exemplar": {"arch": "resnet50v1_k4"}, "jigsaw": MOST | {"arch": "resnet50v1_k4"},
+                "relative": MOST | {"arch": "resnet50v1_k4"}, "colorization": {"arch": "resnet50v1_k4"}},
+    "imagenet": {
+        "exemplar": {"arch": "resnet50v1_k12"}, "jigsaw": SOME, "relative": SOME,
+        # Zhang et al.: Adam, 3e-5 for a batch of 40, 563,000 updates, a tenth after 225,000 and 500,000 (code, solver.prototxt).
+        "colorization": {"arch": "resnet50v1_k4", "batch_size": 40, "optimizer": "adamw", "lr": 1.92e-4, "weight_decay": 1e-3,
+                         "epochs": 18, "warmup_epochs": 0, "drop_at": [0.4, 0.89], "views": [dict(scale=(0.4, 1.0), **HALF)]},
+    },
+}  # fmt: skip
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data")
+    first.add_argument("--recipe", choices=RECIPES)
+    first.add_argument("--task", default="rotation")
+    known = first.parse_known_args(argv)[0]
+    # The objects of `shapes` are turned at will, so that it has no answer to rotation's question.
+    dataset = known.data or ("shapes-upright" if known.task == "rotation" else "shapes")
+    recipe = known.recipe or data.recipe_for(dataset)
+
+    p = argparse.ArgumentParser(
+        usage="python pretext.py [flags]   (torchrun --standalone --nproc_per_node=N pretext.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default=dataset, help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
+    p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)")
+    # pretext tasks
+    p.add_argument("--study", action="store_true", help="tasks x backbones x widths, as tables and a figure: study.py")
+    p.add_argument("--task", choices=TASKS, help="what is asked of an image")
+    p.add_argument("--embedding", type=int, help="width of what an image or patch becomes before the head compares it")
+    p.add_argument("--head", type=int, help="hidden width of the head, of the tasks that have a hidden layer")
+    p.add_argument("--copies", type=int, default=8, help="exemplar: distorted copies of each image")
+    p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
+    p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
+    p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel")
+    p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK[recipe].get(known.task, {})).items() if k != "views"})
+    p.set_defaults(task=known.task if known.task in TASKS else "rotation")
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "embedding", "head", "permutations")
+    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "margin")
+    common.at_least(2, args, "copies")
+    if args.permutations > math.factorial(9):
+        common.fail(f"--permutations {args.permutations}: nine patches have {math.factorial(9)}")
+    if not all(0 < at < 1 for at in args.drop_at):
+        common.fail(f"--drop-at {' '.join(f'{at:g}' for at in args.drop_at)}: shares of the run are between 0 and 1")
+    if args.task == "colorization" and args.size % 8:
+        common.fail(f"--size {args.size}: for colorization it must be a multiple of 8")
+    if args.task in PATCHES:
+        geometry(args.size)
+    args.out = args.out or f"runs/{METHOD}-{args.task}-{Path(args.data).resolve().name}"
+    return args
+
+
+def views_of(args):
+    recipe = RECIPES[args.recipe] | BY_TASK[args.recipe].get(args.task, {})
+    size = 3 * geometry(args.size)[0] if args.task in PATCHES else args.size
+    return [data.view(size, **v) for v in recipe["views"]] * (args.copies if args.task == "exemplar" else 1)
+
+
+# ============ what the tasks share ============
+# A task is a module with: draw(n, g), the random numbers for n images, on the CPU (each with n rows or, for all images alike,
+# one); inputs(views, *drawn), what the trunk f sees, image by image; forward(f, views, *drawn) -> (loss, accuracy); `chance`,
+# its loss and accuracy (%) before anything is learned; `sees`, what evaluate.py must show f later (Trunk there).
+
+
+def classify(logits, labels):
+    """(cross-entropy, share of right answers) of logits [N, C], labels [N]."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return F.cross_entropy(logits.float(), labels), (logits.detach().argmax(1) == labels).float().mean()
+
+
+# ============ rotation ============
+
+
+class Rotation(nn.Module):
+    """By how many quarter turns was the image turned? All four stand in one batch."""
+
+    def __init__(self, f, args):
+        super().__init__()
+        self.chance, self.sees = (math.log(4), 25.0), {}
+        self.head = nn.Linear(f.dim, 4)
+
+    def draw(self, n, g):
+        return ()
+
+    def inputs(self, views):
+        return torch.stack([views[0].rot90(k, (2, 3)) for k in range(4)], 1).flatten(0, 1)  # [B * 4, 3, S, S]
+
+    def forward(self, f, views):
+        x = self.inputs(views)
+        return classify(self.head(f(x)), torch.arange(4, device=x.device).repeat(len(x) // 4))
+
+
+# ============ exemplar ============
+
+
+def semi_hard(d, own, copy, margin):
+    """Triplet loss with semi-hard negatives (Schroff et al. 2015), of squared distances d [A, N] between A anchors and N
+    candidates; own [A, N]: candidate is of the anchor's image; copy [A, N]: and is not the anchor itself.
+
+    For every pair of copies (a, p) the negative is the nearest that is farther than p, or the farthest where none is. Mean
+    over all pairs of max(0, margin + d_ap - d_an). Every anchor has the same number of copies.
+    """
+    ap = d[copy].view(len(d), -1)  # [A, k]
+    others = d.masked_fill(own, math.inf)
+    beyond = others[:, None].masked_fill(others[:, None] <= ap.detach()[:, :, None], math.inf).amin(2)  # [A, k]
+    farthest = d.masked_fill(own, -math.inf).amax(1, keepdim=True)
+    an = torch.where(beyond.isinf(), farthest, beyond)
+    return (margin + ap - an).clamp(min=0).mean()
+
+
+class Exemplar(nn.Module):
+    """Which of the others are copies of this image? `accuracy`: of images whose nearest other copy is their own.
+
+    The copies of an image are all grey or all coloured (p = 0.66), and standardised. The paper's code normalises embeddings
+    across the batch, not each for itself, so that squared distances, and with them the margin, depend on the batch; here each
+    has unit length.
+    """
+
+    def __init__(self, f, args):
+        super().__init__()
+        self.margin, self.copies, self.sees = args.margin, args.copies, {"standardise": True}
+        self.head = nn.Linear(f.dim, args.embedding)
+        # Unrelated or equal vectors: the nearest negative beyond p is no farther than p.
+        self.chance = (args.margin, 100 * (args.copies - 1) / (args.batch_size // args.accumulate * args.copies - 1))
+
+    def draw(self, n, g):
+        return (torch.rand(n, generator=g) < 0.66,)
+
+    def inputs(self, views, grey):
+        x = torch.stack(views, 1)  # [B, copies, 3, S, S]
+        x = torch.where(grey[:, None, None, None, None], x.mean(2, keepdim=True), x)
+        return data.standardise(x.flatten(0, 1))
+
+    def forward(self, f, views, grey):
+        z = self.head(f(self.inputs(views, grey)))
+        with torch.autocast(z.device.type, enabled=False):
+            z = F.normalize(z.float(), dim=1)  # [B * copies, E]
+            rank, every = 0, z
+            if dist.is_initialized():  # gradients flow back to the process that made a candidate
+                rank, every = dist.get_rank(), torch.cat(dist_nn.all_gather(z))
+            row = torch.arange(len(every), device=z.device)
+            mine = row[rank * len(z) : (rank + 1) * len(z)]
+            own = mine[:, None] // self.copies == row // self.copies  # [A, N]
+            self_ = mine[:, None] == row
+            d = 2 - 2 * z @ every.T
+            nearest = d.detach().masked_fill(self_, math.inf).argmin(1, keepdim=True)
+            return semi_hard(d, own, own & ~self_, self.margin), own.gather(1, nearest).float().mean()
+
+
+# ============ patches: jigsaw and relative patch location ============
+
+PATCHES = ("jigsaw", "relative")
+GREY, COLOURED = 3, 4  # what may become of a patch's colours; 0, 1, 2: one channel in the place of all (Doersch et al.)
+MIX = torch.stack([*(torch.eye(3)[[c] * 3] for c in range(3)), torch.full((3, 3), 1 / 3), torch.eye(3)])  # [5, 3, 3]
+
+
+def geometry(size):
+    """(cell, patch, stride of the trunk) in px for views of `size` px: 85, 64, 8 at 224 px (code), where a patch may move by a
+    quarter of its cell; in the same proportions 42, 32, 8 at 128 px, 32, 24, 4 at 96, 21, 16, 4 at 64 and 10, 8, 4 at 32."""
+    cell = 85 if size == 224 else size // 3
+    patch = 2 * round(cell * 64 / 85 / 2)
+    if patch < 8:
+        common.fail(f"--size {size}: too small for a grid of 3 x 3 patches, which needs 30 px or more")
+    return cell, patch, 8 if patch >= 32 else 4
+
+
+def trunk_name(args):
+    """--arch, with the total stride that the task wants where the name does not say one."""
+    stride = geometry(args.size)[2] if args.task in PATCHES else 8 if args.task == "colorization" else 0
+    return args.arch if not stride or re.search(r"_s\d+$", args.arch) else f"{args.arch}_s{stride}"
+
+
+def draw_patches(n, cell, patch, colour, g):
+    """(where [n, 9, 2], the corners of patches in their cells, uniform; mix [n, 9], what becomes of their colours)."""
+    where = torch.randint(cell - patch + 1, (n, 9, 2), generator=g)
+    if colour == "drop":
+        return where, torch.randint(3, (n, 9), generator=g)
+    return where, torch.where(torch.rand(n, 9, generator=g) < 2 / 3, GREY, COLOURED)
+
+
+def cut(x, where, mix, cell, patch):
+    """Nine patches of each image, row by row: x [B, 3, 3 cell, 3 cell] -> [B * 9, 3, patch, patch], standardised.
+
+    Gaps and jitter keep edges from running on from patch to patch. Grey and standardisation hide chromatic aberration, by which
+    a network would see where in a photograph a patch lies without knowing what is on it: in part, as a third stays coloured and
+    the mean of displaced channels is a little blurred. One channel alone hides it wholly (tests/test_pretext.py).
+    """
+    b, corner = len(x), where + cell * torch.cartesian_prod(*2 * [torch.arange(3, device=x.device)])  # [B, 9, 2]
+    windows = x.unfold(2, patch, 1).unfold(3, patch, 1)  # [B, 3, rows, columns, patch, patch], a view
+    image = torch.arange(b, device=x.device)[:, None]
+    patches = windows[image, :, corner[..., 0], corner[..., 1]]  # [B, 9, 3, patch, patch]
+    with torch.autocast(x.device.type, enabled=False):
+        patches = MIX.to(x)[mix] @ patches.flatten(3)
+    return data.standardise(patches.view(b * 9, 3, patch, patch))
+
+
+def answer(width, hidden, classes):
+    """The head of both patch tasks (code, patch_utils.py)."""
+    first = nn.Linear(width, hidden)
+    nn.init.trunc_normal_(first.weight, std=0.005)
+    nn.init.constant_(first.bias, 0.1)
+    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, classes))
+
+
+@functools.lru_cache(maxsize=1)
+def permutations(n):
+    """n orders of nine patches, [n, 9], as far from each other as can be: beginning with the identity, again and again the
+    one with the largest mean Hamming distance to those chosen, the first of several."""
+    every = torch.tensor(list(itertools.permutations(range(9))), dtype=torch.uint8)
+    chosen, far = [0], torch.zeros(len(every), dtype=torch.int32)
+    for _ in range(n - 1):
+        far += (every != every[chosen[-1]]).sum(1, dtype=torch.int32)
+        far[chosen[-1]] = -9 * n  # not again
+        chosen.append(int(far.argmax()))
+    return every[chosen].long()
+
+
+class Jigsaw(nn.Module):
+    """In which of the orders do the patches stand? Each image is asked for 8 of them, the same 8 for the whole batch: the
+    patches go through the trunk once, and what is permuted are their features."""
+
+    def __init__(self, f, args):
+        super().__init__()
+        self.cell, self.patch, _ = geometry(args.size)
+        self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
+        self.register_buffer("permutations", permutations(args.permutations))
+        self.embed = nn.Linear(f.dim, args.embedding)
+        self.head = answer(9 * args.embedding, args.head, args.permutations)
+        self.chance = (math.log(args.permutations), 100 / args.permutations)
+
+    def draw(self, n, g):
+        picks = torch.randperm(len(self.permutations), generator=g)[None, :8]
+        return *draw_patches(n, self.cell, self.patch, self.colour, g), picks
+
+    def inputs(self, views, where, mix, picks):
+        return cut(views[0], where, mix, self.cell, self.patch)
+
+    def forward(self, f, views, where, mix, picks):
+        z = self.embed(f(self.inputs(views, where, mix, picks))).unflatten(0, (-1, 9))  # [B, 9, E]
+        rows = z[:, self.permutations[picks[0]]]  # [B, 8, 9, E]
+        return classify(self.head(rows.flatten(2).flatten(0, 1)), picks[0].repeat(len(z)))
+
+
+class Relative(nn.Module):
+    """Where does a patch lie, seen from the one in the middle? All 8 of each image are asked for."""
+
+    def __init__(self, f, args):
+        super().__init__()
+        self.chance = (math.log(8), 12.5)
+        self.cell, self.patch, _ = geometry(args.size)
+        self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
+        self.embed = nn.Linear(f.dim, args.embedding)
+        self.head = answer(2 * args.embedding, args.head, 8)
+
+    def draw(self, n, g):
+        return draw_patches(n, self.cell, self.patch, self.colour, g)
+
+    def inputs(self, views, where, mix):
+        return cut(views[0], where, mix, self.cell, self.patch)
+
+    def forward(self, f, views, where, mix):
+        z = self.embed(f(self.inputs(views, where, mix))).unflatten(0, (-1, 9))  # [B, 9, E]
+        around, middle = z[:, [0, 1, 2, 3, 5, 6, 7, 8]], z[:, 4:5].expand(-1, 8, -1)
+        pairs = torch.cat([around, middle], 2)  # [B, 8, 2 E]
+        return classify(self.head(pairs.flatten(0, 1)), torch.arange(8, device=z.device).repeat(len(z)))
+
+
+# ============ colorization ============
+
+
+def ab_bins():
+    """The colours to choose from, [313, 2]: points of a grid of 10 in (a, b) that lie, or have one of their 8 neighbours,
+    within the convex hull of what sRGB can show."""
+    side = torch.linspace(0, 1, 17)
+    a, b = data.to_lab(torch.cartesian_prod(side, side, side).T[None])[0, 1:]  # [17^3] each
+    angle = torch.arange(0, 2 * math.pi, 2 * math.pi / 3600)
+    u = torch.stack([angle.cos(), angle.sin()], 1)  # [3600, 2]
+    reach = (u @ torch.stack([a, b])).amax(1)  # the hull is where u . (a, b) <= reach for every direction u
+    grid = torch.cartesian_prod(*2 * [torch.arange(-120.0, 121, 10)])  # [625, 2]
+    inside = (grid @ u.T <= reach).all(1).view(1, 1, 25, 25)
+    return grid[F.max_pool2d(inside.float(), 3, 1, 1).flatten() > 0]
+
+
+def soften(ab, bins, k=5, sigma=5.0):
+    """Targets of colours ab [..., 2]: (indices of the k nearest bins, nearest first; Gaussian weights that sum to 1)."""
+    d, nearest = torch.cdist(ab, bins).topk(k, largest=False)  # [..., k]
+    return nearest, torch.softmax(-d.square() / (2 * sigma**2), -1)
+
+
+def ab_prior(dataset, size, bins, device, workers, n=2000):
+    """How often each bin is the nearest, [Q], over every fourth pixel of n images of the set."""
+    some = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
+    plain = {"size": size, "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
+    count = torch.zeros(len(bins))
+    for x, _ in data.batches(dataset, plain, 64, device, workers, some):
+        ab = data.to_lab(x)[:, 1:, ::4, ::4].movedim(1, -1)
+        count += torch.bincount(soften(ab, bins.to(device), 1)[0].flatten(), minlength=len(bins)).cpu()
+    return count / count.sum()
+
+
+class Colorization(nn.Module):
+    """Which colour has each fourth pixel, by its lightness and its surroundings? (Zhang et al., sec. 2)
+
+    Rare colours count more, w = 1 / ((1 - lambda) p + lambda / Q) with lambda = 0.5 and p smoothed, scaled to sum_q p_q w_q = 1
+    (eq. 4). Images without colour do not count. `accuracy`: share of right bins, each place weighted as in the loss.
+    """
+
+    def __init__(self, f, args, prior):
+        super().__init__()
+        self.sees = {"lightness": True}
+        bins = ab_bins()
+        near = torch.softmax(-torch.cdist(bins, bins).square() / (2 * 5.0**2), 1)  # smoothing, sigma 5
+        w = 1 / (0.5 * prior @ near + 0.5 / len(bins))
+        self.register_buffer("bins", bins)
+        self.register_buffer("w", w / (prior * w).sum())
+        self.head = nn.Sequential(
+            nn.ConvTranspose2d(f.channels, args.head, 4, 2, 1, bias=False), nn.BatchNorm2d(args.head),
+            nn.ReLU(inplace=True), nn.Conv2d(args.head, len(bins), 1),
+        )  # fmt: skip
+        self.chance = (math.log(len(bins)), 100 * (prior * self.w).max().item())  # by always naming one bin
+
+    def draw(self, n, g):
+        return ()
+
+    def lab(self, views):
+        return data.to_lab(views[0].float() / 2 + 0.5)
+
+    def inputs(self, views):
+        return data.lightness(self.lab(views))
+
+    def forward(self, f, views):
+        with torch.autocast(views[0].device.type, enabled=False):
+            lab = self.lab(views)
+            ab = lab[:, 1:, ::4, ::4].movedim(1, -1)  # [B, S / 4, S / 4, 2]
+            nearest, q = soften(ab, self.bins)  # [B, S / 4, S / 4, 5]
+        logits = self.head(f.stages(data.lightness(lab))[-1])  # [B, Q, S / 4, S / 4]
+        with torch.autocast(logits.device.type, enabled=False):
+            log_p = logits.float().movedim(1, -1).log_softmax(-1)
+            coloured = (ab.abs() > 5).flatten(1).any(1).view(-1, 1, 1)  # (code)
+            w = self.w[nearest[..., 0]] * coloured
+            loss = (-(q * log_p.gather(-1, nearest)).sum(-1) * w).mean()
+            right = log_p.detach().argmax(-1) == nearest[..., 0]
+            return loss, (right * w).sum() / w.sum().clamp(min=1e-8)
+
+
+# ============ the method ============
+
+TASKS = {"rotation": Rotation, "exemplar": Exemplar, "jigsaw": Jigsaw, "relative": Relative, "colorization": Colorization}
+
+
+class Pretext(nn.Module):
+    """Trunk f and a task; `forward(views, *drawn)` is its loss, and its accuracy in per cent is left in `figures`."""
+
+    def __init__(self, backbone, task):
+        super().__init__()
+        self.f, self.task, self.figures = backbone, task, {}
+
+    def forward(self, views, *drawn):
+        loss, accuracy = self.task(self.f, views, *drawn)
+        self.figures = {"accuracy": 100 * accuracy}
+        return loss
+
+
+@torch.inference_mode()
+def pretext_accuracy(model, loader, draw, device, amp):
+    """Accuracy in per cent in eval mode, on the first pass of a loader over test images. Every process must call it."""
+    found = []
+    with evaluate.in_eval(model):
+        for step, (_, xs) in enumerate(loader.epoch(0)):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                model(xs, *draw("test", step))
+            found.append(model.figures["accuracy"])
+    mean = torch.stack(found).mean()
+    if dist.is_initialized():
+        dist.all_reduce(mean)
+        mean /= dist.get_world_size()
+    return mean.item()
+
+
+def picture(x, images, n=8):
+    """What the trunk sees of the first n images, one a row: float [3, H, W] in [0, 1]."""
+    each = len(x) // images
+    x = x[: n * each].float() / 3 + 0.5  # standardised pixels have a standard deviation of 1
+    x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[-1]), mode="nearest")
+    return make_grid(x.clamp(0, 1).cpu(), nrow=each, padding=2, pad_value=1)
+
+
+def rate_at(step, total, lr, warmup, drop_at):
+    if not drop_at or step < warmup:
+        return common.cosine(step, total, lr, 0.0, warmup)
+    return lr * 0.1 ** sum(step >= at * total for at in drop_at)
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if "--study" in argv:
+        return study.main([word for word in argv if word != "--study"])
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = views_of(args)
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    asked = evaluate.first(test, 2000)  # whose pretext accuracy is measured
+    few = min(per_pass, len(asked) // world)
+    asked = data.Loader(asked, views, max(1, few), args.seed, rank, world, args.workers, device)
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    arch, patch = trunk_name(args), geometry(args.size)[1] if args.task in PATCHES else 0
+    f = backbones.build(arch, patch or args.size)
+    prior = [ab_prior(train, args.size, ab_bins(), device, args.workers)] if args.task == "colorization" else []
+    model = Pretext(f, TASKS[args.task](f, args, *prior)).to(device, memory_format=torch.channels_last)
+    preprocess = {"mean": HALF["mean"], "std": HALF["std"], "size": 3 * patch or args.size, "interpolation": "bilinear"}
+    preprocess |= {"sees": model.task.sees} if model.task.sees else {}
+    f = evaluate.as_trained(model.f, preprocess)  # for the probes
+    ddp = model
+    if world > 1:
+        # The code's BatchNorm sees the share of one device, and so does this.
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    def drawn(*key, n=per_pass):
+        """The task's random numbers for a batch of all processes, of which each takes its rows."""
+        rows = slice(rank * n, (rank + 1) * n)
+        whole = model.task.draw(world * n, data.generator(args.seed, args.task, *key))
+        return [(t[rows] if len(t) == world * n else t).to(device, non_blocking=True) for t in whole]
+
+    on_test = functools.partial(drawn, n=asked.batch_size)
+    rest = lambda n: drawn("time", n=n)
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
+    at = f"{len(train)} images at {views[0]['size']} px"
+    say(f"{METHOD} {args.task} on {train.name}: {at}, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, arch, patch or args.size))
+    if args.task == "rotation" and args.data in ("shapes", "shapes-hard"):
+        say(f"warning: the objects of {args.data} are turned at will, which leaves nothing to learn: use --data shapes-upright")
+    if patch:
+        cell = model.task.cell
+        say(f"9 cells of {cell} px, in each a patch of {patch} px that moves by up to {cell - patch}; probes at {3 * patch} px")
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, {drops}")
+    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    loss, accuracy = model.task.chance
+    say(f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": arch,
+                "built_for": patch or args.size,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        if few > 1:
+            numbers["pretext_accuracy"] = pretext_accuracy(model, asked, on_test, device, args.amp)
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+        return numbers.get("pretext_accuracy")
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = rate_at(step, total, lr, warmup, args.drop_at)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            for micro in range(1, args.accumulate + 1):
+                _, xs = next(batches)
+                numbers = drawn(step, micro)
+                if step == 0 and micro == 1:
+                    log.image("views", picture(model.task.inputs(xs, *numbers), per_pass))
+                # Dropout draws from torch's own generator.
+                torch.manual_seed(data.generator(args.seed, "dropout", step, micro, rank).initial_seed())
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs, *numbers) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    accuracy = probe()
+    result = evaluate.finish(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
+    if rank == 0 and accuracy is not None:
+        pretext = {"accuracy": accuracy, "chance": model.task.chance[1]}
+        evaluate.write_json(log.out, args.data, {"pretext": pretext})
+        result += f" pretext accuracy {accuracy:.1f} (chance {pretext['chance']:.3g})"
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(arch, patch or args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()

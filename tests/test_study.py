@@ -1,0 +1,482 @@
+"""study.py with a pretext.py and an evaluate.py that take no time, and over folders of runs that never ran."""
+
+import csv
+import importlib
+import itertools
+import json
+import math
+import os
+import random
+import re
+import signal
+import statistics
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import common
+import evaluate
+import study
+
+TOY = '''
+import argparse, json, os, pathlib, signal, sys, time
+
+def parse_args(argv=None):
+    p = argparse.ArgumentParser(allow_abbrev=False)
+    for name, default in dict(task="rotation", data="shapes", root="datasets", device=None, recipe="shapes", arch="net",
+                              out=None, fail=None, refuse=None, wait=None).items():
+        p.add_argument(f"--{name}", default=default)
+    for name in ("limit", "workers", "seed", "epochs"):
+        p.add_argument(f"--{name}", type=int, default=0)
+    p.add_argument("--seconds", type=float, default=0)
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"])
+    p.add_argument("--fresh", action="store_true")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction)
+    return p.parse_args(argv)
+
+def stopped(*_):
+    (out / "stopped").write_text("")
+    sys.exit(0)
+
+if __name__ == "__main__":
+    args = parse_args()
+    out = pathlib.Path(args.out)
+    print("the recipe")
+    if args.arch == args.refuse:
+        print(f"error: {args.arch} needs a larger patch", file=sys.stderr)
+        sys.exit(2 if args.task == "rotation" else 1)  # what torchrun makes of it
+    signal.signal(signal.SIGTERM, stopped)
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "evaluate.json"
+    with open(out / "starts", "a") as f:
+        f.write(f"{os.environ.get('OMP_NUM_THREADS')} {time.time()}\\n")
+    if args.fresh:
+        file.unlink(missing_ok=True)
+    if file.exists():
+        sys.exit()
+    if args.arch == args.fail:
+        print("last words")
+        sys.exit(3)
+    if args.arch == args.wait and not (out / "stopped").exists():
+        (out / "waits").write_text("")
+        time.sleep(60)
+    time.sleep(args.seconds)
+    (out / "metrics.jsonl").write_text(json.dumps({"step": 0, "epoch": 0, "knn20": 13.0}) + "\\n" +
+                                       json.dumps({"step": 9, "epoch": args.epochs}) + "\\n")
+    found = {"knn": {"20": {"weighted": 40.0 + args.seed}}, "linear": {"top1": 50.0 + args.seed}}
+    found = {"pretext": {"accuracy": 70.0, "chance": 25.0}, **{k: found[k] for k in args.probes}}
+    file.write_text(json.dumps({args.data: found}))
+    with open(out / "ends", "a") as f:
+        f.write(f"{time.time()}\\n")
+'''
+MEASURE = '''
+import json, pathlib, sys
+file = pathlib.Path(sys.argv[1], "evaluate.json")
+(file.parent / "measured").write_text(" ".join(sys.argv[2:]))
+found = json.loads(file.read_text())
+next(iter(found.values())).update(mlp={"top1": 55.0})
+file.write_text(json.dumps(found))
+'''
+GRID = ["--tasks", "rotation", "jigsaw", "--archs", "revnet14", "vgg11", "--widths", "1"]
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch):
+    (tmp_path / "pretext.py").write_text(TOY)
+    (tmp_path / "measure.py").write_text(MEASURE)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pretext", raising=False)
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "measure.py"))
+    monkeypatch.setattr(common, "CAUGHT", [])
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    handlers = [signal.getsignal(number) for number in numbers]
+    yield tmp_path / "out"
+    sys.modules.pop("pretext", None)
+    for number, handler in zip(numbers, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+def lines(file):
+    return file.read_text().splitlines()
+
+
+def study_commands(capfd, out, *flags):
+    study.main([*flags, "--dry-run", "--out", str(out)])
+    return capfd.readouterr().out.splitlines()
+
+
+def write_run(path, pretext, linear, knn=30.0, chance=25.0, **about):
+    path.mkdir(parents=True)
+    found = {"pretext": {"accuracy": pretext, "chance": chance}, "linear": {"top1": linear}, "knn": {"20": {"weighted": knn}}}
+    (path / "evaluate.json").write_text(json.dumps({"other": {"linear": {"top1": 1.0}}, "shapes": found}))
+    (path / "metrics.jsonl").write_text('{"step": 0, "epoch": 0, "knn20": 13.5}\n{"step": 8, "epoch": 4, "loss": 1.0}\n')
+    if about:
+        study.beside(path, "json").write_text(json.dumps(about))
+
+
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory):
+    """A study of two seeds that lacks one cell and could not run another, and what --show prints of it."""
+    out = tmp_path_factory.mktemp("study")
+    for seed, task, (family, linear), k in itertools.product(
+        (0, 1), ("rotation", "jigsaw"), (("revnet14", 40), ("vgg11", 20), ("resnet14v2_minus", 30)), (1, 2)
+    ):
+        path = out / f"seed{seed}" / f"{task}-{study.arch_name(family, k)}"
+        if (task, family, k) == ("jigsaw", "vgg11", 1):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            study.beside(path, "json").write_text(json.dumps({"refused": "too small a patch", "seconds": 4.0}))
+        elif (task, family, k) != ("jigsaw", "vgg11", 2):
+            # Within a family the wider, the better both; across them the better the pretext accuracy, the worse the other.
+            pretext = 100 - linear + 4 * k + seed - 9 * (task == "jigsaw")
+            write_run(path, pretext, linear + 5 * k + seed - 3 * (task == "jigsaw"), command="python pretext.py", seconds=12.5)
+    (out / "seed0" / "something-else").mkdir()  # and what is no cell stays out
+    (out / "seed0" / "something-else" / "evaluate.json").write_text("{}")
+    printed = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("builtins.print", lambda *words, **_: printed.append(" ".join(map(str, words))))
+        study.main(["--out", str(out), "--show"])
+    return out, "\n".join(printed).splitlines()
+
+
+# ============ table 1 ============
+
+
+def test_the_papers_table():
+    assert len(study.PAPER) == 66 and study.PAPER["revnet50", "rotation", 16] == [53.7]
+    assert study.PAPER["resnet50v1", "relative", 8] == [50.5] and study.PAPER["vgg19", "jigsaw", 8] == [21.1]
+    assert study.PAPER["resnet50v2_minus", "exemplar", 12] == [38.2]
+    rows = {line.split()[0]: line.split()[1:] for line in study.table(study.PAPER)[2:]}
+    starred = {name: [word.strip("*_") for word in row if "*" in word] for name, row in rows.items()}
+    assert starred == {
+        "revnet50": ["47.3", "53.1", "53.7"], "resnet50v2": ["43.0"], "revnet50_minus": ["51.0", "53.7"],
+        "resnet50v1": ["46.9", "47.7", "46.8", "50.5", "42.2", "45.4"], "resnet50v2_minus": [], "vgg19": [],
+    }  # fmt: skip
+    suits = {name: [word.strip("*_") for word in row if "_" in word] for name, row in rows.items()}
+    assert suits == {"revnet50": ["53.7"], "resnet50v2": ["47.6"], "resnet50v1": ["50.5"], "revnet50_minus": ["53.7"],
+                     "resnet50v2_minus": ["48.2"], "vgg19": ["29.4"]}  # fmt: skip
+
+
+def test_marks_and_empty_cells():
+    cells = {("a1", "rotation", 1): [10.0, 20.0], ("b1", "rotation", 1): [15.0]}
+    cells |= {("a1", "jigsaw", 2): [9.0], ("b1", "jigsaw", 2): []}
+    head, widths, a, b = study.table(cells)
+    assert head.split() == ["rotation", "jigsaw"] and widths.split() == ["1x", "2x"]
+    assert a.split() == ["a1", "15.0", "±", "7.1*_", "9.0"]  # a draw is the best of both; alone in a column is no best
+    assert b.split() == ["b1", "15.0*", "-"]  # of one task only: nothing suits it better
+    at = [line.index(word) + word.index(".") for line, word in ((a, "15.0 ±"), (b, "15.0*"))]
+    assert at[1] - at[0] == len(" ± 7.1")  # right ends in line, marks aside
+
+
+def test_rows_are_in_the_papers_order():
+    families = ["vgg11", "resnet14v1", "revnet14", "revnet50", "resnet50v2_minus", "revnet50_minus", "resnet14v2"]
+    assert sorted(families, key=study.rank_of_family) == [
+        "revnet50", "revnet14", "resnet14v2", "resnet14v1", "revnet50_minus", "resnet50v2_minus", "vgg11",
+    ]  # fmt: skip
+    assert study.arch_name("revnet50_minus", 4.0) == "revnet50_k4_minus" and study.arch_name("vgg11", 0.5) == "vgg11_k0.5"
+
+
+def test_what_is_there_is_printed(shown):
+    _, printed = shown
+    rows = [line for line in printed if line.startswith("revnet14")]
+    assert re.split(r"\s{2,}", rows[0]) == ["revnet14", "45.5 ± 0.7*", "50.5 ± 0.7*_", "42.5 ± 0.7*", "47.5 ± 0.7*"]
+    assert next(line for line in printed if line.startswith("vgg11")).split()[-2:] == ["-", "-"]
+    assert "- jigsaw vgg11_k1 seed 1: too small a patch" in printed
+    assert not any(line.startswith("- jigsaw vgg11_k2") for line in printed)  # not run is no reason
+    paper = printed.index("the paper's table 1: ImageNet, L-BFGS. Compare the order of rows and columns, not the heights.")
+    assert printed[paper + 1].split() == ["rotation", "jigsaw"] and len(printed[paper + 3].split()) == 7
+    assert "mean and standard deviation of 2 seeds; epochs: 4" in "\n".join(printed)
+
+
+def test_csv_has_a_line_a_run(shown):
+    out, _ = shown
+    with open(out / "study.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert ",".join(rows[0]) == (
+        "task,arch,family,width,seed,pretext_accuracy,chance,knn20,linear,lbfgs,mlp,random_knn20,seconds,epochs,command"
+    )
+    assert len(rows) == 2 * (2 * 3 * 2 - 1)  # with those that could not run, without those that nobody asked for
+    by_name = {(row["task"], row["arch"], row["seed"]): row for row in rows}
+    row = by_name["rotation", "resnet14v2_k2_minus", "1"]
+    assert row["family"] == "resnet14v2_minus" and float(row["width"]) == 2 and float(row["linear"]) == 41
+    assert [row[k] for k in ("pretext_accuracy", "chance", "knn20", "lbfgs", "mlp")] == ["79", "25.0", "30.0", "", ""]
+    assert [row[k] for k in ("random_knn20", "seconds", "epochs", "command")] == ["13.5", "12.5", "4", "python pretext.py"]
+    assert set(list(by_name["jigsaw", "vgg11_k1", "0"].values())[5:]) == {""}
+
+
+def test_json_has_everything(shown):
+    found = json.loads((shown[0] / "study.json").read_text())
+    assert len(found["cells"]) == 22 and found["figure"] == "linear"
+    assert {"family": "revnet14", "task": "rotation", "width": 2.0, "figures": [50.0, 51.0]} in found["table"]
+    assert found["correlations"]["rotation"]["across"] == [-1.0, 3]
+
+
+# ============ correlations ============
+
+
+def test_spearman():
+    assert study.spearman([(1, 5), (2, 7), (30, 8)]) == pytest.approx(1)
+    assert study.spearman([(1, 5), (2, 3), (3, 2), (9, 1)]) == pytest.approx(-1)
+    assert study.spearman([(1, 1), (2, 3), (2, 2), (3, 4)]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))  # a tie
+    assert study.spearman([(1, 5), (2, 7)]) is None and study.spearman([(1, 5), (1, 7), (1, 8)]) is None
+    y = random.Random(0).sample(range(9), 9)  # without ties: 1 - 6 sum d^2 / (n (n^2 - 1))
+    expected = 1 - 6 * sum((i - v) ** 2 for i, v in enumerate(y)) / (9 * 80)
+    assert study.spearman([(i / 7, v**3) for i, v in enumerate(y)]) == pytest.approx(expected)
+
+
+def test_correlations_within_and_across(shown):
+    out, printed = shown
+    found = study.correlations(study.gather(out), "linear")
+    assert found["rotation"]["revnet14"] == (pytest.approx(1), 4) and found["rotation"]["across"] == (pytest.approx(-1), 3)
+    assert found["jigsaw"]["across"] == (None, 2) and "vgg11" not in found["jigsaw"]
+    rows = {line.split()[0]: line.split()[1:] for line in study.correlation_table(found)[1:]}
+    assert rows["vgg11"] == ["1.00", "(4)", "-"] and rows["across"] == ["-1.00", "(3)", "-", "(2)"]
+    assert all(line in printed for line in study.correlation_table(found))
+
+
+# ============ figure 4 ============
+
+
+@pytest.mark.parametrize("values", [[50.0], [0.2, 0.3], [12.0, 97.0], [48.7, 62.1], [99.9, 100.0], [0.0, 3.0], [1, 2, 60]])
+def test_ticks_are_round_and_enclose(values):
+    found = study.ticks(values)
+    steps = {round(b - a, 6) for a, b in itertools.pairwise(found)}
+    assert len(steps) == 1 and 3 <= len(found) <= 8 and found[0] <= min(values) <= max(values) <= found[-1]
+    assert str(steps.pop()).replace(".", "").strip("0") in ("1", "2", "5", "25")
+
+
+def centre(pixels, colour):
+    """(x, y, how many) of the pixels of a circle: its colour at 110 / 255 over white."""
+    blend = 255 + (torch.tensor(colour) - 255) * 110 / 255
+    y, x = ((pixels - blend).abs() < 6).all(2).nonzero().T
+    return (x.min() + x.max()).item() / 2, (y.min() + y.max()).item() / 2, len(x)
+
+
+def test_circles_are_where_they_should_be():
+    families, points = ("revnet14", "resnet14v1", "vgg11"), ((40.0, 30.0, 1), (60.0, 50.0, 4), (75.0, 35.0, 2))
+    rows = [
+        {"task": "rotation", "family": f, "width": k, "pretext_accuracy": x, "linear": y, "chance": 25.0}
+        for f, (x, y, k) in zip(families, points, strict=True)
+    ]
+    image, places = study.draw([*rows, {**rows[0], "linear": None}], "linear")
+    assert image.size == (1200, study.TITLE + study.HIGH)  # a panel, and the legend beside it
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], 3).float()
+    pixels = pixels[:, :600]
+    xs, ys, areas = [], [], []
+    for family, (x, y, k) in zip(families, points, strict=True):
+        px, py, area = centre(pixels, study.palette(families)[family])
+        xs, ys, areas = [*xs, px], [*ys, py], [*areas, area]
+        assert places["rotation"][x, y, family, k] == pytest.approx((px, py), abs=1.5)
+    # Two points give the scale, the third must be on it.
+    assert (xs[2] - xs[0]) / (xs[1] - xs[0]) == pytest.approx(35 / 20, abs=0.02)
+    assert (ys[2] - ys[0]) / (ys[1] - ys[0]) == pytest.approx(5 / 20, abs=0.02) and ys[1] < ys[0]
+    assert areas[1] / areas[2] == pytest.approx(2, rel=0.2) and areas[1] > areas[2] > areas[0]
+    # The zero of the scale: the frame's corner is the first tick of both axes.
+    (x0, x1), (y0, y1) = ((t[0], t[-1]) for t in (study.ticks([40, 60, 75]), study.ticks([30, 50, 35])))
+    assert xs[0] == pytest.approx(72 + (600 - 72 - 20) * (40 - x0) / (x1 - x0), abs=1.5)
+    assert ys[0] == pytest.approx(44 + 44 + (480 - 44 - 66) * (y1 - 30) / (y1 - y0), abs=1.5)
+
+
+def test_the_picture_of_several_tasks(shown):
+    out, _ = shown
+    with Image.open(out / "study.png") as image:
+        assert image.size == (1800, study.TITLE + study.HIGH)  # two panels and the legend
+    rows = study.gather(out)
+    image, places = study.draw(rows, "knn20")
+    assert {task: len(each) for task, each in places.items()} == {"rotation": 12, "jigsaw": 8}
+    without = study.draw([{**row, "random_knn20": None} for row in rows], "knn20")[0]
+    assert image.tobytes() != without.tobytes()  # the random network's line
+    rows = [{**row, "task": task} for row in rows for task in study.TASKS]
+    assert study.draw(rows, "linear")[0].size == (1800, study.TITLE + 2 * study.HIGH)
+
+
+# ============ running it ============
+
+
+def test_runs_and_then_skips_what_is_finished(toy, capfd):
+    grid = ["--tasks", "rotation", "jigsaw", "--archs", "vgg11", "--widths", "1", "--seeds", "0", "2"]
+    command = [*grid, "--out", str(toy), "--epochs", "3"]
+    study.main(command)
+    printed = capfd.readouterr().out
+    assert "4 cells, 0 of them finished" in printed and "(4 of 4; about 0 min left)" in printed
+    assert "51.0 ± 1.4" in printed and "jigsaw vgg11_k1 seed 2: pretext_accuracy 70.0, chance 25.0, knn20 42.0" in printed
+    path = toy / "seed2" / "rotation-vgg11_k1"
+    about = json.loads((toy / "seed2" / "rotation-vgg11_k1.json").read_text())
+    assert about["command"].startswith("python pretext.py --task rotation --arch vgg11_k1 ") and about["seconds"] > 0
+    assert about["command"].endswith(f"--epochs 3 --seed 2 --out {path}") and "--data shapes-upright" in about["command"]
+    assert about["command"].count("--epochs") == 1
+    assert lines(toy / "seed2" / "rotation-vgg11_k1.log") == [about["command"], "the recipe"]
+
+    study.main(command)  # again: nothing is started
+    again = capfd.readouterr().out
+    assert "4 cells, 4 of them finished" in again and len(lines(path / "starts")) == 1
+    assert again.split("table 1")[1] == printed.split("table 1")[1]
+
+    study.main([*command, "--workers", "1"])  # other words: the runs themselves say that they are finished
+    assert len(lines(path / "starts")) == 2
+    kept = json.loads((toy / "seed2" / "rotation-vgg11_k1.json").read_text())
+    assert kept["seconds"] == about["seconds"] and "--workers 1" in kept["command"]
+
+    study.main([*command, "--workers", "1", "--fresh"])
+    assert len(lines(path / "ends")) == 2
+    study.main([*command, "--workers", "1"])
+    assert len(lines(path / "starts")) == 3
+
+    capfd.readouterr()
+    study.main(["--tasks", "relative", "--archs", "revnet14", "--widths", "0.5", "--out", str(toy)])  # the table grows
+    table = capfd.readouterr().out.split("table 1")[1].splitlines()
+    assert table[1].split() == ["rotation", "relative", "jigsaw"] and table[2].split() == ["1x", "0.5x", "1x"]
+    assert (toy / "seed0" / "relative-revnet14_k0.5" / "evaluate.json").exists()
+
+
+def test_jobs_run_at_once_with_their_share_of_the_threads(toy, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "77")
+    study.main([*GRID, "--jobs", "2", "--seconds", "0.5", "--out", str(toy)])
+    starts = sorted(float(lines(path)[0].split()[1]) for path in toy.glob("seed0/*/starts"))
+    ends = sorted(float(lines(path)[0]) for path in toy.glob("seed0/*/ends"))
+    assert len(starts) == 4 and starts[1] < ends[0] <= starts[2] and starts[3] < ends[2]  # two, never three
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    assert {lines(path)[0].split()[0] for path in toy.glob("seed0/*/starts")} == {str(max(1, cores // 2))}
+
+
+def test_a_cell_that_cannot_be_is_left_out_with_its_reason(toy, capfd):
+    command = [*GRID, "--out", str(toy)]
+    study.main([*command, "--refuse", "vgg11_k1"])
+    printed = capfd.readouterr().out
+    assert "- jigsaw vgg11_k1 seed 0: vgg11_k1 needs a larger patch" in printed
+    assert next(line for line in printed.splitlines() if line.startswith("vgg11 ")).split() == ["vgg11", "-", "-"]
+    study.main(command)  # it may be now
+    assert "needs a larger patch" not in capfd.readouterr().out and (toy / "seed0/jigsaw-vgg11_k1/ends").exists()
+    assert "refused" not in json.loads((toy / "seed0/jigsaw-vgg11_k1.json").read_text())
+    with pytest.raises(SystemExit) as stopped:  # refused though it has a folder: other settings, say
+        study.main([*command, "--tasks", "rotation", "--refuse", "vgg11_k1"])
+    assert stopped.value.code == 2 and "vgg11_k1 needs a larger patch" in capfd.readouterr().err
+
+
+def test_all_cells_refused_is_bad_input(toy, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        study.main(["--tasks", "jigsaw", "--archs", "vgg11", "--widths", "1", "--refuse", "vgg11_k1", "--out", str(toy)])
+    assert stopped.value.code == 2 and "none of the cells" in capfd.readouterr().err
+
+
+def test_a_failure_stops_the_others_and_is_the_studys(toy, capfd):
+    tasks = ["--tasks", "jigsaw", "--archs", "revnet14", "vgg11", "resnet14v1", "--widths", "1"]
+    flags = ["--wait", "revnet14_k1", "--fail", "vgg11_k1", "--jobs", "2", "--out", str(toy)]
+    with pytest.raises(SystemExit) as stopped:
+        study.main([*tasks, *flags])
+    err = capfd.readouterr().err
+    assert stopped.value.code == 3 and "last words" in err
+    assert "exit code 3 from python pretext.py --task jigsaw --arch vgg11_k1" in err
+    path = toy / "seed0/jigsaw-revnet14_k1"
+    assert (path / "stopped").exists() or not (path / "waits").exists()  # or before it could wait
+    assert not (toy / "seed0/jigsaw-resnet14v1_k1").exists() and not (toy / "study.csv").exists()
+
+
+def test_a_signal_reaches_all_runs_and_the_same_command_goes_on(toy, capfd):
+    flags = ["--tasks", "rotation", "jigsaw", "--archs", "vgg11", "--widths", "1", "2"]
+    command = [*flags, "--wait", "vgg11_k1", "--jobs", "3", "--seconds", "0.1", "--out", str(toy)]
+    waiting = [toy / f"seed0/{task}-vgg11_k1" for task in ("rotation", "jigsaw")]
+
+    def interrupt():
+        while not all((path / "waits").exists() for path in waiting):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as stopped:
+        study.main(command)
+    assert not stopped.value.code and "the same command" in capfd.readouterr().out
+    assert all((path / "stopped").exists() for path in waiting) and not (toy / "study.csv").exists()
+    part = json.loads(study.beside(waiting[0], "json").read_text())
+    assert part["seconds"] > 0 and "command" not in part
+    common.CAUGHT.clear()
+    study.main(command)
+    assert all(len(lines(path / "starts")) == 2 for path in waiting) and (toy / "study.csv").exists()
+    whole = json.loads(study.beside(waiting[0], "json").read_text())
+    assert whole["seconds"] >= part["seconds"] + 0.1 and "command" in whole  # both parts
+
+
+def test_a_run_that_was_stopped_by_others_is_no_cell(toy, capfd):
+    (toy / "seed0/rotation-revnet14_k1").mkdir(parents=True)
+    (toy / "seed0/rotation-revnet14_k1/evaluate.json").write_text('{"shapes": {"linear": {"top1": 1.0}}}')  # not finished
+    with pytest.raises(SystemExit) as stopped:
+        study.main([*GRID, "--out", str(toy)])
+    assert stopped.value.code == 1 and "has not come to its end" in capfd.readouterr().err
+
+
+def test_a_figure_that_the_run_left_out_is_made_up_for(toy, capfd):
+    command = ["--tasks", "rotation", "--archs", "vgg11", "--widths", "1", "--out", str(toy)]
+    study.main(command)
+    study.main([*command, "--figure", "mlp", "--limit", "8"])
+    path = toy / "seed0/rotation-vgg11_k1"
+    measured = (path / "measured").read_text()
+    assert measured == "--data shapes-upright --probe mlp --root datasets --limit 8 --workers 0 --seed 0"
+    assert "mlp 55.0" in capfd.readouterr().out
+    study.main([*command, "--figure", "mlp", "--limit", "8"])
+    assert len(lines(path / "starts")) == 2
+
+
+def test_commands_have_the_budget_and_processes_are_torchruns(toy, capfd):
+    assert f"--epochs {study.GRIDS['shapes'][2]['--epochs']} " in study_commands(capfd, toy)[0]
+    printed = study_commands(capfd, toy, *GRID, "--processes", "2", "--figure", "knn")
+    first = "torchrun --standalone --nproc_per_node=2 pretext.py --task rotation --arch revnet14_k1 --epochs "
+    assert len(printed) == 4 and printed[0].startswith(first) and not toy.exists()
+    assert "--probes" not in printed[0]  # it has k-NN already
+    assert "--probes knn linear lbfgs --seed" in study_commands(capfd, toy, "--figure", "lbfgs")[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--tasks", "rotaton"], "--tasks rotaton: did you mean 'rotation'"),
+        (["--figure", "xyz"], "--figure xyz: there are knn, linear, lbfgs, mlp"),
+        (["--archs", "revnt50"], "did you mean 'revnet50"),
+        (["--archs", "revnet50_k4_minus"], "say revnet50_minus, and --widths 4"),
+        (["--archs", "resnet50v1_minus"], "_minus"),
+        (["--widths", "0.3"], "0.3"),
+        (["--task", "jigsaw"], "--task: say --tasks"),
+        (["--arch=vgg11_k1"], "--arch: say --archs"),
+        (["--seed", "3"], "--seed: say --seeds"),
+        (["--jobs", "0"], "--jobs"),
+        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--data", "shaps"], "did you mean 'shapes'"),
+        (["--show"], "there are no cells in it"),
+    ],
+)
+def test_bad_input(toy, capfd, words, sentence):
+    with pytest.raises(SystemExit) as stopped:
+        study.main([*words, "--out", str(toy)])
+    assert stopped.value.code == 2 and sentence in capfd.readouterr().err and not toy.exists()
+
+
+def test_torchrun_is_for_the_runs(toy, monkeypatch, capfd):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit) as stopped:
+        study.main([])
+    assert stopped.value.code == 2 and "--processes" in capfd.readouterr().err
+
+
+# ============ the real thing ============
+
+
+@pytest.mark.parametrize("recipe", study.GRIDS)
+def test_default_grids_are_commands_that_parse(recipe, tmp_path, capfd):
+    pretext = importlib.import_module("pretext")
+    pretext.main(["--study", "--dry-run", "--out", str(tmp_path / "out"), *(["--data", recipe] if recipe != "shapes" else [])])
+    commands = [line.split()[2:] for line in capfd.readouterr().out.splitlines()]
+    archs, widths, _ = study.GRIDS[recipe]
+    assert len(commands) == len(study.TASKS) * len(archs) * len(widths) and not (tmp_path / "out").exists()
+    settings = [pretext.parse_args(words) for words in commands]
+    assert {(a.task, a.recipe) for a in settings} == {(task, recipe) for task in study.TASKS}
+    assert len({(a.task, a.arch) for a in settings}) == len(commands) and len({a.data for a in settings}) == 1
+    assert all(re.fullmatch(r".*/seed0/\w+-[\w.]+", a.out) for a in settings)
+    assert statistics.mean("linear" in a.probes for a in settings) == 1
+
+
+def test_help_says_what_is_run(capfd):
+    with pytest.raises(SystemExit):
+        study.main(["--help"])
+    assert "shapes: --archs revnet14" in capfd.readouterr().out
