@@ -51,12 +51,12 @@ BY_FILE = {  # name: (class, arguments of the training split, of the test split)
     "cars": (datasets.StanfordCars, {"split": "train"}, {"split": "test"}),
     "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
 }
-NAMES = ["shapes", "shapes-hard", "shapes-upright", *IN_MEMORY, *BY_FILE]
+NAMES = ["shapes", "shapes-hard", "shapes-natural", *IN_MEMORY, *BY_FILE]
 
 
 def recipe_for(name):
     """The name of the recipe whose numbers fit a set: its own, or that of the set most like it."""
-    alike = {"shapes-hard": "shapes", "shapes-upright": "shapes", "cifar100": "cifar10", "svhn": "cifar10"}.get(name, name)
+    alike = {"shapes-hard": "shapes", "shapes-natural": "shapes", "cifar100": "cifar10", "svhn": "cifar10"}.get(name, name)
     return alike if alike in ("shapes", "cifar10") else "imagenet"
 
 
@@ -235,7 +235,7 @@ def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0,
 def _load(name, root, split, device, limit, seed, memory):
     if name.startswith("shapes") and name in NAMES:
         n, list_seed = (2_000, 1) if split == "test" else (10_000, 0)
-        images, labels, masks = shapes.draw_shapes(n, 32, list_seed, name == "shapes-hard", name == "shapes-upright")
+        images, labels, masks = shapes.draw_shapes(n, 32, list_seed, name == "shapes-hard", name == "shapes-natural")
         return subset(Images(name, images.to(device), labels, shapes.CLASSES, masks), limit, seed)
     own = Path(root, name)
     if name in NAMES and (own / "train").is_dir():

@@ -33,7 +33,7 @@ asks matters as much as which question.
     small images           -                           -                           recipes and geometry below
     precision              -                           fp32, bf16 on TPU           bf16 autocast; losses in fp32
 
-    python pretext.py                                                        rotation on drawn, upright shapes
+    python pretext.py                                                        rotation, on drawn shapes that stand upright
     python pretext.py --task jigsaw --data shapes                            and exemplar, relative, colorization
     python pretext.py --task rotation --data DIR --arch revnet50_k4          any folder, any backbone (backbones.py)
     torchrun --standalone --nproc_per_node=8 pretext.py --task rotation --data imagenet --root DIR
@@ -118,8 +118,8 @@ def parse_args(argv=None):
     first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--task", default="rotation")
     known = first.parse_known_args(argv)[0]
-    # The objects of `shapes` are turned at will, so that it has no answer to rotation's question.
-    dataset = known.data or ("shapes-upright" if known.task == "rotation" else "shapes")
+    # The objects of `shapes` are turned and coloured at will, which leaves some questions without an answer.
+    dataset = known.data or ("shapes-natural" if known.task in ("rotation", "colorization") else "shapes")
     recipe = known.recipe or data.recipe_for(dataset)
 
     p = argparse.ArgumentParser(
@@ -587,8 +587,8 @@ def main(argv=None):
     at = f"{len(train)} images at {views[0]['size']} px"
     say(f"{METHOD} {args.task} on {train.name}: {at}, recipe {args.recipe}, seed {args.seed}")
     say(backbones.describe(model.f, arch, patch or args.size))
-    if args.task == "rotation" and args.data in ("shapes", "shapes-hard"):
-        say(f"warning: the objects of {args.data} are turned at will, which leaves nothing to learn: use --data shapes-upright")
+    if args.task in ("rotation", "colorization") and args.data in ("shapes", "shapes-hard"):
+        say(f"warning: objects of {args.data} are turned and coloured at will, there is no answer: use --data shapes-natural")
     if patch:
         cell = model.task.cell
         say(f"9 cells of {cell} px, in each a patch of {patch} px that moves by up to {cell - patch}; probes at {3 * patch} px")

@@ -61,13 +61,14 @@ def colour(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
     return (v[:, None] * (1 - s[:, None] * (1 - rgb)))[..., None, None]
 
 
-def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, upright: bool = False):
+def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, natural: bool = False):
     """The first `n` images of the endless list `seed`: uint8 [N, 3, H, W], labels int64 [N], masks uint8 [N, H, W] (1:
     object).
 
     A class is an outline with its own surface pattern; all else is drawn alike for every class. The background is soft,
     as a network trained without labels learns first whatever varies most; `hard`: it wears the pattern of a random class.
-    Objects are turned at will; `upright`: by 15 degrees at most, so that there is something to know about rotations.
+    Pose and colour of an object are anything; `natural`: they belong to the class, as those of things in photographs do, up
+    to 15 degrees and a twelfth of the colour wheel, so that there is something to know about rotations and colours.
     """
     # One row of numbers per image: an image depends on the seed and its place in the list, not on n.
     rows = torch.rand(n, 32, generator=torch.Generator().manual_seed(seed))
@@ -80,8 +81,9 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, uprig
         u = lambda low, high: low + (high - low) * next(columns)
 
         # Objects are light with dark marks and the ground lies between: grey pictures keep the outline and the pattern.
-        hue = u(0, 6)
-        light, dark = colour(hue, u(0.3, 0.7), u(0.8, 1)), colour(hue + u(1, 5), u(0.5, 1), u(0.15, 0.35))
+        hue = 0.6 * labels[part] + u(-0.5, 0.5) if natural else u(0, 6)
+        light = colour(hue, u(0.3, 0.7), u(0.8, 1))
+        dark = colour(hue + (u(2.5, 3.5) if natural else u(1, 5)), u(0.5, 1), u(0.15, 0.35))
         ground = colour(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
         other = (ground + torch.stack([u(-0.4, 0.4) for _ in range(3)], 1)[..., None, None]).clamp(0, 1)
 
@@ -97,7 +99,7 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, uprig
             return a[i] + (b[i] - a[i]) * mix
 
         scale = u(0.55, 0.85)
-        x, y = frame(scale, free=1.2 - 0.8 * scale, still=upright)
+        x, y = frame(scale, free=1.2 - 0.8 * scale, still=natural)
         phase = u(0, TURN)
         bx, by = frame(u(0.6, 0.87), free=torch.ones(len(part)))
         canvas = ground + (other - ground) * (0.5 + 0.35 * bx).clamp(0, 1)[:, None]  # a soft slope between two tints

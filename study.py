@@ -1,7 +1,7 @@
 """Which backbone suits which pretext task? The study of "Revisiting Self-Supervised Visual Representation Learning" as one
 command: Kolesnikov, Zhai, Beyer 2019, https://arxiv.org/abs/1901.09005.
 
-    python pretext.py --study                                five tasks, four backbones, two widths, `shapes-upright`
+    python pretext.py --study                                five tasks, four backbones, two widths, `shapes-natural`
     python study.py                                          the same
     python study.py --tasks rotation jigsaw --seeds 0 1 2    a part of it; what is no flag of study.py goes to every run
     python study.py --data cifar10 --jobs 4                  four runs at a time share the GPU, and the CPU's threads
@@ -63,7 +63,8 @@ PAPER = {
 # ============ what is run unless it is said otherwise ============
 
 GRIDS = {  # by recipe: architectures, widths, and flags of every run that differ from the recipe
-    "shapes": (("revnet14", "resnet14v2", "resnet14v1", "vgg11"), (1, 2), {"--epochs": 4}),
+    "shapes": (("revnet14", "resnet14v2", "resnet14v1", "vgg11"), (0.5, 1),
+               {"--epochs": 4, "--limit": 5000, "--batch-size": 32, "--copies": 4, "--eval-every": 0}),
     "cifar10": (("revnet26", "resnet26v2", "resnet26v1", "vgg11"), (1, 2), {}),
     "imagenet": (tuple(TABLE_1), (4, 8), {}),
 }
@@ -109,7 +110,7 @@ def parse_args(argv):
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         common.fail("study.py starts the processes itself: say --processes N, and python instead of torchrun")
     if "--data" not in given:  # one set for all tasks, and one that has an answer to rotation's question
-        flags = ["--data", "shapes-upright", *flags]
+        flags = ["--data", "shapes-natural", *flags]
     args = importlib.import_module("pretext").parse_args(["--task", own.tasks[0], *flags])
     archs, widths, budget = GRIDS[args.recipe]
     own.archs, own.widths = own.archs or archs, own.widths or widths

@@ -353,7 +353,7 @@ def test_accumulated_gradients_equal_those_of_the_batch():
 def pictures(tmp_path_factory):
     """48 training images and 16 test images of 32 px, in two classes."""
     folder = tmp_path_factory.mktemp("pictures")
-    images, _, _ = shapes.draw_shapes(64, upright=True)
+    images, _, _ = shapes.draw_shapes(64, natural=True)
     for i in range(64):
         path = folder / ("train" if i < 48 else "test") / f"class{i % 2}" / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -448,8 +448,8 @@ def test_the_test_accuracy_is_that_of_the_last_weights_and_always_the_same(finis
     assert numbers[0] == numbers[1] == pytest.approx(told, abs=1e-4)
 
 
-def test_upright_shapes_stand_and_others_do_not():
-    (_, y, up), (_, labels, turned) = (shapes.draw_shapes(2000, upright=upright) for upright in (True, False))
+def test_natural_shapes_stand_and_have_their_colours():
+    (natural, y, up), (plain, labels, turned) = (shapes.draw_shapes(2000, natural=natural) for natural in (True, False))
     assert torch.equal(y, labels)
 
     def pointing_up(masks):
@@ -460,6 +460,14 @@ def test_upright_shapes_stand_and_others_do_not():
         return ((rows @ row) / rows.sum(1) > middle).float().mean().item()
 
     assert pointing_up(up) > 0.95 and 0.3 < pointing_up(turned) < 0.7
+
+    def told_by_colour(images, masks):
+        """The share of objects whose class has the nearest mean colour."""
+        colour = (images * masks[:, None]).float().sum((2, 3)) / masks.sum((1, 2))[:, None]
+        means = torch.stack([colour[:1000][y[:1000] == k].mean(0) for k in range(10)])
+        return (torch.cdist(colour[1000:], means).argmin(1) == y[1000:]).float().mean().item()
+
+    assert told_by_colour(natural, up) > 0.4 > 0.25 > told_by_colour(plain, turned)
 
 
 # ============ bad input ============
@@ -488,5 +496,5 @@ def test_bad_input(words, sentence, pictures, tmp_path, monkeypatch, capsys):
 def test_rotation_of_turned_shapes_is_warned_of(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(common, "catch_signals", list)
     pretext.main([*TINY, "--data", "shapes", "--dry-run", "--out", str(tmp_path / "run")])
-    assert "use --data shapes-upright" in capsys.readouterr().out
-    assert pretext.parse_args([]).data == "shapes-upright" and pretext.parse_args(["--task", "jigsaw"]).data == "shapes"
+    assert "use --data shapes-natural" in capsys.readouterr().out
+    assert pretext.parse_args([]).data == "shapes-natural" and pretext.parse_args(["--task", "jigsaw"]).data == "shapes"

@@ -306,7 +306,7 @@ def test_runs_and_then_skips_what_is_finished(toy, capfd):
     path = toy / "seed2" / "rotation-vgg11_k1"
     about = json.loads((toy / "seed2" / "rotation-vgg11_k1.json").read_text())
     assert about["command"].startswith("python pretext.py --task rotation --arch vgg11_k1 ") and about["seconds"] > 0
-    assert about["command"].endswith(f"--epochs 3 --seed 2 --out {path}") and "--data shapes-upright" in about["command"]
+    assert about["command"].endswith(f"--epochs 3 --seed 2 --out {path}") and "--data shapes-natural" in about["command"]
     assert about["command"].count("--epochs") == 1
     assert lines(toy / "seed2" / "rotation-vgg11_k1.log") == [about["command"], "the recipe"]
 
@@ -413,7 +413,7 @@ def test_a_figure_that_the_run_left_out_is_made_up_for(toy, capfd):
     study.main([*command, "--figure", "mlp", "--limit", "8"])
     path = toy / "seed0/rotation-vgg11_k1"
     measured = (path / "measured").read_text()
-    assert measured == "--data shapes-upright --probe mlp --root datasets --limit 8 --workers 0 --seed 0"
+    assert measured == "--data shapes-natural --probe mlp --root datasets --limit 8 --workers 0 --seed 0"
     assert "mlp 55.0" in capfd.readouterr().out
     study.main([*command, "--figure", "mlp", "--limit", "8"])
     assert len(lines(path / "starts")) == 2
