@@ -30,7 +30,7 @@ def parse_args(argv=None):
     for name, default in dict(task="rotation", data="shapes", root="datasets", device=None, recipe="shapes", arch="net",
                               out=None, fail=None, refuse=None, wait=None).items():
         p.add_argument(f"--{name}", default=default)
-    for name in ("limit", "workers", "seed", "epochs"):
+    for name in ("limit", "workers", "seed", "epochs", "batch-size", "copies", "eval-every"):
         p.add_argument(f"--{name}", type=int, default=0)
     p.add_argument("--seconds", type=float, default=0)
     p.add_argument("--probes", nargs="*", default=["knn", "linear"])
