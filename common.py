@@ -26,8 +26,9 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 def at_least(least, args, *names):
     for name in names:
-        if getattr(args, name) < least:
-            fail(f"--{name.replace('_', '-')} {getattr(args, name)}: it must be at least {least}")
+        if not least <= (value := getattr(args, name)) < math.inf:
+            finite = "" if math.isfinite(value) else " and finite"
+            fail(f"--{name.replace('_', '-')} {value}: it must be at least {least}{finite}")
 
 
 def keep_freed_memory():

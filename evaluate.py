@@ -338,24 +338,25 @@ def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, 
     """How late should the rate decay? (Kolesnikov et al. 2019, Figure 8) Softmax regression by SGD on features as they are:
     momentum 0.9, no weight decay, lr 0.1 * batch / 256, x 0.1 after D and D + 20 epochs of D + 40. Returns {D: test top-1
     in per cent after each epoch}. Until its first decay every D trains alike: one run at the full rate serves all."""
-    x, test_x = (F.pad(f, (0, 1), value=1.0) for f in (x, test_x))  # the last column's weight is the bias
     batch_size = min(batch_size, len(x))
     steps, lr, columns = len(x) // batch_size, 0.1 * batch_size / 256, torch.arange(batch_size, device=x.device)
 
     def train(w, v, first, last, lr):
-        """Epochs `first` to `last`, not included, of weights and momentum [C, d + 1], in place: top-1 after each."""
+        """Epochs `first` to `last`, not included, of weights and momentum [C, 1 + d], in place: top-1 after each. The first
+        column is the bias: a column of ones in the features would need a copy of them all."""
         curve = []
         for epoch in tqdm(range(first, last), f"lr {lr:g}", unit="epoch", leave=False, disable=None):
             order = torch.randperm(len(x), generator=data.generator(seed, "late decays", epoch))
             for rows in order[: steps * batch_size].to(x.device).view(steps, batch_size):
                 xb = x.index_select(0, rows)
-                p = (w @ xb.T).softmax(0)  # [C, b]
+                p = (w[:, 1:] @ xb.T).add_(w[:, :1]).softmax(0)  # [C, b]
                 p[y[rows], columns] -= 1  # the gradient of the cross-entropy, as in `fit_sgd`
-                w.sub_(v.mul_(0.9).add_(p @ xb, alpha=1 / batch_size), alpha=lr)
-            curve.append(accuracy(test_x @ w.T, test_y)[0])
+                gradient = torch.cat([p.sum(1, keepdim=True), p @ xb], 1)
+                w.sub_(v.mul_(0.9).add_(gradient, alpha=1 / batch_size), alpha=lr)
+            curve.append(accuracy(test_x @ w[:, 1:].T + w[:, 0], test_y)[0])
         return curve
 
-    w = torch.zeros(int(max(y.max(), test_y.max())) + 1, x.shape[1], device=x.device)
+    w = torch.zeros(int(max(y.max(), test_y.max())) + 1, 1 + x.shape[1], device=x.device)
     v, start, full, curves = torch.zeros_like(w), 0, [], {}
     for d in sorted(set(decay_at)):
         full += train(w, v, start, d, lr)

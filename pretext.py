@@ -16,25 +16,30 @@ asks matters as much as which question.
 
     differences            paper                       official code               here
     rotation: crop         random                      inception, random resizing  inception, bilinear (ImageNet); recipes below
+    colour: brightness     -                           is added                    is multiplied, as torchvision's
+    exemplar: grey         -                           before the distortions      after them, for all copies or none
     exemplar: unit length  of each embedding           across the batch            of each embedding: a triplet compares images
     exemplar: evaluated    -                           not standardised            standardised, as it was trained
     exemplar: triplets     of the batch                of one device's images      anchors of one process, candidates of all
     patches: grey          each for itself, p = 2/3    whole image, p = 0.66       each for itself, p = 2/3 (--colour)
-    patches: short cuts    grey, standardised          the same, not closed by it  the same; --colour drop closes them
-    patches: head          -                           L2 on it five times, 5e-4   the trunk's; BatchNorm momentum 0.1, not 0.003
+    patches: short cuts    grey and standardising      the same                    the same, not enough: --colour drop closes them
+    patches: head          -                           5e-4 of L2, 5 x the trunk's the trunk's decay
     jigsaw: permutations   100, largest Hamming        a file of 100               made, greedy, from the identity: mean 8.08
     jigsaw: orders a step  -                           8, the same for all images  the same
-    jigsaw: test           -                           central patches, all 100    as in training, on test images
-    colorization           5 nearest bins              10, of a file               5; bins from the gamut of sRGB: 313
-      prior                ImageNet's                  of a file                   of 2,000 training images, smoothed, sigma 5
-    initial weights        -                           Glorot, eps 1e-3            He (fan-out), torch's BatchNorm
+    pretext accuracy       of validation images        central patches, all orders the views of training, of test images
+    colorization (Zhang)   5 nearest bins              10 of 313 in a file         5; bins from the gamut of sRGB: 313
+      prior                ImageNet's                  in a file                   of 2,000 training images, smoothed, sigma 5
+      optimiser            Adam                        Adam, L2 1e-3, crop 176     AdamW, crop of --size
+      network              VGG-like                    the same, dilated           any backbone here but a VGG; a deconvolution
+    initial weights        -                           Glorot                      He (fan-out)
+    BatchNorm              -                           momentum 0.01, eps 1e-3     torch's: 0.1, 1e-5
     weight decay           L2, convolutions            not the RevNet's root       all weights of 2 or more dimensions
-    linear probe           L-BFGS; SGD for 520 epochs  with augmentation           frozen features (evaluate.py has both)
+    linear probe           L-BFGS; SGD for 520 epochs  SGD, random crops           both, on features of plain images (evaluate.py)
     small images           -                           -                           recipes and geometry below
-    precision              -                           fp32, bf16 on TPU           bf16 autocast; losses in fp32
+    precision              -                           -                           bf16 autocast; losses in fp32
 
     python pretext.py                                                        rotation, on drawn shapes that stand upright
-    python pretext.py --task jigsaw --data shapes                            and exemplar, relative, colorization
+    python pretext.py --task jigsaw                                          or exemplar, relative, colorization
     python pretext.py --task rotation --data DIR --arch revnet50_k4          any folder, any backbone (backbones.py)
     torchrun --standalone --nproc_per_node=8 pretext.py --task rotation --data imagenet --root DIR
     python pretext.py --study                                                which backbone suits which task (study.py)
@@ -91,21 +96,20 @@ RECIPES = {
         views=[INCEPTION],
     ),
 }  # fmt: skip
-# What a task changes of them. Patches: cut from a crop at a random place that keeps the scale, 255 px of 292 in the code.
-SOME = {"arch": "resnet50v1_k8", "batch_size": 128, "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)]}
-MOST = {"views": [dict(scale=((30 / 32) ** 2,) * 2, ratio=None, **HALF)]}
+# What a task changes of them. Patches are cut from a crop that keeps the scale, at a random place: 255 px of 292 in the code,
+# which does not flip; 30 of 32 of the side where images are small.
+LARGE = {"arch": "resnet50v1_k8", "batch_size": 128, "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)]}
+SMALL = {"views": [dict(scale=((30 / 32) ** 2,) * 2, ratio=None, **HALF)]}
+V1 = {"arch": "resnet50v1_k4"}
 BY_TASK = {
-    "shapes": {
-        "exemplar": {"epochs": 6}, "jigsaw": MOST, "relative": MOST,
-        "colorization": {"views": [dict(scale=(0.6, 1.0), **HALF)]},
-    },
-    "cifar10": {"exemplar": {"arch": "resnet50v1_k4"}, "jigsaw": MOST | {"arch": "resnet50v1_k4"},
-                "relative": MOST | {"arch": "resnet50v1_k4"}, "colorization": {"arch": "resnet50v1_k4"}},
+    "shapes": {"exemplar": {"epochs": 6}, "jigsaw": SMALL, "relative": SMALL,
+               "colorization": {"views": [dict(scale=(0.6, 1.0), **HALF)]}},
+    "cifar10": {"exemplar": V1, "jigsaw": SMALL | V1, "relative": SMALL | V1, "colorization": V1 | {"head": 256}},
     "imagenet": {
-        "exemplar": {"arch": "resnet50v1_k12"}, "jigsaw": SOME, "relative": SOME,
-        # Zhang et al.: Adam, 3e-5 for a batch of 40, 563,000 updates, a tenth after 225,000 and 500,000 (code, solver.prototxt).
-        "colorization": {"arch": "resnet50v1_k4", "batch_size": 40, "optimizer": "adamw", "lr": 1.92e-4, "weight_decay": 1e-3,
-                         "epochs": 18, "warmup_epochs": 0, "drop_at": [0.4, 0.89], "views": [dict(scale=(0.4, 1.0), **HALF)]},
+        "exemplar": {"arch": "resnet50v1_k12"}, "jigsaw": LARGE, "relative": LARGE,
+        # Zhang et al.: Adam, 3e-5 for a batch of 40, 500,000 updates, a tenth after 225,000 each (code, solver.prototxt).
+        "colorization": V1 | {"batch_size": 40, "optimizer": "adamw", "lr": 1.92e-4, "weight_decay": 1e-3, "epochs": 16,
+                              "warmup_epochs": 0, "drop_at": [0.45, 0.9], "head": 256, "views": [dict(scale=(0.4, 1.0), **HALF)]},
     },
 }  # fmt: skip
 SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study")
@@ -170,15 +174,23 @@ def parse_args(argv=None):
     p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK[recipe].get(known.task, {})).items() if k != "views"})
     p.set_defaults(task=known.task if known.task in TASKS else "rotation")
     args = p.parse_args(argv)
-    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "embedding", "head", "permutations")
+    common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every", "embedding", "head")
+    common.at_least(8, args, "size")
     common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "margin")
-    common.at_least(2, args, "copies")
-    if args.permutations > math.factorial(9):
-        common.fail(f"--permutations {args.permutations}: nine patches have {math.factorial(9)}")
+    common.at_least(2, args, "copies", "permutations")
+    if args.permutations > 10_000:
+        common.fail(f"--permutations {args.permutations}: at most 10000, each of which takes a pass over all {math.factorial(9)}")
     if not all(0 < at < 1 for at in args.drop_at):
         common.fail(f"--drop-at {' '.join(f'{at:g}' for at in args.drop_at)}: shares of the run are between 0 and 1")
-    if args.task == "colorization" and args.size % 8:
-        common.fail(f"--size {args.size}: for colorization it must be a multiple of 8")
+    if args.task == "colorization":
+        if args.size % 8:
+            common.fail(f"--size {args.size}: for colorization it must be a multiple of 8")
+        if not trunk_name(args).endswith("_s8"):
+            common.fail(f"--arch {args.arch}: colorization needs a total stride of 8, _s8 or none said")
+        if re.match(r"vgg\d+_k", args.arch):
+            common.fail(f"--arch {args.arch}: colorization trains up to the last map, and its fc6 and fc7 would stay at random")
+        if args.compile:
+            common.fail("--compile: colorization reads the trunk's maps, which are not what is compiled")
     if args.task in PATCHES:
         geometry(args.size)
     args.out = args.out or f"runs/{METHOD}-{args.task}-{Path(args.data).resolve().name}"
@@ -193,8 +205,8 @@ def views_of(args):
 
 # ============ what the tasks share ============
 # A task is a module with: draw(n, g), the random numbers for n images, on the CPU (each with n rows or, for all images alike,
-# one); inputs(views, *drawn), what the trunk f sees, image by image; forward(f, views, *drawn) -> (loss, accuracy); `chance`,
-# its loss and accuracy (%) before anything is learned; `sees`, what evaluate.py must show f later (Trunk there).
+# one); inputs(views, *drawn), what the trunk f sees, image by image; forward(f, views, *drawn) -> (loss, accuracy); chance(n),
+# both (accuracy in %) before anything is learned, of n images at a time; `sees`, what evaluate.py must show f later (Trunk).
 
 
 def classify(logits, labels):
@@ -211,8 +223,11 @@ class Rotation(nn.Module):
 
     def __init__(self, f, args):
         super().__init__()
-        self.chance, self.sees = (math.log(4), 25.0), {}
+        self.sees = {}
         self.head = nn.Linear(f.dim, 4)
+
+    def chance(self, n):
+        return math.log(4), 25.0
 
     def draw(self, n, g):
         return ()
@@ -228,23 +243,23 @@ class Rotation(nn.Module):
 # ============ exemplar ============
 
 
-def semi_hard(d, own, copy, margin):
+def semi_hard(d, own, copies, margin):
     """Triplet loss with semi-hard negatives (Schroff et al. 2015), of squared distances d [A, N] between A anchors and N
-    candidates; own [A, N]: candidate is of the anchor's image; copy [A, N]: and is not the anchor itself.
+    candidates; own [A, N]: whether a candidate is of the anchor's image; copies [A, k]: which are, the anchor left out.
 
     For every pair of copies (a, p) the negative is the nearest that is farther than p, or the farthest where none is. Mean
-    over all pairs of max(0, margin + d_ap - d_an). Every anchor has the same number of copies.
+    over all pairs of max(0, margin + d_ap - d_an).
     """
-    ap = d[copy].view(len(d), -1)  # [A, k]
-    others = d.masked_fill(own, math.inf)
-    beyond = others[:, None].masked_fill(others[:, None] <= ap.detach()[:, :, None], math.inf).amin(2)  # [A, k]
+    ap = d.gather(1, copies)  # [A, k]
+    others = d.masked_fill(own, math.inf)[:, None]
+    beyond = others.masked_fill(others <= ap.detach()[:, :, None], math.inf).amin(2)  # [A, k]
     farthest = d.masked_fill(own, -math.inf).amax(1, keepdim=True)
     an = torch.where(beyond.isinf(), farthest, beyond)
     return (margin + ap - an).clamp(min=0).mean()
 
 
 class Exemplar(nn.Module):
-    """Which of the others are copies of this image? `accuracy`: of images whose nearest other copy is their own.
+    """Which of the others are copies of this image? `accuracy`: share of copies whose nearest other is of the same image.
 
     The copies of an image are all grey or all coloured (p = 0.66), and standardised. The paper's code normalises embeddings
     across the batch, not each for itself, so that squared distances, and with them the margin, depend on the batch; here each
@@ -255,8 +270,10 @@ class Exemplar(nn.Module):
         super().__init__()
         self.margin, self.copies, self.sees = args.margin, args.copies, {"standardise": True}
         self.head = nn.Linear(f.dim, args.embedding)
-        # Unrelated or equal vectors: the nearest negative beyond p is no farther than p.
-        self.chance = (args.margin, 100 * (args.copies - 1) / (args.batch_size // args.accumulate * args.copies - 1))
+
+    def chance(self, n):
+        # Of equal vectors the negative is as far as p, and of unrelated ones the nearest beyond p hardly farther.
+        return self.margin, 100 * (self.copies - 1) / (n * self.copies - 1)
 
     def draw(self, n, g):
         return (torch.rand(n, generator=g) < 0.66,)
@@ -274,19 +291,25 @@ class Exemplar(nn.Module):
             if dist.is_initialized():  # gradients flow back to the process that made a candidate
                 rank, every = dist.get_rank(), torch.cat(dist_nn.all_gather(z))
             row = torch.arange(len(every), device=z.device)
-            mine = row[rank * len(z) : (rank + 1) * len(z)]
-            own = mine[:, None] // self.copies == row // self.copies  # [A, N]
-            self_ = mine[:, None] == row
+            mine = row[rank * len(z) : (rank + 1) * len(z), None]
+            own = mine // self.copies == row // self.copies  # [A, N]
+            place, other = mine % self.copies, row[: self.copies - 1]
+            copies = mine - place + other + (other >= place)  # [A, copies - 1]
             d = 2 - 2 * z @ every.T
-            nearest = d.detach().masked_fill(self_, math.inf).argmin(1, keepdim=True)
-            return semi_hard(d, own, own & ~self_, self.margin), own.gather(1, nearest).float().mean()
+            nearest = d.detach().masked_fill(mine == row, math.inf).argmin(1, keepdim=True)
+            return semi_hard(d, own, copies, self.margin), own.gather(1, nearest).float().mean()
 
 
 # ============ patches: jigsaw and relative patch location ============
 
 PATCHES = ("jigsaw", "relative")
-GREY, COLOURED = 3, 4  # what may become of a patch's colours; 0, 1, 2: one channel in the place of all (Doersch et al.)
-MIX = torch.stack([*(torch.eye(3)[[c] * 3] for c in range(3)), torch.full((3, 3), 1 / 3), torch.eye(3)])  # [5, 3, 3]
+GREY, COLOURED = 3, 4  # what becomes of a patch's colours; 0, 1, 2: one channel in the place of all (Doersch et al.)
+
+
+def mixes(device):
+    """The five as matrices, [5, 3, 3]; made where they are needed, so that no step waits for a copy."""
+    one = torch.eye(3, device=device)
+    return torch.stack([*(row.expand(3, 3) for row in one), torch.full_like(one, 1 / 3), one])
 
 
 def geometry(size):
@@ -316,8 +339,8 @@ def draw_patches(n, cell, patch, colour, g):
 def cut(x, where, mix, cell, patch):
     """Nine patches of each image, row by row: x [B, 3, 3 cell, 3 cell] -> [B * 9, 3, patch, patch], standardised.
 
-    Gaps and jitter keep edges from running on from patch to patch. Grey and standardisation hide chromatic aberration, by which
-    a network would see where in a photograph a patch lies without knowing what is on it: in part, as a third stays coloured and
+    Gaps and jitter keep edges from running on from patch to patch. By chromatic aberration a network would see where in a
+    photograph a patch lies without knowing what is on it. Grey and standardising hide it in part: a third stays coloured, and
     the mean of displaced channels is a little blurred. One channel alone hides it wholly (tests/test_pretext.py).
     """
     b, corner = len(x), where + cell * torch.cartesian_prod(*2 * [torch.arange(3, device=x.device)])  # [B, 9, 2]
@@ -325,7 +348,7 @@ def cut(x, where, mix, cell, patch):
     image = torch.arange(b, device=x.device)[:, None]
     patches = windows[image, :, corner[..., 0], corner[..., 1]]  # [B, 9, 3, patch, patch]
     with torch.autocast(x.device.type, enabled=False):
-        patches = MIX.to(x)[mix] @ patches.flatten(3)
+        patches = mixes(x.device)[mix] @ patches.flatten(3)
     return data.standardise(patches.view(b * 9, 3, patch, patch))
 
 
@@ -337,7 +360,7 @@ def answer(width, hidden, classes):
     return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, classes))
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def permutations(n):
     """n orders of nine patches, [n, 9], as far from each other as can be: beginning with the identity, again and again the
     one with the largest mean Hamming distance to those chosen, the first of several."""
@@ -361,7 +384,9 @@ class Jigsaw(nn.Module):
         self.register_buffer("permutations", permutations(args.permutations))
         self.embed = nn.Linear(f.dim, args.embedding)
         self.head = answer(9 * args.embedding, args.head, args.permutations)
-        self.chance = (math.log(args.permutations), 100 / args.permutations)
+
+    def chance(self, n):
+        return math.log(len(self.permutations)), 100 / len(self.permutations)
 
     def draw(self, n, g):
         picks = torch.randperm(len(self.permutations), generator=g)[None, :8]
@@ -381,11 +406,13 @@ class Relative(nn.Module):
 
     def __init__(self, f, args):
         super().__init__()
-        self.chance = (math.log(8), 12.5)
         self.cell, self.patch, _ = geometry(args.size)
         self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
         self.embed = nn.Linear(f.dim, args.embedding)
         self.head = answer(2 * args.embedding, args.head, 8)
+
+    def chance(self, n):
+        return math.log(8), 12.5
 
     def draw(self, n, g):
         return draw_patches(n, self.cell, self.patch, self.colour, g)
@@ -395,7 +422,7 @@ class Relative(nn.Module):
 
     def forward(self, f, views, where, mix):
         z = self.embed(f(self.inputs(views, where, mix))).unflatten(0, (-1, 9))  # [B, 9, E]
-        around, middle = z[:, [0, 1, 2, 3, 5, 6, 7, 8]], z[:, 4:5].expand(-1, 8, -1)
+        around, middle = torch.cat([z[:, :4], z[:, 5:]], 1), z[:, 4:5].expand(-1, 8, -1)
         pairs = torch.cat([around, middle], 2)  # [B, 8, 2 E]
         return classify(self.head(pairs.flatten(0, 1)), torch.arange(8, device=z.device).repeat(len(z)))
 
@@ -452,7 +479,10 @@ class Colorization(nn.Module):
             nn.ConvTranspose2d(f.channels, args.head, 4, 2, 1, bias=False), nn.BatchNorm2d(args.head),
             nn.ReLU(inplace=True), nn.Conv2d(args.head, len(bins), 1),
         )  # fmt: skip
-        self.chance = (math.log(len(bins)), 100 * (prior * self.w).max().item())  # by always naming one bin
+        self.commonest = 100 * (prior * self.w).max().item()
+
+    def chance(self, n):
+        return math.log(len(self.bins)), self.commonest  # by always naming one bin
 
     def draw(self, n, g):
         return ()
@@ -496,6 +526,13 @@ class Pretext(nn.Module):
         return loss
 
 
+def drawn(task, n, rank, world, device, *key):
+    """The task's random numbers for n images of this process: its rows of those for the batch of all."""
+    whole = task.draw(world * n, data.generator(*key))
+    mine = slice(rank * n, (rank + 1) * n)
+    return [(t[mine] if len(t) == world * n else t).to(device, non_blocking=True) for t in whole]
+
+
 @torch.inference_mode()
 def pretext_accuracy(model, loader, draw, device, amp):
     """Accuracy in per cent in eval mode, on the first pass of a loader over test images. Every process must call it."""
@@ -503,7 +540,7 @@ def pretext_accuracy(model, loader, draw, device, amp):
     with evaluate.in_eval(model):
         for step, (_, xs) in enumerate(loader.epoch(0)):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                model(xs, *draw("test", step))
+                model(xs, *draw(loader.batch_size, "test", step))
             found.append(model.figures["accuracy"])
     mean = torch.stack(found).mean()
     if dist.is_initialized():
@@ -512,15 +549,16 @@ def pretext_accuracy(model, loader, draw, device, amp):
     return mean.item()
 
 
-def picture(x, images, n=8):
+def picture(x, images, standardised, n=8):
     """What the trunk sees of the first n images, one a row: float [3, H, W] in [0, 1]."""
     each = len(x) // images
-    x = x[: n * each].float() / 3 + 0.5  # standardised pixels have a standard deviation of 1
+    x = x[: n * each].float() / (4 if standardised else 2) + 0.5  # +- two standard deviations, or [-1, 1]
     x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[-1]), mode="nearest")
     return make_grid(x.clamp(0, 1).cpu(), nrow=each, padding=2, pad_value=1)
 
 
 def rate_at(step, total, lr, warmup, drop_at):
+    """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
     if not drop_at or step < warmup:
         return common.cosine(step, total, lr, 0.0, warmup)
     return lr * 0.1 ** sum(step >= at * total for at in drop_at)
@@ -549,13 +587,15 @@ def main(argv=None):
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     asked = evaluate.first(test, 2000)  # whose pretext accuracy is measured
     few = min(per_pass, len(asked) // world)
-    asked = data.Loader(asked, views, max(1, few), args.seed, rank, world, args.workers, device)
+    asked = data.Loader(asked, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
     arch, patch = trunk_name(args), geometry(args.size)[1] if args.task in PATCHES else 0
     f = backbones.build(arch, patch or args.size)
     prior = [ab_prior(train, args.size, ab_bins(), device, args.workers)] if args.task == "colorization" else []
+    if prior and prior[0].max() == 1:
+        common.fail(f"--task colorization: the images of {train.name} have no colours")
     model = Pretext(f, TASKS[args.task](f, args, *prior)).to(device, memory_format=torch.channels_last)
     preprocess = {"mean": HALF["mean"], "std": HALF["std"], "size": 3 * patch or args.size, "interpolation": "bilinear"}
     preprocess |= {"sees": model.task.sees} if model.task.sees else {}
@@ -575,14 +615,8 @@ def main(argv=None):
     warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
 
     # ============ recipe ============
-    def drawn(*key, n=per_pass):
-        """The task's random numbers for a batch of all processes, of which each takes its rows."""
-        rows = slice(rank * n, (rank + 1) * n)
-        whole = model.task.draw(world * n, data.generator(args.seed, args.task, *key))
-        return [(t[rows] if len(t) == world * n else t).to(device, non_blocking=True) for t in whole]
-
-    on_test = functools.partial(drawn, n=asked.batch_size)
-    rest = lambda n: drawn("time", n=n)
+    draw = lambda n, *key: drawn(model.task, n, rank, world, device, args.seed, args.task, *key)
+    rest = lambda n: draw(n, "time")
     minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
     at = f"{len(train)} images at {views[0]['size']} px"
     say(f"{METHOD} {args.task} on {train.name}: {at}, recipe {args.recipe}, seed {args.seed}")
@@ -598,7 +632,7 @@ def main(argv=None):
     drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
     say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, {drops}")
     say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
-    loss, accuracy = model.task.chance
+    loss, accuracy = model.task.chance(world * per_pass)
     say(f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %; about {minutes:.1f} min plus data and probes")
     if args.dry_run:
         return
@@ -637,7 +671,7 @@ def main(argv=None):
     def probe():
         numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
         if few > 1:
-            numbers["pretext_accuracy"] = pretext_accuracy(model, asked, on_test, device, args.amp)
+            numbers["pretext_accuracy"] = pretext_accuracy(model, asked, draw, device, args.amp)
         log.record("eval", step, epoch=step // steps, **numbers)
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
         return numbers.get("pretext_accuracy")
@@ -655,10 +689,11 @@ def main(argv=None):
                 group["lr"] = lr_now
             for micro in range(1, args.accumulate + 1):
                 _, xs = next(batches)
-                numbers = drawn(step, micro)
+                numbers = draw(per_pass, step, micro)
                 if step == 0 and micro == 1:
-                    log.image("views", picture(model.task.inputs(xs, *numbers), per_pass))
-                # Dropout draws from torch's own generator.
+                    seen = model.task.inputs(xs, *numbers)
+                    log.image("views", picture(seen, per_pass, "standardise" in model.task.sees))
+                # Dropout draws from torch's own generator, which no checkpoint holds: a key for each pass instead.
                 torch.manual_seed(data.generator(args.seed, "dropout", step, micro, rank).initial_seed())
                 # Gradients are exchanged between processes once an update.
                 with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
@@ -682,7 +717,7 @@ def main(argv=None):
     accuracy = probe()
     result = evaluate.finish(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
     if rank == 0 and accuracy is not None:
-        pretext = {"accuracy": accuracy, "chance": model.task.chance[1]}
+        pretext = {"accuracy": accuracy, "chance": model.task.chance(world * few)[1]}
         evaluate.write_json(log.out, args.data, {"pretext": pretext})
         result += f" pretext accuracy {accuracy:.1f} (chance {pretext['chance']:.3g})"
     checkpoint(result)
