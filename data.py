@@ -680,9 +680,9 @@ class Loader:
         self.steps = len(data) // (batch_size * world)
         self.bad = set()
         if isinstance(data, Files):
-            self.keys = []  # batches of (epoch, index), read by the DataLoader when an epoch begins
+            self.batches = _Batches()
             self.loader = DataLoader(
-                Crops(data, views, seed, alpha), batch_sampler=_Reread(self), collate_fn=Crops.collate, num_workers=workers,
+                Crops(data, views, seed, alpha), batch_sampler=self.batches, collate_fn=Crops.collate, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
             )  # fmt: skip
         else:
@@ -707,7 +707,7 @@ class Loader:
         if isinstance(self.data, Images):
             yield from ((index, None) for index in order[start:].to(self.device))
             return
-        self.keys = [[(epoch, i) for i in batch] for batch in order[start:].tolist()]
+        self.batches.keys = [[(epoch, i) for i in batch] for batch in order[start:].tolist()]
         for index, crops, bad in self.loader:
             self.report(bad)
             crops = [c.to(self.device, non_blocking=True).float().div_(255) for c in crops]
@@ -736,17 +736,18 @@ def outlive_signals(_):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-class _Reread:
-    """A batch sampler that hands out whatever keys its loader holds now, so that workers can live for all epochs."""
+class _Batches:
+    """A batch sampler that hands out whatever `keys` it holds when an epoch begins, batches of (epoch, index), so that workers
+    can live for all epochs. It knows no Loader: in a circle of references workers would outlive it, until Python kills them."""
 
-    def __init__(self, loader):
-        self.loader = loader
+    def __init__(self):
+        self.keys = []
 
     def __iter__(self):
-        return iter(self.loader.keys)
+        return iter(self.keys)
 
     def __len__(self):
-        return len(self.loader.keys)
+        return len(self.keys)
 
 
 class Crops(Dataset):
