@@ -275,7 +275,7 @@ def first_rank_first(make, name, root):
             torch.distributed.barrier()
             return make() if made is None else made
         return make()
-    except (RuntimeError, OSError) as error:
+    except (RuntimeError, OSError, ImportError) as error:  # torchvision reads the annotations of some sets with scipy
         reason = str(error).splitlines()[0]
         fail(
             f"{name} is not in {root} and could not be fetched ({reason}); a folder of images {root}/{name}/train will do"
