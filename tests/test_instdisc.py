@@ -509,7 +509,7 @@ def test_masks_that_do_not_match_are_named(folder, refused):
         (["--negatives", "0"], "--negatives"),
         (["--temperature", "0"], "--temperature"),
         (["--temperature", "0.01", "--loss", "nce"], "above 0.02"),
-        (["--copy-paste", "nan"], "at most 1"),
+        (["--copy-paste", "nan"], "at least 0 and finite"),
         (["--copy-paste", "1.5"], "at most 1"),
         (["--bank-momentum", "-1"], "--bank-momentum"),
         (["--copy-paste", "0.5", "--masks", "nowhere"], "neither rbd, mc, gs or exact, nor a folder"),

@@ -469,6 +469,9 @@ def test_default_grids_are_commands_that_parse(recipe, tmp_path, capfd):
     commands = [line.split()[2:] for line in capfd.readouterr().out.splitlines()]
     archs, widths, _ = study.GRIDS[recipe]
     assert len(commands) == len(study.TASKS) * len(archs) * len(widths) and not (tmp_path / "out").exists()
+    refused = [words for words in commands if "colorization" in words and any(word.startswith("vgg") for word in words)]
+    assert len(refused) == len(widths)  # the only cells that pretext.py refuses; the table has a "-" for them
+    commands = [words for words in commands if words not in refused]
     settings = [pretext.parse_args(words) for words in commands]
     assert {(a.task, a.recipe) for a in settings} == {(task, recipe) for task in study.TASKS}
     assert len({(a.task, a.arch) for a in settings}) == len(commands) and len({a.data for a in settings}) == 1
