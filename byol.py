@@ -134,8 +134,8 @@ def parse_args(argv=None):
         "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
     )
     p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
-    p.add_argument("--lr", type=float, help="base learning rate, multiplied by batch size / 256")
-    p.add_argument("--weight-decay", type=float, help="not on biases and BatchNorm")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
     # BYOL
     p.add_argument(

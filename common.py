@@ -167,9 +167,11 @@ def count(optimizer):
 class LARS(torch.optim.Optimizer):
     """LARS (You et al. 2017, arXiv:1708.03888) in the form of BYOL's code, with the learning rate outside the momentum
     buffer:  u = g + lambda w;  q = eta |w| / |u|;  v <- mu v + q u;  w <- w - lr v.  q = 1 where a norm is 0 and in
-    groups with adapt=False, which is torch's SGD with momentum."""
+    groups with adapt=False, which is torch's SGD with momentum. inside=True, as in SimCLR's code:  v <- mu v + lr q u;
+    w <- w - v, which differs only while the rate changes."""
 
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=1e-3):
+    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=1e-3, inside=False):
+        self.inside = inside
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, adapt=True))
 
     @torch.no_grad()
@@ -185,5 +187,6 @@ class LARS(torch.optim.Optimizer):
                 torch._foreach_mul_(u, list(q.unbind()))
             v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in w]
             torch._foreach_mul_(v, group["momentum"])
-            torch._foreach_add_(v, u)
-            torch._foreach_add_(w, v, alpha=-group["lr"])
+            inner, outer = (group["lr"], 1.0) if self.inside else (1.0, group["lr"])
+            torch._foreach_add_(v, u, alpha=inner)
+            torch._foreach_add_(w, v, alpha=-outer)

@@ -973,9 +973,10 @@ def swap_picture(net, dataset, masks, preprocess, device, rows, seed=0):
 # ============ all of it for one backbone ============
 
 
-def online(backbone, bank, test, preprocess, device, workers=0, amp=False):
+def online(backbone, bank, test, preprocess, device, workers=0, amp=False, head=None):
     """What a training script logs between epochs: 20-NN and 200-NN (weighted, T 0.1) where there are labels, and the
-    label-free health figures. Every process must call it; at most 50,000 bank and 10,000 test images are used."""
+    label-free health figures; with a `head`, the 200-NN of what that makes of the features as well (embedding_knn200).
+    Every process must call it; at most 50,000 bank and 10,000 test images are used."""
     x, y = extract(backbone, first(bank, 50_000), preprocess, device, workers=workers, amp=amp)
     numbers = health(x)
     x, y = labelled(x, y)
@@ -985,6 +986,10 @@ def online(backbone, bank, test, preprocess, device, workers=0, amp=False):
     if len(test_x):
         scores = knn(x, y, test_x, test_y, (20, 200))
         numbers |= {f"knn{k}": weighted for k, (weighted, _) in scores.items()}
+    if head is not None and len(test_x):
+        with in_eval(head), torch.inference_mode():
+            scores = knn(head(x), y, head(test_x), test_y, (200,))
+        numbers |= {f"embedding_knn{k}": weighted for k, (weighted, _) in scores.items()}
     return numbers
 
 

@@ -153,13 +153,15 @@ def equal(a, b):
 
 # ============ a batch in parts ============
 # `build()` gives the model, the same at every call; `batch(n)` what its forward takes for n images, as a tuple. Of that,
-# tensors with n rows (views, also in lists, or the images' places) are cut; others (negatives, say) go whole to every part.
+# tensors with n rows (views, also in lists, or the images' places) are cut; all else (negatives, say) goes whole to every part.
 
 
 def part(x, k, n):
     """The k-th half of what belongs to n images."""
     if torch.is_tensor(x):
         return x[k * n // 2 : (k + 1) * n // 2] if x.ndim and len(x) == n else x
+    if not isinstance(x, (list, tuple)):
+        return x
     return type(x)(part(v, k, n) for v in x)
 
 

@@ -39,6 +39,18 @@ def test_lars_equals_a_hand_calculation():
     assert torch.allclose(w, expected_w, atol=1e-6) and torch.allclose(b, expected_b, atol=1e-6)
 
 
+def test_lars_with_the_rate_inside_the_buffer_equals_a_hand_calculation():
+    """SimCLR's form; the rate changes, or both forms would be one."""
+    w, u, v = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
+    optimizer, expected = common.LARS([w], lr=0.0, eta=0.1, inside=True), w.detach().clone()
+    for lr in (2.0, 1.0, 0.0):
+        optimizer.param_groups[0]["lr"], w.grad = lr, u.clone()
+        optimizer.step()
+        v = 0.9 * v + lr * 0.1 * expected.norm() / u.norm() * u
+        expected = expected - v
+    assert torch.allclose(w, expected, atol=1e-6)
+
+
 def test_lars_keeps_its_hands_off_zero_norms():
     w = nn.Parameter(torch.zeros(2, 2))
     w.grad = torch.ones(2, 2)

@@ -13,7 +13,7 @@ SHARED = {"data", "shapes", "backbones", "evaluate", "common", "runs", "saliency
 METHODS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in SHARED)
 SECTIONS = ["data", "model", "optimiser", "recipe", "resume", "training", "final probe"]
 OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same
-LONGEST = {"common.py": 190, "runs.py": 200}
+LONGEST = {"common.py": 195, "runs.py": 200}
 
 
 def test_there_are_scripts():

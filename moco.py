@@ -1,0 +1,445 @@
+"""MoCo: Momentum Contrast (He et al., 2019, https://arxiv.org/abs/1911.05722), and MoCo v2 (Chen et al., 2020,
+https://arxiv.org/abs/2003.04297).
+
+One view of an image is a query, the other a key. The query must be told by its cosine with its own key among K keys of
+other images. Those come from a queue of the last batches, so that their number has nothing to do with the size of a batch;
+and the network that makes keys is a slow average of the other one, so that keys of different age can be compared.
+
+    view 1 -> f -> g -> q ----.                                          f', g'  <-  m f', g' + (1 - m) f, g
+                              |-- cross-entropy of q.k among q.k and q.queue, over T; no gradient into k and queue
+    view 2 -> f' -> g' -> k --'   (q, k: L2-normalised)
+                     |_ after the step into the queue, in place of the oldest
+
+    differences          paper                     official code                here
+    shuffled BatchNorm   keys, over the GPUs       the same; order drawn by     the same; every process draws the same order;
+                                                   rank 0 and sent              --bn-splits does it within one process
+                                                                                (the authors' CIFAR-10 demo)
+    key's average        after the step            before the key's forward,    before the key's forward
+                                                   the first moves nothing
+    queue at start       -                         random unit vectors          the same
+    symmetric loss       no                        no; demo: optional, summed   --symmetric, summed; 2 B keys enter the queue
+    learning rate        v1 steps, v2 cosine       by the epoch (demo's cosine  by the epoch, counted from 0;
+                                                   counts from 1)               --warmup-epochs, 0 in the papers' recipes
+    weight decay         -                         on every tensor              on every tensor
+    grey, jitter in v1   -                         grey first                   jitter, then grey
+    blur                 v2: sigma U(.1, 2)        Pillow's box filters         a true Gaussian
+    batch in passes      -                         -                            --accumulate: all passes see one queue
+    initial weights      -                         torchvision's                the same
+    last batch           -                         dropped                      dropped
+    k-NN monitor         -                         demo: 200-NN on q, T 0.1     embedding_knn200 (the demo's), knn20 of f
+    linear probe         lr 30, 100 epochs, crops  the same                     un-augmented frozen features (evaluate.py)
+    small images         -                         demo: CIFAR-10 at 32 px      recipes below; 3x3 stem under 64 px
+    precision            -                         fp32                         bf16 autocast; L2, loss and queue in fp32
+
+Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+
+    not run yet
+
+    python moco.py                                                           shapes, minutes on a laptop
+    python moco.py --data cifar10                                            the authors' demo
+    torchrun --standalone --nproc_per_node=8 moco.py --data imagenet --root DIR --v 1
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "moco"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW, a small network, a faster key network, a warm-up.
+    "shapes": dict(
+        arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
+        schedule="cosine", warmup_epochs=1.0, v=2, head="mlp", queue=2048, momentum=0.99, temperature=0.1, dim=128,
+        bn_splits=1, eval_every=2,
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)] * 2,
+    ),
+    # The authors' demo (colab/moco_cifar10_demo.ipynb): lr 0.06 for 512 images, BatchNorm of 8 GPUs, no blur.
+    "cifar10": dict(
+        arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=5e-4,
+        schedule="cosine", warmup_epochs=0, v=1, head="linear", queue=4096, momentum=0.99, temperature=0.1, dim=128,
+        bn_splits=8, eval_every=10,
+        views=[dict(interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
+                    mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))] * 2,
+    ),
+    "imagenet": dict(
+        arch="resnet50", size=224, epochs=200, batch_size=256,  # v1, sec. 3.3
+        optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", warmup_epochs=0,  # v1, sec. 3.3; cosine: v2, sec. 3
+        v=2, head="mlp", temperature=0.2,  # v2, table 1 and 2 (code, README.md)
+        queue=65536, momentum=0.999, dim=128,  # v1, sec. 3.3 and 4.1
+        bn_splits=1, eval_every=10,
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
+                    blur=0.5)] * 2,  # v2, sec. 3; code, main_moco.py
+    ),
+}  # fmt: skip
+OTHER_VERSION = {  # what --v changes in a recipe that is of the other version
+    "shapes": {1: dict(head="linear")},
+    "cifar10": {2: dict(head="mlp")},
+    "imagenet": {1: dict(  # v1, sec. 3.3 and 4.1; views: code, main_moco.py
+        head="linear", temperature=0.07, schedule="steps",
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)] * 2,
+    )},
+}  # fmt: skip
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def recipe_of(name, v=None):
+    """The recipe, with the changes that version `v` makes in it."""
+    return RECIPES[name] | OTHER_VERSION[name].get(v, {}) | ({"v": v} if v in (1, 2) else {})
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    first.add_argument("--v", type=int)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python moco.py [flags]   (torchrun --standalone --nproc_per_node=N moco.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
+    # MoCo
+    p.add_argument("--v", type=int, choices=(1, 2), help="the paper's version: head; for imagenet T, schedule and views, too")
+    p.add_argument("--head", choices=("linear", "mlp"), help="g: one layer, or two with a ReLU between and no BatchNorm")
+    p.add_argument("--queue", type=int, help="K, keys of other images that a query is told from")
+    p.add_argument("--momentum", type=float, help="m of the key network's average; keys of very different age if too low")
+    p.add_argument("--temperature", type=float, help="T of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
+    p.add_argument("--bn-splits", type=int, help="BatchNorm over so many parts of a batch, each like a GPU of its own")
+    p.add_argument("--symmetric", action="store_true", help="each view once the query, once the key; the losses add up")
+    p.set_defaults(**{k: v for k, v in recipe_of(recipe, known.v).items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "dim", "queue", "bn_splits")
+    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "momentum")
+    if not args.momentum <= 1:
+        common.fail(f"--momentum {args.momentum:g}: it must be at most 1")
+    if not 0 < args.temperature < math.inf:
+        common.fail(f"--temperature {args.temperature:g}: it must be above 0")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+# ============ the method ============
+
+
+class SplitBatchNorm(nn.BatchNorm2d):
+    """BatchNorm that sees `splits` parts of a batch [B, C, H, W], each by itself, as that many GPUs would (the authors'
+    demo); the running averages are the means of the parts' own."""
+
+    def __init__(self, channels, splits):
+        super().__init__(channels)
+        self.splits = splits
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        averages = [torch.stack([t] * self.splits) for t in (self.running_mean, self.running_var)]  # [splits, C]
+        parts = zip(x.chunk(self.splits), *averages, strict=False)
+        norm = functools.partial(F.batch_norm, training=True, momentum=self.momentum, eps=self.eps)
+        y = [norm(part, mean, var, self.weight, self.bias) for part, mean, var in parts]  # each moves its own averages
+        self.running_mean.copy_(averages[0].mean(0))
+        self.running_var.copy_(averages[1].mean(0))
+        self.num_batches_tracked += 1
+        return torch.cat(y)
+
+
+def split_batchnorm(net, splits):
+    """The same network with SplitBatchNorm in the place of BatchNorm2d; names in state_dict() stay."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if type(child) is nn.BatchNorm2d:
+                setattr(module, name, SplitBatchNorm(child.num_features, splits))
+    return net
+
+
+def info_nce(q, k, queue, temperature):
+    """InfoNCE (MoCo, eq. 1): cross-entropy of q.k among q.k and q.queue, over T; mean over the batch. q, k: [B, D], queue:
+    [K, D], all of unit length. Returns (loss, [B, K + 1] logits)."""
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue.T], 1) / temperature  # the own key is class 0
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device)), logits
+
+
+def gathered(x):
+    """The rows of all processes [W b, ...], without gradient; every process must call it."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+class MoCo(nn.Module):
+    """Query network f, g, key network f', g' and queue; `forward((v1, v2), key)` is the loss of sec. 3.1. `key`, numbers that
+    differ from pass to pass, decides the order in which BatchNorm sees the keys."""
+
+    def __init__(self, backbone, queue=65536, dim=128, temperature=0.2, head="mlp", bn_splits=1, symmetric=False):
+        super().__init__()
+        self.temperature, self.symmetric, self.seen = temperature, symmetric, []
+        self.f = split_batchnorm(backbone, bn_splits) if bn_splits > 1 else backbone
+        self.g = nn.Linear(backbone.dim, dim)
+        if head == "mlp":
+            self.g = nn.Sequential(nn.Linear(backbone.dim, backbone.dim), nn.ReLU(inplace=True), self.g)  # v2, sec. 3
+        self.target = nn.ModuleDict({"f": copy.deepcopy(self.f), "g": copy.deepcopy(self.g)}).requires_grad_(False)
+        self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))  # fp32, one row a key
+        self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # the oldest row
+
+    def forward(self, views, key=(0,)):
+        v1, v2 = views
+        loss = self.contrast(v1, v2, (*key, 0))
+        return loss + self.contrast(v2, v1, (*key, 1)) if self.symmetric else loss
+
+    def contrast(self, query, other, key):
+        q = self.g(self.f(query))  # [b, D]
+        keys = self.keys(other, key)  # [W b, D]
+        with torch.autocast(q.device.type, enabled=False):
+            q, rank = F.normalize(q.float(), dim=1), dist.get_rank() if dist.is_initialized() else 0
+            k = keys[rank * len(q) : (rank + 1) * len(q)]
+            loss, logits = info_nce(q, k, self.queue, self.temperature)
+        self.seen.append(keys)
+        with torch.no_grad():
+            self.figures = {
+                "feature_std": q.std(0).mean() * q.shape[1] ** 0.5,  # 1: spread, 0: collapsed
+                "own_cosine": (q * k).sum(1).mean(),
+                "right": 100 * (logits.argmax(1) == 0).float().mean(),  # queries whose own key is the nearest, per cent
+            }
+        return loss
+
+    @torch.no_grad()
+    def keys(self, x, key):
+        """k of the images of all processes, in their order. Each process encodes a random share of them (sec. 3.3): a query
+        and its key must not meet the same BatchNorm statistics, which would tell them apart from all others."""
+        every, b = gathered(x), len(x)
+        order = torch.randperm(len(every), generator=data.generator("shuffle", *key))
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        share, back = order[rank * b : (rank + 1) * b], order.argsort()
+        # The key network stays in train mode: batch statistics, and running averages of its own.
+        k = self.target["g"](self.target["f"](every[share.to(x.device, non_blocking=True)]))
+        return gathered(F.normalize(k.float(), dim=1))[back.to(x.device, non_blocking=True)]
+
+    @torch.no_grad()
+    def update_key_network(self, m):
+        """theta_k <- m theta_k + (1 - m) theta_q (eq. 2). Parameters only."""
+        theta_q = [*self.f.parameters(), *self.g.parameters()]
+        torch._foreach_lerp_(list(self.target.parameters()), theta_q, 1 - m)
+
+    @torch.no_grad()
+    def enqueue(self):
+        """The keys since the last call, of all processes, in place of the oldest ones."""
+        keys = torch.cat(self.seen)
+        self.seen.clear()
+        rows = (self.pointer + torch.arange(len(keys), device=keys.device)) % len(self.queue)
+        self.queue[rows] = keys
+        self.pointer.add_(len(keys)).remainder_(len(self.queue))
+
+
+def rate(step, steps, epochs, lr, warmup, schedule):
+    """The learning rate changes between epochs, as published: half a cosine, or a tenth after epochs 120 and 160 of 200."""
+    epoch = step // steps
+    if schedule == "cosine":
+        now = common.cosine(epoch, epochs, lr, 0.0)
+    else:
+        now = lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs))
+    return now * step / warmup if step < warmup else now
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    if per_pass < 2 * args.bn_splits or per_pass % args.bn_splits:
+        common.fail(f"--bn-splits {args.bn_splits}: not so many equal parts of two or more in the {per_pass} images of a pass")
+    keys = args.batch_size * (2 if args.symmetric else 1)
+    if args.queue % keys:
+        common.fail(f"--queue {args.queue} is not a multiple of the {keys} keys of an update")
+    if args.queue > len(train):
+        common.fail(f"--queue {args.queue} is larger than the {len(train)} training images of {args.data}")
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = MoCo(
+        backbones.build(args.arch, args.size), args.queue, args.dim, args.temperature, args.head, args.bn_splits, args.symmetric
+    ).to(device, memory_format=torch.channels_last)
+    ddp = model
+    if world > 1:
+        # No SyncBN: over all processes, statistics would tell a query's key again. The queue is the same everywhere: DDP
+        # need not send it before each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["queue", "pointer"])
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile(), model.target["f"].compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    everything = [p for p in model.parameters() if p.requires_grad]  # decays, as in the official code
+    groups = [{"params": everything, "weight_decay": args.weight_decay, "adapt": True}]
+    optimizer = OPTIMIZERS[args.optimizer](groups, lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, schedule {args.schedule}")
+    say(f"{args.optimizer}: {common.count(optimizer)}; m {args.momentum:g}; {'bf16' if args.amp else 'fp32'}")
+    bn = f"BatchNorm in {args.bn_splits} parts, keys shuffled" if args.bn_splits * world > 1 else "BatchNorm not split"
+    size = model.queue.numel() * 4 / 1e6
+    say(f"queue {args.queue} x {args.dim}, {size:.1f} MB a process; T {args.temperature:g}; {args.head} head; {bn}")
+    chance = math.log(args.queue + 1) * (2 if args.symmetric else 1)
+    say(f"loss of equal logits ln(K + 1) = {chance:.2f}; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp, model.g)
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = rate(step, steps, args.epochs, lr, warmup, args.schedule)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            model.update_key_network(args.momentum)  # before the keys, as in the official code
+            for micro in range(1, args.accumulate + 1):
+                _, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs, (args.seed, step, micro)) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.enqueue()  # after the logits of the update, which are those of the old queue
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()
