@@ -141,7 +141,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
     )
-    p.add_argument("--hidden", type=int, help="hidden width of projector and predictor")
+    p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})

@@ -572,6 +572,14 @@ def to_lab(rgb):
     return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
 
 
+def to_ydbdr(rgb):
+    """RGB in [0, 1], [B, 3, ...] -> YDbDr, the colour space of SECAM: Y in 0..1, Db and Dr within -1.333..1.333."""
+    r, g, b = rgb.unbind(1)
+    return torch.stack([0.299 * r + 0.587 * g + 0.114 * b,
+                        -0.450 * r - 0.883 * g + 1.333 * b,
+                        -1.333 * r + 1.116 * g + 0.217 * b], 1)  # fmt: skip
+
+
 def lightness(lab):
     """What a network sees of Lab [B, 3, H, W] if colour is to be foretold: (L - 50) / 50, in [-1, 1], three times over."""
     return ((lab[:, :1] - 50) / 50).expand(-1, 3, -1, -1)
@@ -839,7 +847,7 @@ def show(args):
         fail(f"--method {args.method}: there is no {args.method}.py")
     recipe = importlib.import_module(args.method).RECIPES[args.recipe or recipe_for(args.data)]
     size = args.size or recipe["size"]
-    views = [view(size, **v) for v in recipe["views"]]
+    views = [view(**{"size": size, **v}) for v in recipe["views"]]
     dataset = load(args.data, args.root, "train")
     g = generator(args.seed, "show")
     index = torch.randperm(len(dataset), generator=g)[: args.n]

@@ -22,6 +22,11 @@ from tqdm import tqdm
 
 from common import any_rank, fail
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 # What a run writes, and all that a fresh start may delete.
 OWN = (
     "checkpoint*.pt*",
@@ -114,6 +119,14 @@ def stop_unless_finite(finite, what, step, lr, amp):
         )
 
 
+def memory_mb():
+    """The most that this process has held at a time: tensors on its GPU, or else all of its memory (0: Windows)."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated() / 1e6
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
+    return peak / (1e6 if sys.platform == "darwin" else 1e3)  # macOS counts bytes, Linux KiB
+
+
 class Log:
     """metrics.jsonl, TensorBoard and the progress bar of a run. Every process has one; only rank 0 writes.
 
@@ -175,7 +188,8 @@ class Log:
             self.warned = True
             self.say(f"warning: outputs are nearly constant at step {step}, feature std {numbers['feature_std']:.3f} of 1 "
                      "(collapse): try a lower --lr, and check that no gradient reaches the targets")  # fmt: skip
-        self.record("train", step, loss=loss, lr=lr, images_per_second=rate, data_wait=wait, **numbers)
+        numbers = {"images_per_second": rate, "data_wait": wait, "memory_mb": memory_mb(), **numbers}
+        self.record("train", step, loss=loss, lr=lr, **numbers)
         self.start_interval(step)
 
     def record(self, kind, step, **numbers):

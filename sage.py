@@ -164,7 +164,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
     )
-    p.add_argument("--hidden", type=int, help="hidden width of projector and predictor")
+    p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     # SaGe: the decoder (the paper's g), the evaluator (h_G), the weights of the loss (0 switches a term off)

@@ -217,9 +217,12 @@ class Cell:
         self.made_up = command("evaluate", [self.path, "--data", args.data, "--probe", own.figure, *same], 1)
         self.figure, self.fresh, self.tried = own.figure, args.fresh, False
 
+    def results(self):
+        return results(self.path)
+
     def needs(self):
         """(words, as they are typed) of its next process, or None."""
-        found = results(self.path)
+        found = self.results()
         if self.fresh or not found or note(self.path).get("command") != self.shown:
             return [*self.words, *["--fresh"] * self.fresh], self.shown + " --fresh" * self.fresh
         labels = any(probe in found for probe in evaluate.PROBES)
@@ -227,9 +230,8 @@ class Cell:
 
     def start(self, env):
         words, self.running = self.needs()
-        about = note(self.path)
-        self.seconds = 0.0 if self.fresh else about.get("seconds", 0.0)
-        self.was_finished, self.began = bool(results(self.path)) and not self.fresh, time.monotonic()
+        self.seconds = 0.0 if self.fresh else note(self.path).get("seconds", 0.0)
+        self.was_finished, self.began = bool(self.results()) and not self.fresh, time.monotonic()
         print(self.running, flush=True)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(beside(self.path, "log"), "a") as log:
@@ -249,17 +251,24 @@ class Cell:
         sentence, failure = re.search(r"^(?:\S+: )?error: (.*)", said, re.MULTILINE), None
         if self.running == self.made_up[1]:
             self.tried = True
-        elif not code and results(self.path):
+        elif not code and self.results():
             about["command"], self.fresh = self.shown, False
         if code and sentence and not self.path.exists():
             about["refused"] = sentence[1]  # before it made anything: bad input, which may be this cell's alone
         elif code and not stopped:
             last = "\n".join(said.splitlines()[-10:])
             failure = code if code > 0 else 128 - code, f"{last}\nerror: exit code {code} from {self.running}"
-        elif not results(self.path) and not stopped:
+        elif not self.results() and not stopped:
             failure = 1, f"error: {self.path} has not come to its end; the same command goes on from there"
         runs.write_text(beside(self.path, "json"), json.dumps(about, indent=1) + "\n")
         return failure
+
+    def summary(self):
+        row = read(self.path)
+        if row["refused"]:
+            return f"left out, {row['refused']}"
+        numbers = ("pretext_accuracy", "chance", "knn20", "linear", "lbfgs", "mlp", "seconds")
+        return ", ".join(f"{name} {row[name]:.1f}" for name in numbers if row[name] is not None)
 
     def done(self):
         return bool(note(self.path).get("refused")) or self.needs() is None
@@ -296,7 +305,7 @@ def run_all(cells, own, stop):
                 elif cell.done():
                     ended = total - len(todo) - len(running)
                     left = (time.monotonic() - began) / 60 / ended * (total - ended)
-                    print(f"{cell.name}: {summary(cell)} ({ended} of {total}; about {left:.0f} min left)", flush=True)
+                    print(f"{cell.name}: {cell.summary()} ({ended} of {total}; about {left:.0f} min left)", flush=True)
             time.sleep(0.1)
     except KeyboardInterrupt:  # the third signal
         for cell in running:
@@ -308,14 +317,6 @@ def run_all(cells, own, stop):
     if stop:
         print("stopped by a signal; the same command, but for --fresh, goes on from here, and --show shows what there is")
         sys.exit(0)
-
-
-def summary(cell):
-    row = read(cell.path)
-    if row["refused"]:
-        return f"left out, {row['refused']}"
-    numbers = ("pretext_accuracy", "chance", "knn20", "linear", "lbfgs", "mlp", "seconds")
-    return ", ".join(f"{name} {row[name]:.1f}" for name in numbers if row[name] is not None)
 
 
 # ============ table 1 ============

@@ -101,7 +101,7 @@ def test_shuffling_changes_with_what_batchnorm_sees_a_key():
 
 
 def test_no_gradient_reaches_keys_and_queue():
-    model = tiny_model(head="mlp")
+    model = tiny_model(mlp=True)
     model(views(8)).backward()
     assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
     assert all(p.grad is not None for p in [*model.f.parameters(), *model.g.parameters()])
@@ -173,20 +173,20 @@ def test_rates_are_those_of_the_official_loops():
 
 def test_versions_differ_as_published():
     args = {v: moco.parse_args(["--data", "imagenet", "--v", str(v)]) for v in (1, 2)}
-    assert [(a.head, a.temperature, a.schedule) for a in args.values()] == [
-        ("linear", 0.07, "steps"),
-        ("mlp", 0.2, "cosine"),
+    assert [(a.mlp, a.temperature, a.schedule) for a in args.values()] == [
+        (False, 0.07, "steps"),
+        (True, 0.2, "cosine"),
     ]
     v1, v2 = (moco.recipe_of("imagenet", v)["views"][0] for v in (1, 2))
     assert (v1["jitter_p"], v1["jitter"][3], v1.get("blur", 0)) == (1.0, 0.4, 0)
     assert (v2["jitter_p"], v2["jitter"][3], v2["blur"]) == (0.8, 0.1, 0.5)
     assert moco.parse_args(["--data", "imagenet", "--v", "1", "--temperature", "0.3"]).temperature == 0.3
-    assert moco.parse_args(["--data", "cifar10"]).head == "linear"  # the demo's
+    assert moco.parse_args(["--data", "cifar10"]).mlp is False  # the demo's
 
 
 def test_both_heads():
-    for head, layers in (("linear", 1), ("mlp", 2)):
-        linears = [m for m in tiny_model(head=head).g.modules() if isinstance(m, nn.Linear)]
+    for mlp, layers in ((False, 1), (True, 2)):
+        linears = [m for m in tiny_model(mlp=mlp).g.modules() if isinstance(m, nn.Linear)]
         assert len(linears) == layers and all(m.bias is not None for m in linears)
 
 
@@ -304,7 +304,7 @@ def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
 def test_two_processes_with_everything_on(tmp_path):
     flags = ["--symmetric", "--bn-splits", "2", "--accumulate", "2", "--v", "1", "--epochs", "1", "--optimizer", "sgd"]
     printed, _ = forked(*SMALL, *flags, "--out", tmp_path / "run", processes=2)
-    assert "in 2 parts, keys shuffled" in printed and "linear head" in printed
+    assert "in 2 parts, keys shuffled" in printed and "one layer in g" in printed
     assert f"= {2 * math.log(33):.2f}" in printed and "46 decayed" not in printed  # 2 tensors more than f has
     assert runs.load(tmp_path / "run" / "checkpoint.pt")["model"]["pointer"] == 3 * 32 % 32
 

@@ -9,11 +9,11 @@ from unittest import mock
 import pytest
 from conftest import ROOT
 
-SHARED = {"data", "shapes", "backbones", "evaluate", "common", "runs", "saliency", "ablate", "study"}
+SHARED = {"data", "shapes", "backbones", "evaluate", "common", "runs", "saliency", "ablate", "study", "compare"}
 METHODS = sorted(p.stem for p in ROOT.glob("*.py") if p.stem not in SHARED)
 SECTIONS = ["data", "model", "optimiser", "recipe", "resume", "training", "final probe"]
 OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same
-LONGEST = {"common.py": 195, "runs.py": 200}
+LONGEST = {"common.py": 195, "runs.py": 220}
 
 
 def test_there_are_scripts():

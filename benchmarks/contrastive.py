@@ -1,0 +1,190 @@
+"""Training steps of SimCLR, MoCo and SwAV, ResNet-18 at 32 px, on views that are augmented already, against lightly's examples.
+
+    python benchmarks/contrastive.py                               minutes on a CPU
+    python benchmarks/contrastive.py --batch-size 32 --repeats 2   short
+
+Both sides train the same network (torchvision's ResNet-18 with the stem for small images) with heads 512-512-128, 512
+prototypes, and SwAV's two large and six small crops. Then memory and time of SimCLR's loss for large batches.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import timing
+
+import backbones
+import common
+import data
+import moco
+import simclr
+import swav
+
+try:
+    from lightly import loss as losses
+    from lightly.models import modules
+    from lightly.models.utils import deactivate_requires_grad, update_momentum
+except ImportError:
+    modules = None
+
+ARCH, SIZE, SMALL, DIM, QUEUE = "resnet18", 32, 16, 128, 4096
+
+
+class Ours:
+    """Model, optimiser and the body of a script's training loop."""
+
+    def __init__(self, method, device, amp):
+        self.method, self.device, self.amp, self.count = method, device, amp, 0
+        torch.manual_seed(0)
+        f = backbones.build(ARCH, SIZE)
+        if method == "SimCLR":
+            model = simclr.SimCLR(f, 512, DIM, layers=2, temperature=0.5)
+        elif method == "MoCo":
+            model = moco.MoCo(f, QUEUE, DIM, temperature=0.1, mlp=True)
+        else:
+            model = swav.SwAV(f, 512, 512, DIM)
+        self.model = model.to(device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.06, momentum=0.9)
+
+    def step(self, xs):
+        if self.method == "MoCo":
+            self.model.update_key_network(0.99)
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss = self.model(xs, (0, self.count)) if self.method == "MoCo" else self.model(xs)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.method == "MoCo":
+            self.model.enqueue()
+        self.count += 1
+
+
+class Lightly(nn.Module):
+    """The models and steps of lightly's examples/pytorch/{simclr,moco,swav}.py, with the stem for small images."""
+
+    def __init__(self, method, device, amp):
+        super().__init__()
+        self.method, self.device, self.amp = method, device, amp
+        torch.manual_seed(0)
+        resnet = torchvision.models.resnet18()
+        resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        self.backbone = nn.Sequential(*list(resnet.children())[:-1])
+        head = {"SimCLR": "SimCLRProjectionHead", "MoCo": "MoCoProjectionHead", "SwAV": "SwaVProjectionHead"}[method]
+        self.projection_head = getattr(modules, head)(512, 512, DIM)
+        if method == "SimCLR":
+            self.criterion = losses.NTXentLoss()
+        elif method == "MoCo":
+            self.backbone_momentum = copy.deepcopy(self.backbone)
+            self.projection_head_momentum = copy.deepcopy(self.projection_head)
+            deactivate_requires_grad(self.backbone_momentum)
+            deactivate_requires_grad(self.projection_head_momentum)
+            self.criterion = losses.NTXentLoss(memory_bank_size=(QUEUE, DIM))
+        else:
+            self.prototypes, self.criterion = modules.SwaVPrototypes(DIM, n_prototypes=512), losses.SwaVLoss()
+        self.to(device), self.criterion.to(device)
+        self.optimizer = torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.06, momentum=0.9)
+
+    def embed(self, x):
+        return self.projection_head(self.backbone(x).flatten(start_dim=1))
+
+    def loss(self, xs):
+        if self.method == "SimCLR":
+            return self.criterion(self.embed(xs[0]), self.embed(xs[1]))
+        if self.method == "MoCo":
+            update_momentum(self.backbone, self.backbone_momentum, m=0.99)
+            update_momentum(self.projection_head, self.projection_head_momentum, m=0.99)
+            query = self.embed(xs[0])
+            key = self.projection_head_momentum(self.backbone_momentum(xs[1]).flatten(start_dim=1)).detach()
+            return self.criterion(query, key)
+        self.prototypes.normalize()
+        scores = [self.prototypes(F.normalize(self.embed(x), dim=1, p=2)) for x in xs]
+        return self.criterion(scores[:2], scores[2:])
+
+    def step(self, xs):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            loss = self.loss(xs)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def compare(method, args, device):
+    g = data.generator("contrastive")
+    sizes = [SIZE] * 2 + [SMALL] * 6 * (method == "SwAV")
+    xs = [torch.randn(args.batch_size, 3, size, size, generator=g).to(device) for size in sizes]
+    runs = {"ours bf16": Ours(method, device, True), "ours fp32": Ours(method, device, False)}
+    if modules:
+        runs |= {"lightly as shipped": Lightly(method, device, False), "lightly bf16": Lightly(method, device, True)}
+    times = timing.interleaved({name: lambda run=run: run.step(xs) for name, run in runs.items()}, device, args.repeats)
+    rows = []
+    for name, seconds in times.items():
+        each = statistics.median(seconds)
+        row = [name, f"{args.batch_size / each:.1f}", f"{each:.4f}"]
+        row += [timing.ratio(times, name, reference) for reference in ("lightly as shipped", "lightly bf16")]
+        rows.append([*row, timing.spread(seconds)])
+    title = f"{method} step, {ARCH}, batch {args.batch_size}, views of {' '.join(map(str, sizes))} px"
+    timing.table(title, ["", "images/s", "s/step", "vs lightly as shipped", "vs lightly bf16", "spread"], rows)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes, in numbers."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, (tuple, list)) else [out]:
+            self.numel = max(self.numel, t.numel() if torch.is_tensor(t) else 0)
+        return out
+
+
+def plain(z, temperature):
+    """NT-Xent as it is usually written, the similarities of all views at once."""
+    s = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
+    return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
+
+
+def large_batches(args, device):
+    rows = []
+    for batch in args.loss_batches:
+        z = F.normalize(torch.randn(2 * batch, DIM, generator=data.generator("loss")), dim=1).to(device).requires_grad_()
+        variants = {"simclr.NTXent": lambda z=z: simclr.NTXent.apply(z, z, 0, 0.1), "at once": lambda z=z: plain(z, 0.1)}
+        if modules:
+            criterion = losses.NTXentLoss(temperature=0.1)
+            variants["lightly's NTXentLoss"] = lambda z=z, loss=criterion: loss(*z.chunk(2))
+        times = timing.interleaved({n: lambda f=f: f().backward() for n, f in variants.items()}, device, args.repeats)
+        for name, f in variants.items():
+            with Largest() as largest:
+                f().backward()
+            row = [name, batch, f"{statistics.median(times[name]):.3f}", timing.ratio(times, name, "at once")]
+            rows.append([*row, f"{largest.numel * 4 / 2**20:.0f}", timing.spread(times[name])])
+    head = ["", "batch", "s, forward and backward", "vs at once", "largest tensor, MiB", "spread"]
+    timing.table(f"NT-Xent alone, fp32, {DIM} numbers a view", head, rows)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--repeats", type=int, default=3, help="rounds; every variant runs once in each")
+    p.add_argument("--batch-size", type=int, default=128, help="images of a step")
+    p.add_argument("--threads", type=int, default=2, help="on the CPU")
+    p.add_argument("--loss-batches", type=int, nargs="*", default=[512, 4096], help="of SimCLR's loss alone")
+    args = p.parse_args()
+    _, _, device = common.setup()
+    torch.set_num_threads(args.threads)
+    timing.where(device)
+    for method in ("SimCLR", "MoCo", "SwAV"):
+        compare(method, args, device)
+    large_batches(args, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,449 @@
+"""SwAV: Swapping Assignments between multiple Views (Caron et al., 2020, https://arxiv.org/abs/2006.09882).
+
+Each view of an image predicts to which of K prototypes another view of it belongs. The answer, the code q, comes from the
+network itself, and every batch is shared out evenly among the prototypes (Sinkhorn-Knopp), so that one answer for all images
+is no solution. No negatives, no second network. Only the two large views get codes; small ones are cheap and predict them.
+
+    large view 1 -> f -> g -> z1 --.            .-- Sinkhorn --> q1, q2        (no gradient)
+    large view 2 -> f -> g -> z2 --+--> C^T z --|                  |  minimise -q1 log p2, -q2 log p1,
+    small views  -> f -> g -> zv --'            '-- softmax --> p1, p2, pv         -q1 log pv, -q2 log pv
+
+    z and the columns of C, the prototypes, are unit vectors
+
+    differences        paper                      official code               here
+    Sinkhorn           exp(C^T Z / epsilon)       the same                    in logarithms: no epsilon overflows
+    scores C^T z       -                          fp16                        fp32
+    queue              for small batches          a part a process, in files  all of it in each process, in the checkpoint
+    ... is filled      -                          from its epoch on           from the start: full when its epoch comes
+    optimiser          LARS                       apex's LARC, adapts and     the same; sgd and adamw decay all tensors, too
+                                                  decays all tensors
+    warm-up            linear                     from 0.3                    from 0
+    blur               -                          Pillow's, any width         torchvision's, a tenth of the view
+    deviation of red   -                          0.228 (a slip)              0.228 for imagenet, else 0.229
+    BatchNorm          of all GPUs                of groups of 8 GPUs         of all GPUs; on CPUs of each process
+    linear probe       100 epochs, crops, flips   the same                    un-augmented frozen features, 100 epochs
+    small images       -                          -                           recipes below; 3x3 stem under 64 px
+    precision          fp16                       fp16                        bf16 autocast; scores, Sinkhorn and loss in fp32
+
+Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+
+    command                              network, epochs  seeds  k-NN  linear   device
+    python swav.py                       resnet10_16, 16  0      92.5  95.9     1 CPU core, 3.5 min of its time
+                                         at random        0      14.7  not run
+    ... --epochs 6 --lr 0.016            resnet10_16, 6   0      64.7  not run  the same
+    ... and without --small-crops (0)    resnet10_16, 6   0      45.6  not run  the same
+
+    python swav.py                                                           shapes, minutes on a laptop
+    torchrun --standalone --nproc_per_node=8 swav.py --data imagenet --root DIR
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "swav"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW at a high rate, a small network, few prototypes, and a lower epsilon, without
+    # which the short run stays at ln K (docs/swav.md).
+    "shapes": dict(
+        arch="resnet10_16", size=32, epochs=16, batch_size=64, optimizer="adamw", lr=3.2e-2, weight_decay=1e-4,
+        warmup_epochs=1.0, small_crops=2, small_size=16, prototypes=100, temperature=0.1, epsilon=0.02, freeze_epochs=1.0,
+        queue_length=0, queue_epoch=0.0, hidden=256, dim=128, eval_every=2,
+        views=[
+            *[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)] * 2,
+            *[dict(size=16, scale=(0.2, 0.5), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)] * 2,
+        ],
+    ),
+    # lightly's published setting: Adam, 1e-3 x batch / 128, two crops, 512 prototypes, never frozen. Not run in full yet.
+    "cifar10": dict(
+        arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="adamw", lr=2e-3, weight_decay=1e-6,
+        warmup_epochs=0.0, small_crops=0, small_size=16, prototypes=512, temperature=0.1, epsilon=0.05, freeze_epochs=0.0,
+        queue_length=0, queue_epoch=15.0, hidden=512, dim=128, eval_every=10,
+        views=[  # no blur at 32 px
+            dict(scale=(0.14, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2)
+        ] * 2,
+    ),
+    # The code's swav_800ep_pretrain.sh. For a batch of 256 (swav_200ep_bs256_pretrain.sh): lr 0.6, no warm-up, a queue of 3840.
+    "imagenet": dict(
+        arch="resnet50", size=224, epochs=800, batch_size=4096, optimizer="lars", lr=0.3, weight_decay=1e-6,  # script
+        warmup_epochs=10, small_crops=6, small_size=96, prototypes=3000, temperature=0.1, epsilon=0.05,  # script
+        freeze_epochs=1.0, queue_length=0, queue_epoch=15.0,  # script: 313 iterations are an epoch; main_swav.py
+        hidden=2048, dim=128, eval_every=10,  # src/resnet50.py
+        views=[  # script, src/multicropdataset.py
+            *[dict(scale=(0.14, 1.0), interpolation="bilinear", jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey=0.2, blur=0.5,
+                   std=(0.228, 0.224, 0.225))] * 2,
+            *[dict(size=96, scale=(0.05, 0.14), interpolation="bilinear", jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey=0.2,
+                   blur=0.5, std=(0.228, 0.224, 0.225))] * 6,
+        ],
+    ),
+}  # fmt: skip
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python swav.py [flags]   (torchrun --standalone --nproc_per_node=N swav.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    # SwAV
+    p.add_argument("--small-crops", type=int, help="V, small views besides the two large ones (0: two-crop SwAV)")
+    p.add_argument("--small-size", type=int, help="px of the small views")
+    p.add_argument("--prototypes", type=int, help="K, columns of C; little depends on it while there are several a class")
+    p.add_argument("--temperature", type=float, help="tau of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--epsilon", type=float, help="smoothness of the codes; if the loss stays at ln K, try less")
+    p.add_argument("--freeze-epochs", type=float, help="in which the prototypes stay as they are drawn")
+    p.add_argument("--queue-length", type=int, help="embeddings of earlier images that join in the codes (0: no queue)")
+    p.add_argument("--queue-epoch", type=float, help="from which the queue is used, if it is full by then")
+    p.add_argument("--hidden", type=int, help="hidden width of the heads")
+    p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
+    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
+    common.at_least(1, args, "small_size", "prototypes")
+    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs")
+    common.at_least(0, args, "small_crops", "freeze_epochs", "queue_length", "queue_epoch")
+    for name in ("temperature", "epsilon"):
+        if not 0 < getattr(args, name) < math.inf:
+            common.fail(f"--{name} {getattr(args, name):g}: it must be above 0 and finite")
+    if args.small_crops and args.small_size > args.size:
+        common.fail(f"--small-size {args.small_size}: small views must not be larger than the large ones, --size {args.size}")
+    if args.queue_length % args.batch_size:
+        common.fail(f"--queue-length {args.queue_length} is not a multiple of --batch-size {args.batch_size}")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+# ============ the method ============
+
+
+def multi_crop(views, number, size):
+    """The two large views of a recipe and `number` small ones of `size` px (sec. 3.2). Where the recipe has none, they are
+    large ones that show less: from 5 % of the image to what those show at least, as the code's."""
+    small = views[2] if len(views) > 2 else {**views[0], "scale": (0.05, views[0]["scale"][0])}
+    return views[:2] + [{**small, "size": size}] * number
+
+
+@torch.no_grad()
+def sinkhorn(S, epsilon, iterations=3):
+    """Codes q [..., b, K] of scores S [..., b, K]: exp(S / epsilon), its columns and rows rescaled in turn (eq. 5), so that
+    over the samples of all processes each prototype gets nearly the same share and each sample's code sums to 1. The
+    factors exp(u) and exp(v) are kept as logarithms: nothing overflows. Every process must call it."""
+    S, v = S.float() / epsilon, 0.0
+    for _ in range(iterations):
+        u = -torch.logsumexp(S + v, -2, keepdim=True)  # [..., 1, K], of this process's samples
+        if dist.is_initialized():
+            parts = [torch.empty_like(u) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, u)
+            u = -torch.logsumexp(-torch.stack(parts), 0)
+        v = -torch.logsumexp(S + u, -1, keepdim=True)  # [..., b, 1]
+    return (S + u + v).exp()
+
+
+def swapped_prediction(S, q, temperature):
+    """-q_i log p_v (eq. 2), mean over samples and over all pairs of a code i and a view v other than its own (eq. 6).
+    S [V + 2, b, K]: scores of all views. q [2, b, K]: codes of the first two; no gradient into them."""
+    log_p = F.log_softmax(S.float() / temperature, dim=2)  # [V + 2, b, K]
+    losses = -(q.detach().float().flatten(1) @ log_p.flatten(1).T) / S.shape[1]  # [2, V + 2]: all pairs at once
+    return (losses.sum() - losses.trace()) / (losses.numel() - len(q))
+
+
+class SwAV(nn.Module):
+    """Backbone f, head g, prototypes C; `forward(views)` is the loss of eq. 6, with the codes of the first two views."""
+
+    def __init__(self, backbone, prototypes=3000, hidden=2048, dim=128, temperature=0.1, epsilon=0.05, queue_length=0):
+        super().__init__()
+        self.temperature, self.epsilon = temperature, epsilon
+        self.seen, self.figures = [], {}
+        self.f = backbone
+        self.g = nn.Sequential(
+            nn.Linear(backbone.dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, dim)
+        )  # code, src/resnet50.py
+        self.C = nn.Linear(dim, prototypes, bias=False)  # its weight is C^T, [K, D]
+        self.register_buffer("queue", torch.zeros(2, queue_length, dim))  # of each large view, the newest first; fp32
+
+    def forward(self, views, queued=False):
+        """`queued`: whether the queue joins in the codes. Every process must call it alike."""
+        # Views of one size make one batch, and the head's batch is all views: so BatchNorm sees them in the code, too.
+        groups = [torch.cat(list(group)) for _, group in itertools.groupby(views, key=lambda x: x.shape[-1])]
+        out = self.g(torch.cat([self.f(x) for x in groups])).unflatten(0, (len(views), -1))  # [V + 2, b, D]
+        with torch.autocast(out.device.type, enabled=False):
+            with torch.no_grad():  # in place: the gradient is that of the weight, as in the code
+                self.C.weight.copy_(F.normalize(self.C.weight, dim=1))
+            z = F.normalize(out.float(), dim=2)
+            S = self.C(z)  # [V + 2, b, K]
+            q = self.codes(S[:2].detach(), queued)
+            if self.queue.shape[1]:
+                self.seen.append(z[:2].detach())
+            self.figures = {
+                "feature_std": z[0].detach().std(0).mean() * z.shape[2] ** 0.5,  # 1: spread, 0: collapsed
+                # Perplexities: how many prototypes the batch shares, and how many a view. K and K: the codes tell nothing.
+                "batch_prototypes": torch.special.entr(q.mean((0, 1))).sum().exp(),
+                "view_prototypes": torch.special.entr(q).sum(2).mean().exp(),
+            }
+            return swapped_prediction(S, q, self.temperature)
+
+    @torch.no_grad()
+    def codes(self, S, queued):
+        """q [2, b, K] of the large views' scores S. The queue's rows are samples like those of the batch, whose codes are
+        then not needed; each process takes its share of them."""
+        b = S.shape[1]
+        if queued:
+            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            S = torch.cat([self.C(self.queue.chunk(world, 1)[rank]), S], 1)  # with the prototypes of today
+        return sinkhorn(S, self.epsilon)[:, -b:]
+
+    @torch.no_grad()
+    def enqueue(self):
+        """The large views' embeddings of all processes since the last update go in at the front; the oldest fall out. Every
+        process writes the same rows and must call it."""
+        z = torch.cat(self.seen, 1)  # [2, n, D]
+        self.seen.clear()
+        if dist.is_initialized():
+            parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+            dist.all_gather(parts, z)
+            z = torch.cat(parts, 1)
+        self.queue.copy_(torch.cat([z, self.queue], 1)[:, : self.queue.shape[1]])
+
+
+class LARC(common.LARS):
+    """LARS as the authors use it (NVIDIA's apex, LARC.py, clip=False):  q = eta |w| / (|g| + lambda |w|);
+    v <- mu v + q (g + lambda w);  w <- w - lr v. It adapts and decays all tensors, biases and BatchNorm, too. Where |w| or
+    |g| is 0 the gradient stays as it is."""
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            w = [p for p in group["params"] if p.grad is not None]
+            g, decay = [p.grad for p in w], group["weight_decay"]
+            w_norm, g_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(g))
+            both = (w_norm > 0) & (g_norm > 0)
+            q = torch.where(both, group["eta"] * w_norm / (g_norm + decay * w_norm + 1e-8), 1.0)
+            u = torch._foreach_mul(g, list(q.unbind()))
+            torch._foreach_add_(u, torch._foreach_mul(w, list((q * decay * both).unbind())))
+            v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in w]
+            torch._foreach_mul_(v, group["momentum"])
+            torch._foreach_add_(v, u)
+            torch._foreach_add_(w, v, alpha=-group["lr"])
+
+
+OPTIMIZERS = {"lars": LARC, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size)
+    views = [data.view(**{"size": args.size, **v}) for v in views]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    if isinstance(train, data.Images) and args.size > min(train.images.shape[2:]):
+        side = "x".join(map(str, train.images.shape[2:]))
+        fit = "choose --size and --small-size to fit"
+        common.fail(f"--size {args.size}: the views are larger than the images of {args.data}, {side} px; {fit}")
+    if args.queue_length > len(train):
+        common.fail(f"--queue-length {args.queue_length} is larger than the {len(train)} training images of {args.data}")
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = SwAV(
+        backbones.build(args.arch, args.size), args.prototypes, args.hidden, args.dim, args.temperature, args.epsilon,
+        args.queue_length,
+    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    ddp = model
+    if world > 1:
+        if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        # Every process writes the same queue: DDP need not send it before each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["queue"])
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    # All tensors are decayed and, by LARC, adapted, as in the code: biases and BatchNorm, too.
+    group = {"params": list(model.parameters()), "weight_decay": args.weight_decay, "adapt": True}
+    optimizer = OPTIMIZERS[args.optimizer]([group], lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    frozen = round(args.freeze_epochs * steps)  # updates without the prototypes
+    queue_from = max(round(args.queue_epoch * steps), args.queue_length // args.batch_size)  # not before it is full
+
+    # ============ recipe ============
+    rest = lambda n: (args.queue_length > 0,)
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, then to a thousandth")
+    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    crops = f"2 x {args.size} px, {args.small_crops} x {args.small_size} px"
+    say(f"views {crops}; {args.prototypes} prototypes of {args.dim}, which do not move in the first {frozen} steps")
+    if args.queue_length:
+        size = model.queue.numel() * 4 / 1e6
+        say(f"queue 2 x {args.queue_length} x {args.dim}, {size:.1f} MB a process, used from step {queue_from}")
+    even = math.log(args.prototypes)
+    spread = 1 / (2 * args.dim * args.temperature**2)  # a cosine of random unit vectors has variance 1 / D
+    say(
+        f"loss of even predictions ln {args.prototypes} = {even:.2f}, of unrelated vectors {even + spread:.2f}; "
+        f"about {minutes:.1f} min plus data and probes"
+    )
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = common.cosine(step, total, lr, lr / 1000, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            queued = args.queue_length > 0 and step >= queue_from
+            for micro in range(1, args.accumulate + 1):
+                _, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs, queued) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            if step < frozen:
+                model.C.weight.grad = None  # so no momentum and no decay, either
+            optimizer.step()
+            optimizer.zero_grad()
+            if args.queue_length:
+                model.enqueue()  # after the step: the codes of an update are made with the old queue
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()
