@@ -1,14 +1,17 @@
-"""Training steps of SimCLR, MoCo and SwAV, ResNet-18 at 32 px, on views that are augmented already, against lightly's examples.
+"""Training steps of SimCLR, MoCo and SwAV, ResNet-18 at 32 px, against lightly's examples.
 
     python benchmarks/contrastive.py                               minutes on a CPU
     python benchmarks/contrastive.py --batch-size 32 --repeats 2   short
 
-Both sides train the same network (torchvision's ResNet-18 with the stem for small images) with heads 512-512-128, 512
-prototypes, and SwAV's two large and six small crops. Then memory and time of SimCLR's loss for large batches.
+Both sides train the same network, torchvision's ResNet-18, with heads 512-512-128, 512 prototypes, and SwAV's two large and
+six small crops. First as lightly's examples stand: with their stem, which is that for large images, and with the views made in
+the step, each side by its own code. Then with the stem for small images, on views that are made already. Last, memory
+and time of SimCLR's loss for large batches.
 """
 
 import argparse
 import copy
+import itertools
 import statistics
 import sys
 from pathlib import Path
@@ -18,6 +21,7 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing
@@ -31,6 +35,7 @@ import swav
 
 try:
     from lightly import loss as losses
+    from lightly import transforms
     from lightly.models import modules
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 except ImportError:
@@ -42,10 +47,10 @@ ARCH, SIZE, SMALL, DIM, QUEUE = "resnet18", 32, 16, 128, 4096
 class Ours:
     """Model, optimiser and the body of a script's training loop."""
 
-    def __init__(self, method, device, amp):
+    def __init__(self, method, device, amp, small_stem):
         self.method, self.device, self.amp, self.count = method, device, amp, 0
         torch.manual_seed(0)
-        f = backbones.build(ARCH, SIZE)
+        f = backbones.build(ARCH, SIZE if small_stem else 224)
         if method == "SimCLR":
             model = simclr.SimCLR(f, 512, DIM, layers=2, temperature=0.5)
         elif method == "MoCo":
@@ -69,14 +74,15 @@ class Ours:
 
 
 class Lightly(nn.Module):
-    """The models and steps of lightly's examples/pytorch/{simclr,moco,swav}.py, with the stem for small images."""
+    """Models and steps of lightly's examples/pytorch/{simclr,moco,swav}.py, as they stand or with the stem for small images."""
 
-    def __init__(self, method, device, amp):
+    def __init__(self, method, device, amp, small_stem):
         super().__init__()
         self.method, self.device, self.amp = method, device, amp
         torch.manual_seed(0)
         resnet = torchvision.models.resnet18()
-        resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        if small_stem:
+            resnet.conv1, resnet.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         self.backbone = nn.Sequential(*list(resnet.children())[:-1])
         head = {"SimCLR": "SimCLRProjectionHead", "MoCo": "MoCoProjectionHead", "SwAV": "SwaVProjectionHead"}[method]
         self.projection_head = getattr(modules, head)(512, 512, DIM)
@@ -117,21 +123,57 @@ class Lightly(nn.Module):
         self.optimizer.zero_grad()
 
 
-def compare(method, args, device):
+def our_views(method, images, batch_size, device):
+    """Endless batches of views by data.Loader, of a recipe for CIFAR-10."""
+    recipe = {"SimCLR": simclr, "MoCo": moco, "SwAV": swav}[method].RECIPES["cifar10"]["views"]
+    if method == "SwAV":
+        recipe = swav.multi_crop(recipe, 6, SMALL)
+    views = [data.view(**{"size": SIZE, **v}) for v in recipe]
+    loader = data.Loader(data.Images("noise", images.to(device)), views, batch_size, 0, device=device)
+    for epoch in itertools.count():
+        yield from (xs for _, xs in loader.epoch(epoch))
+
+
+def lightly_views(method, images, batch_size, device):
+    """The same by lightly's transforms, without blur as ours, of Pillow images, as torchvision's CIFAR10 hands them out."""
+    if method == "SimCLR":
+        transform = transforms.SimCLRTransform(input_size=SIZE, gaussian_blur=0.0)
+    elif method == "MoCo":
+        transform = transforms.MoCoV2Transform(input_size=SIZE, gaussian_blur=0.0)
+    else:
+        transform = transforms.SwaVTransform(crop_sizes=(SIZE, SMALL), crop_counts=(2, 6), gaussian_blur=0.0)
+    images = [to_pil_image(image) for image in images]
+    while True:
+        for start in range(0, len(images), batch_size):
+            made = [transform(image) for image in images[start : start + batch_size]]
+            yield [torch.stack(view).to(device) for view in zip(*made, strict=True)]
+
+
+def compare(method, args, device, small_stem):
     g = data.generator("contrastive")
     sizes = [SIZE] * 2 + [SMALL] * 6 * (method == "SwAV")
     xs = [torch.randn(args.batch_size, 3, size, size, generator=g).to(device) for size in sizes]
-    runs = {"ours bf16": Ours(method, device, True), "ours fp32": Ours(method, device, False)}
+    images = torch.randint(256, (4 * args.batch_size, 3, SIZE, SIZE), dtype=torch.uint8, generator=g)
+    variants = {"ours bf16": (Ours, True), "ours fp32": (Ours, False)}
     if modules:
-        runs |= {"lightly as shipped": Lightly(method, device, False), "lightly bf16": Lightly(method, device, True)}
-    times = timing.interleaved({name: lambda run=run: run.step(xs) for name, run in runs.items()}, device, args.repeats)
+        variants |= {"lightly as shipped": (Lightly, False), "lightly bf16": (Lightly, True)}
+    steps = {}
+    for name, (cls, amp) in variants.items():
+        run, views = cls(method, device, amp, small_stem), itertools.repeat(xs)
+        if not small_stem:
+            views = (our_views if cls is Ours else lightly_views)(method, images, args.batch_size, device)
+        steps[name] = lambda run=run, views=views: run.step(next(views))
+    times = timing.interleaved(steps, device, args.repeats)
     rows = []
     for name, seconds in times.items():
         each = statistics.median(seconds)
         row = [name, f"{args.batch_size / each:.1f}", f"{each:.4f}"]
         row += [timing.ratio(times, name, reference) for reference in ("lightly as shipped", "lightly bf16")]
         rows.append([*row, timing.spread(seconds)])
-    title = f"{method} step, {ARCH}, batch {args.batch_size}, views of {' '.join(map(str, sizes))} px"
+    what = (
+        "stem for small images, views made already" if small_stem else "stem for large images, views made in the step"
+    )
+    title = f"{method} step, {ARCH}, batch {args.batch_size}, views of {' '.join(map(str, sizes))} px; {what}"
     timing.table(title, ["", "images/s", "s/step", "vs lightly as shipped", "vs lightly bf16", "spread"], rows)
 
 
@@ -156,8 +198,15 @@ def plain(z, temperature):
 def large_batches(args, device):
     rows = []
     for batch in args.loss_batches:
-        z = F.normalize(torch.randn(2 * batch, DIM, generator=data.generator("loss")), dim=1).to(device).requires_grad_()
-        variants = {"simclr.NTXent": lambda z=z: simclr.NTXent.apply(z, z, 0, 0.1), "at once": lambda z=z: plain(z, 0.1)}
+        z = (
+            F.normalize(torch.randn(2 * batch, DIM, generator=data.generator("loss")), dim=1)
+            .to(device)
+            .requires_grad_()
+        )
+        variants = {
+            "simclr.NTXent": lambda z=z: simclr.NTXent.apply(z, z, 0, 0.1),
+            "at once": lambda z=z: plain(z, 0.1),
+        }
         if modules:
             criterion = losses.NTXentLoss(temperature=0.1)
             variants["lightly's NTXentLoss"] = lambda z=z, loss=criterion: loss(*z.chunk(2))
@@ -181,8 +230,9 @@ def main():
     _, _, device = common.setup()
     torch.set_num_threads(args.threads)
     timing.where(device)
-    for method in ("SimCLR", "MoCo", "SwAV"):
-        compare(method, args, device)
+    for small_stem in (False, True):
+        for method in ("SimCLR", "MoCo", "SwAV"):
+            compare(method, args, device, small_stem)
     large_batches(args, device)
 
 
