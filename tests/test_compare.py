@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+from conftest import ROOT, forked
+
+import backbones
+import compare
+import runs
+import study
+
+SMALL = ["--limit", "64", "--batch-size", "16", "--epochs", "1", "--probes", "knn", "--log-every", "1", "--device", "cpu"]
+
+
+def finished(out, dataset, method, knn=50.0):
+    """A run of `method` as it lies there when it has ended."""
+    own = compare.parse_args(["--out", str(out)])
+    run = compare.Run(own, dataset, method)
+    run.path.mkdir(parents=True)
+    found = {dataset: {"knn": {"20": {"weighted": knn, "majority": 1.0}}, "linear": {"top1": 61.25}}}
+    (run.path / "evaluate.json").write_text(json.dumps(found))
+    lines = [{"step": 0, "knn20": 14.5}]
+    lines += [{"step": s, "loss": 1.0, "images_per_second": 100.0 * s, "memory_mb": 500.0 + s} for s in (1, 2, 6)]
+    (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    about = {"arch": "resnet10_16", "preprocess": {"size": 32}}
+    torch.save(about | {"state_dict": backbones.build("resnet10_16", 32).state_dict()}, run.path / "backbone.pt")
+    runs.write_text(study.beside(run.path, "json"), json.dumps({"command": run.shown, "seconds": 90.0}))
+    return run
+
+
+def test_a_row_is_what_the_run_left(tmp_path):
+    row = finished(tmp_path, "shapes", "byol").row()
+    parameters = sum(p.numel() for p in backbones.build("resnet10_16", 32).parameters()) / 1e6
+    assert row == ("BYOL", "50.0", "14.5", "61.2", "1.5", "506", "200", f"{parameters:.2f} M", 74.3)
+
+
+def test_rows_stand_in_the_order_of_the_report_whatever_order_they_are_asked_in():
+    own = compare.parse_args(["--methods", "instdisc", "swav", "simclr", "pirl"])
+    assert own.methods == ["pirl", "simclr", "swav", "instdisc"]
+    report = [number for *_, number in compare.METHODS.values() if number]
+    assert report[0] == 76.5 and report[1:] == sorted(report[1:]) and len(report) == 8
+
+
+def test_every_script_of_the_project_is_there():
+    scripts = {script for script, *_ in compare.METHODS.values()}
+    there = {p.stem for p in ROOT.glob("*.py") if "\nRECIPES = {" in p.read_text()}
+    assert scripts >= there
+
+
+def test_the_budget_is_equal_and_what_is_given_overrides_it(tmp_path):
+    own = compare.parse_args(["--out", str(tmp_path), "--epochs", "3", "--methods", "byol", "sage"])
+    shown = [compare.Run(own, "cifar10", method).shown for method in own.methods]
+    for line in shown:
+        assert "--recipe shapes" in line and "--epochs 3" in line and "--epochs 5" not in line and "--data cifar10" in line
+    assert f"--evaluator {tmp_path}/cifar10/byol" in shown[1]
+
+
+def test_finished_rows_are_not_run_again_and_the_table_is_written(tmp_path, capsys):
+    for method in ("byol", "swav"):
+        assert finished(tmp_path / "runs", "shapes", method).needs() is None
+    table = tmp_path / "results" / "methods.md"
+    flags = ["--out", tmp_path / "runs", "--methods", "byol", "swav", "moco2", "--data", "shapes", "--table", table, "--show"]
+    compare.main([str(flag) for flag in flags])
+    text = table.read_text()
+    assert text in capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| method", "| ---", "| MoCo v2", "| BYOL", "| SwAV"]
+    assert rows[2].count("| - ") == 7 and "71.1" in rows[2] and "(not run)" in text
+    assert compare.Run(compare.parse_args(["--out", str(tmp_path / "runs"), "--epochs", "9"]), "shapes", "byol").needs()
+
+
+def test_a_run_from_end_to_end(tmp_path):
+    table, out = tmp_path / "methods.md", tmp_path / "runs"
+    command = ["compare.py", "--methods", "byol", "--data", "shapes", "--out", out, "--table", table, *SMALL]
+    printed, _ = forked(*command)
+    assert "1 cells, 0 of them finished" in printed and "| BYOL |" in printed
+    row = next(line for line in table.read_text().splitlines() if line.startswith("| BYOL"))
+    assert float(row.split("|")[6]) > 100  # MB
+    again, _ = forked(*command)
+    assert "1 cells, 1 of them finished" in again and table.read_text() in again
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--methods", "moco"], "did you mean 'moco"),
+        (["--methods", "sage"], "name that, too"),
+        (["--jobs", "0"], "--jobs"),
+        (["--task", "jigsaw"], "--task"),
+    ],
+)
+def test_bad_flags(flags, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        compare.parse_args(flags)
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
