@@ -159,7 +159,7 @@ def parse_args(argv=None):
     # InstDisc
     p.add_argument("--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances")
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
-    p.add_argument("--temperature", type=float, help="tau of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")

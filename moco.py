@@ -6,7 +6,7 @@ other images. Those come from a queue of the last batches, so that their number 
 and the network that makes keys is a slow average of the other one, so that keys of different age can be compared.
 
     view 1 -> f -> g -> q ----.                                          f', g'  <-  m f', g' + (1 - m) f, g
-                              |-- cross-entropy of q.k among q.k and q.queue, over T; no gradient into k and queue
+                              |-- cross-entropy of q.k among q.k and q.queue, over tau; no gradient into k and queue
     view 2 -> f' -> g' -> k --'   (q, k: L2-normalised)
                      |_ after the step into the queue, in place of the oldest
 
@@ -24,7 +24,8 @@ and the network that makes keys is a slow average of the other one, so that keys
     grey, jitter in v1   -                         grey first                   jitter, then grey
     blur                 v2: sigma U(.1, 2)        Pillow's box filters         a true Gaussian
     batch in passes      -                         -                            --accumulate: all passes see one queue
-    initial weights      -                         torchvision's                the same
+    initial weights      -                         torchvision's; demo: torch's the same; torchvision's at 32 px, too
+                                                   for its first convolution
     last batch           -                         dropped                      dropped
     k-NN monitor         -                         demo: 200-NN on q, T 0.1     embedding_knn200 (the demo's), knn20 of f
     linear probe         lr 30, 100 epochs, crops  the same                     un-augmented frozen features (evaluate.py)
@@ -86,8 +87,8 @@ RECIPES = {
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))] * 2,
     ),
     "imagenet": dict(
-        arch="resnet50", size=224, epochs=200, batch_size=256,  # v1, sec. 3.3
-        optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", warmup_epochs=0,  # v1, sec. 3.3; cosine: v2, sec. 3
+        arch="resnet50", size=224, epochs=200, batch_size=256,  # v1, sec. 4, training
+        optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="cosine", warmup_epochs=0,  # the same; cosine: v2, sec. 3
         v=2, mlp=True, temperature=0.2,  # v2, table 1 and 2 (code, README.md)
         queue=65536, momentum=0.999, dim=128,  # v1, sec. 3.3 and 4.1
         bn_splits=1, eval_every=10,
@@ -161,7 +162,7 @@ def parse_args(argv=None):
     p.add_argument("--mlp", action=argparse.BooleanOptionalAction, help="g: two layers with a ReLU, or one linear layer")
     p.add_argument("--queue", type=int, help="K, keys of other images that a query is told from")
     p.add_argument("--momentum", type=float, help="m of the key network's average; keys of very different age if too low")
-    p.add_argument("--temperature", type=float, help="tau of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--bn-splits", type=int, help="BatchNorm over so many parts of a batch, each like a GPU of its own")
     p.add_argument("--symmetric", action="store_true", help="each view once the query, once the key; the losses add up")
@@ -172,7 +173,7 @@ def parse_args(argv=None):
     if not args.momentum <= 1:
         common.fail(f"--momentum {args.momentum:g}: it must be at most 1")
     if not 0 < args.temperature < math.inf:
-        common.fail(f"--temperature {args.temperature:g}: it must be above 0")
+        common.fail(f"--temperature {args.temperature:g}: it must be above 0 and finite")
     args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
@@ -192,13 +193,15 @@ class SplitBatchNorm(nn.BatchNorm2d):
         if not self.training:
             return super().forward(x)
         averages = [torch.stack([t] * self.splits) for t in (self.running_mean, self.running_var)]  # [splits, C]
-        parts = zip(x.chunk(self.splits), *averages, strict=False)
         norm = functools.partial(F.batch_norm, training=True, momentum=self.momentum, eps=self.eps)
-        y = [norm(part, mean, var, self.weight, self.bias) for part, mean, var in parts]  # each moves its own averages
-        self.running_mean.copy_(averages[0].mean(0))
-        self.running_var.copy_(averages[1].mean(0))
-        self.num_batches_tracked += 1
-        return torch.cat(y)
+        # Each part moves its own averages. A batch that does not divide, as in the estimate of the time, has fewer parts.
+        parts = zip(x.chunk(self.splits), *averages, strict=False)
+        y = torch.cat([norm(part, mean, var, self.weight, self.bias) for part, mean, var in parts])
+        if self.track_running_stats:  # not while a RevNet computes a stage anew
+            self.running_mean.copy_(averages[0].mean(0))
+            self.running_var.copy_(averages[1].mean(0))
+            self.num_batches_tracked += 1
+        return y
 
 
 def split_batchnorm(net, splits):
@@ -221,18 +224,19 @@ def gathered(x):
     """The rows of all processes [W b, ...], without gradient; every process must call it."""
     if not dist.is_initialized():
         return x
+    x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
+    dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
 class MoCo(nn.Module):
-    """Query network f, g, key network f', g' and queue; `forward((v1, v2), key)` is the loss of sec. 3.1. `key`, numbers that
-    differ from pass to pass, decides the order in which BatchNorm sees the keys."""
+    """Query network f, g, key network f', g' and queue; `forward((v1, v2), draw)` is the loss of sec. 3.1. `draw`, numbers
+    that differ from pass to pass, seeds the order in which BatchNorm sees the keys."""
 
     def __init__(self, backbone, queue=65536, dim=128, temperature=0.2, mlp=True, bn_splits=1, symmetric=False):
         super().__init__()
-        self.temperature, self.symmetric, self.seen = temperature, symmetric, []
+        self.temperature, self.symmetric, self.seen, self.figures = temperature, symmetric, [], {}
         self.f = split_batchnorm(backbone, bn_splits) if bn_splits > 1 else backbone
         self.g = nn.Linear(backbone.dim, dim)
         if mlp:
@@ -241,33 +245,34 @@ class MoCo(nn.Module):
         self.register_buffer("queue", F.normalize(torch.randn(queue, dim), dim=1))  # fp32, one row a key
         self.register_buffer("pointer", torch.zeros((), dtype=torch.long))  # the oldest row
 
-    def forward(self, views, key=(0,)):
+    def forward(self, views, draw=(0,)):
         v1, v2 = views
-        loss = self.contrast(v1, v2, (*key, 0))
-        return loss + self.contrast(v2, v1, (*key, 1)) if self.symmetric else loss
+        loss = self.contrast(v1, v2, (*draw, 0))
+        return loss + self.contrast(v2, v1, (*draw, 1)) if self.symmetric else loss
 
-    def contrast(self, query, other, key):
+    def contrast(self, query, other, draw):
         q = self.g(self.f(query))  # [b, D]
-        keys = self.keys(other, key)  # [W b, D]
+        keys = self.keys(other, draw)  # [W b, D]
         with torch.autocast(q.device.type, enabled=False):
             q, rank = F.normalize(q.float(), dim=1), dist.get_rank() if dist.is_initialized() else 0
             k = keys[rank * len(q) : (rank + 1) * len(q)]
             loss, logits = info_nce(q, k, self.queue, self.temperature)
         self.seen.append(keys)
         with torch.no_grad():
-            self.figures = {
+            self.figures = {  # of the last direction
                 "feature_std": q.std(0).mean() * q.shape[1] ** 0.5,  # 1: spread, 0: collapsed
                 "own_cosine": (q * k).sum(1).mean(),
-                "right": 100 * (logits.argmax(1) == 0).float().mean(),  # queries whose own key is the nearest, per cent
+                # Queries that are nearer to their own key than to all others, per cent.
+                "right": 100 * (logits[:, :1] > logits[:, 1:]).all(1).float().mean(),
             }
         return loss
 
     @torch.no_grad()
-    def keys(self, x, key):
+    def keys(self, x, draw):
         """k of the images of all processes, in their order. Each process encodes a random share of them (sec. 3.3): a query
         and its key must not meet the same BatchNorm statistics, which would tell them apart from all others."""
         every, b = gathered(x), len(x)
-        order = torch.randperm(len(every), generator=data.generator("shuffle", *key))
+        order = torch.randperm(len(every), generator=data.generator("shuffle", *draw))
         rank = dist.get_rank() if dist.is_initialized() else 0
         share, back = order[rank * b : (rank + 1) * b], order.argsort()
         # The key network stays in train mode: batch statistics, and running averages of its own.
@@ -319,9 +324,9 @@ def main(argv=None):
     per_pass = common.images_per_pass(args, world, len(train))
     if per_pass < 2 * args.bn_splits or per_pass % args.bn_splits:
         common.fail(f"--bn-splits {args.bn_splits}: not so many equal parts of two or more in the {per_pass} images of a pass")
-    keys = args.batch_size * (2 if args.symmetric else 1)
-    if args.queue % keys:
-        common.fail(f"--queue {args.queue} is not a multiple of the {keys} keys of an update")
+    new_keys = args.batch_size * (2 if args.symmetric else 1)
+    if args.queue % new_keys:
+        common.fail(f"--queue {args.queue} is not a multiple of the {new_keys} keys of an update")
     if args.queue > len(train):
         common.fail(f"--queue {args.queue} is larger than the {len(train)} training images of {args.data}")
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
@@ -338,6 +343,8 @@ def main(argv=None):
         # need not send it before each step.
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["queue", "pointer"])
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.bn_splits > 1 and not any(isinstance(m, SplitBatchNorm) for m in model.modules()):
+        common.fail(f"--bn-splits {args.bn_splits}: {args.arch} has no BatchNorm to split")
     if args.compile:
         model.f.compile(), model.target["f"].compile()  # in place: the names in state_dict() stay
 
@@ -362,7 +369,7 @@ def main(argv=None):
     bn = f"BatchNorm in {args.bn_splits} parts, keys shuffled" if args.bn_splits * world > 1 else "BatchNorm not split"
     size = model.queue.numel() * 4 / 1e6
     g = "two layers" if args.mlp else "one layer"
-    say(f"queue {args.queue} x {args.dim}, {size:.1f} MB a process; T {args.temperature:g}; {g} in g; {bn}")
+    say(f"queue {args.queue} x {args.dim}, {size:.1f} MB a process; tau {args.temperature:g}; {g} in g; {bn}")
     chance = math.log(args.queue + 1) * (2 if args.symmetric else 1)
     say(f"loss of equal logits ln(K + 1) = {chance:.2f}; about {minutes:.1f} min plus data and probes")
     if args.dry_run:

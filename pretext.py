@@ -69,7 +69,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -270,6 +269,24 @@ def semi_hard(d, own, copies, margin):
     return (margin + ap - an).clamp(min=0).mean()
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
+    process must call both."""
+
+    @staticmethod
+    def forward(ctx, z):
+        z = z.contiguous()
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 class Exemplar(nn.Module):
     """Which of the others are copies of this image? `accuracy`: share of copies whose nearest other is of the same image.
 
@@ -301,7 +318,7 @@ class Exemplar(nn.Module):
             z = F.normalize(z.float(), dim=1)  # [B * copies, E]
             rank, every = 0, z
             if dist.is_initialized():  # gradients flow back to the process that made a candidate
-                rank, every = dist.get_rank(), torch.cat(dist_nn.all_gather(z))
+                rank, every = dist.get_rank(), Gather.apply(z)
             row = torch.arange(len(every), device=z.device)
             mine = row[rank * len(z) : (rank + 1) * len(z), None]
             own = mine // self.copies == row // self.copies  # [A, N]

@@ -25,6 +25,7 @@ No bank, no second network: with a gradient into both sides, the negatives alone
     blur              -                         one sigma a batch and view   one sigma an image
     blur's border     -                         zeros                        reflected, as torchvision
     mean and std      -                         none: [0, 1]                 none but in `shapes`: ImageNet's
+    test images       -                         resized bicubic              bilinear
     batches           -                         shuffle buffer, endless      one permutation an epoch, tail dropped
     initial weights   -                         truncated normal; blocks     torchvision's (He, fan-out);
                                                 start at 0; g N(0, 0.01)     g N(0, 0.01)
@@ -58,7 +59,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -148,7 +148,7 @@ def parse_args(argv=None):
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
     # SimCLR
     p.add_argument("--scaling", choices=("linear", "sqrt"), help="of lr with the batch: x B / 256, or x sqrt(B)")
-    p.add_argument("--temperature", type=float, help="tau of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--layers", type=int, choices=(2, 3), help="of the projector; 2 in the paper")
     p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
@@ -205,6 +205,24 @@ class NTXent(torch.autograd.Function):
         return grad * dz, grad * d_every, None, None, None
 
 
+class Gather(torch.autograd.Function):
+    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
+    process must call both."""
+
+    @staticmethod
+    def forward(ctx, z):
+        z = z.contiguous()
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 class SimCLR(nn.Module):
     """Backbone f, projector g; `forward((v1, v2))` is NT-Xent over the views of all processes, which must all call it."""
 
@@ -225,7 +243,7 @@ class SimCLR(nn.Module):
             }
             offset, every = 0, z
             if dist.is_initialized():  # gradients flow back to the process that made a negative, and add up there
-                offset, every = dist.get_rank() * len(z), torch.cat(dist_nn.all_gather(z))
+                offset, every = dist.get_rank() * len(z), Gather.apply(z)
             # Each process has the mean of its own anchors; DDP's mean of their gradients is that of the mean over all.
             return NTXent.apply(z, every, offset, self.temperature)
 

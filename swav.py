@@ -74,7 +74,8 @@ RECIPES = {
             *[dict(size=16, scale=(0.2, 0.5), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)] * 2,
         ],
     ),
-    # lightly's published setting: Adam, 1e-3 x batch / 128, two crops, 512 prototypes, never frozen. Not run in full yet.
+    # lightly's published setting: Adam, 1e-3 x batch / 128, two crops, 512 prototypes, never frozen; but AdamW, a cosine by
+    # the step to a thousandth, prototypes without a bias. Not run in full yet.
     "cifar10": dict(
         arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="adamw", lr=2e-3, weight_decay=1e-6,
         warmup_epochs=0.0, small_crops=0, small_size=16, prototypes=512, temperature=0.1, epsilon=0.05, freeze_epochs=0.0,
@@ -146,7 +147,7 @@ def parse_args(argv=None):
     p.add_argument("--small-crops", type=int, help="V, small views besides the two large ones (0: two-crop SwAV)")
     p.add_argument("--small-size", type=int, help="px of the small views")
     p.add_argument("--prototypes", type=int, help="K, columns of C; little depends on it while there are several a class")
-    p.add_argument("--temperature", type=float, help="tau of the cosines; lower weighs the hardest negatives more")
+    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--epsilon", type=float, help="smoothness of the codes; if the loss stays at ln K, try less")
     p.add_argument("--freeze-epochs", type=float, help="in which the prototypes stay as they are drawn")
     p.add_argument("--queue-length", type=int, help="embeddings of earlier images that join in the codes (0: no queue)")
