@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.vgg import cfgs, make_layers
 
+import data
 from common import fail
 
 SMALL = 64  # px; below this the small-image stem is used
@@ -94,13 +95,13 @@ class ResNet(Backbone):
 
     `channels` are those of the root. Twice as many widen every layer ("ResNet-50 (2x)" of the BYOL paper), unlike
     torchvision's wide_resnet50_2, which widens only the inner convolution of a block. `strides`: of root, pool and stages
-    2, 3, 4; at 224 px the usual ones give maps of 56, 28, 14 and 7 px.
+    2, 3, 4; at 224 px the usual ones give maps of 56, 28, 14 and 7 px. `inputs`: channels of the images.
     """
 
-    def __init__(self, block, depths, channels, strides=STRIDES[32], kernel=7):
+    def __init__(self, block, depths, channels, strides=STRIDES[32], kernel=7, inputs=3):
         super().__init__()
         root, pool, *strides = strides
-        self.conv1 = nn.Conv2d(3, channels, kernel, root, kernel // 2, bias=False)
+        self.conv1 = nn.Conv2d(inputs, channels, kernel, root, kernel // 2, bias=False)
         self.bn1, self.relu = nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         self.maxpool = nn.MaxPool2d(3, pool, 1) if pool > 1 else nn.Identity()
         inplanes = channels
@@ -122,6 +123,49 @@ class ResNet(Backbone):
     def maps(self, x):
         x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
         return {"root": x} | blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4))
+
+
+RGB = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # images in [0, 1] as they are
+LAB = data.to_lab, (50.0, 6.025, -6.690), (50.0, 92.208, 101.168)  # middle and half of each channel's range
+YDBDR = data.to_ydbdr, (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
+SPLITS = {  # suffix of a name: (conversion from RGB, mean, std: those of CMC's and PyContrast's code), channels per view
+    "lab": (LAB, (1, 2)),
+    "ydbdr": (YDBDR, (1, 2)),
+    "lab3": (LAB, (1, 1, 1)),
+}
+
+
+class Split(Backbone):
+    """Colour channels of an image as views of it, each with a network of its own (CMC, Tian et al. 2019,
+    https://arxiv.org/abs/1906.05849). RGB images in [0, 1], not normalised, [B, 3, H, W], are converted to the colour space
+    of SPLITS[split]; its channels go in groups to `network(channels of the group)`. Maps and vectors are those of all
+    networks, joined along the channels; `widths` are those of the vectors.
+    """
+
+    def __init__(self, network, split):
+        super().__init__()
+        self.preprocess = RGB  # in place of ImageNet's mean and std
+        self.space, self.groups = SPLITS[split]
+        self.networks = nn.ModuleList(network(channels) for channels in self.groups)
+        self.widths = [f.dim for f in self.networks]
+        self.dim = self.channels = sum(self.widths)
+
+    def views(self, x):
+        """The views of RGB images: a tuple of [B, c, H, W] in fp32."""
+        convert, mean, std = self.space
+        with torch.autocast(x.device.type, enabled=False):
+            return data.normalise(convert(x.float()), mean, std).split(self.groups, 1)
+
+    def parts(self, x):
+        """The vectors of the views: a list of [B, d]."""
+        return [f(v) for f, v in zip(self.networks, self.views(x), strict=True)]
+
+    def maps(self, x):
+        maps = [f.maps(v) for f, v in zip(self.networks, self.views(x), strict=True)]
+        return {name: torch.cat([m[name] for m in maps], 1) for name in maps[0]}
+
+    def forward(self, x):
+        return torch.cat(self.parts(x), 1)  # [B, dim]
 
 
 class ConvNet(Backbone):
@@ -385,15 +429,52 @@ STUDY = {  # family: (class, units per stage, channels of the narrowest layer fo
     "vgg19": (VGG, (2, 2, 4, 4, 4), 8),
     "vgg11": (VGG, (1, 1, 2, 2, 2), 8),
 }
+NORM = re.compile(r"_(ln|nobn)(?=_|$)")  # suffix of a ResNet's name: what takes BatchNorm's place
 NAMES = [
     *PLAIN,
     f"FAMILY_kK with FAMILY one of {' '.join(STUDY)} and K the widening factor (4 8 12 16 in the study)",
     "FAMILY_kK_minus (v2 and RevNet: no last ReLU)",
+    "_ln or _nobn after a ResNet's name (before _sN): layer norm or biases in BatchNorm's place",
     f"_sN after a ResNet's name or after FAMILY_kK[_minus] for a total stride N of {' '.join(map(str, reversed(STRIDES)))}",
+    f"{' '.join(f'_{split}' for split in SPLITS)} last, after a ResNet's name: colour channels apart, half the width each",
 ]
 
 
+class Bias(nn.Module):
+    """One number a channel, added. What it gives is a new tensor: a ReLU in place after it leaves a skip connection as it is."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x):
+        return x + self.bias[:, None, None]
+
+
+def without_batchnorm(net, norm):
+    """The ResNet with something else in BatchNorm's place, so that the features of an image (or of a patch, for CPC) do not
+    depend on the others of its batch. norm "ln": layer norm, over all channels and places of a map; "nobn": biases only.
+    Then nothing holds the sums of residual units, so each residual function begins at 0 by its last convolution, as in
+    Fixup (Zhang et al. 2019, https://arxiv.org/abs/1901.09321)."""
+    for module in list(net.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                channels = child.num_features
+                setattr(module, name, nn.GroupNorm(1, channels) if norm == "ln" else Bias(channels))
+        if norm == "nobn" and isinstance(module, (BasicBlock, Bottleneck, PreActivation)):
+            last = {BasicBlock: "conv2", Bottleneck: "conv3", PreActivation: "residual"}[type(module)]
+            last = getattr(module, last)
+            nn.init.zeros_((last[-1] if isinstance(last, nn.Sequential) else last).weight)
+    return net
+
+
 # ============ by name ============
+
+
+def unsplit(name):
+    """("resnet18", "lab") of "resnet18_lab"; the second is None where a name has no suffix of SPLITS."""
+    whole, _, split = name.rpartition("_")
+    return (whole, split) if split in SPLITS else (name, None)
 
 
 def parse(name, size):
@@ -401,11 +482,15 @@ def parse(name, size):
 
     `size`: px of the square input. Bad names end the program with exit code 2 and one sentence.
     """
-    base, k, minus, stride = re.fullmatch(r"(.*?)(?:_k(\d+(?:\.\d+)?))?(_minus)?(?:_s(\d+))?", name, re.DOTALL).groups()
+    whole, split = unsplit(name)
+    form = r"(.*?)(?:_k(\d+(?:\.\d+)?))?(_minus)?(_ln|_nobn)?(?:_s(\d+))?"
+    base, k, minus, norm, stride = re.fullmatch(form, whole, re.DOTALL).groups()
     if base not in (STUDY if k else PLAIN) or (minus and not k):
-        known = [*PLAIN, *(f"{family}_k{k or 4}" for family in STUDY)]
+        known = [*PLAIN, *(f"{family}_k{k or 4}" for family in STUDY), *(f"{net}_{s}" for net in RESNETS for s in SPLITS)]
         near = difflib.get_close_matches(name, known, 1, 0.0)[0]
         fail(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
+    if split and base.removesuffix("_w2") not in RESNETS:
+        fail(f"{name}: _{split} is for ResNets without a widening factor")
     if k:
         kind, _, narrowest = STUDY[base]
         if not (width := narrowest * float(k)).is_integer() or width == 0:
@@ -414,6 +499,8 @@ def parse(name, size):
             fail(f"{name}: the last ReLU can be left out (_minus) of ResNet v2 and RevNet only")
     elif stride and base.removesuffix("_w2") not in RESNETS:
         fail(f"{name}: _s{stride} is for ResNets, RevNets and the VGGs with a widening factor")
+    if norm and base.removesuffix("_w2") not in RESNETS and (not k or kind not in (ResNet, ResNetV2)):
+        fail(f"{name}: {norm} is for ResNets")
     if stride and int(stride) not in STRIDES:
         fail(f"{name}: the total stride _s{stride} is not one of {', '.join(map(str, reversed(STRIDES)))}")
     if k and not stride:
@@ -421,6 +508,16 @@ def parse(name, size):
     if stride and size < (stride := int(stride)):
         fail(f"{name}: an image of {size} px is smaller than the total stride {stride}; _sN sets another")
     return base, float(k) if k else None, bool(minus), stride
+
+
+def without_idle(strides, size):
+    """The strides for images of `size` px, with 1 where the map is a single pixel already. There a stride changes nothing but
+    the gradient of a 3x3 convolution under bf16 on CPUs, whose outer weights torch (2.11 to 2.15) then leaves undefined."""
+    kept = []
+    for stride in strides:
+        kept.append(stride if size > 1 else 1)
+        size = -(-size // stride)
+    return tuple(kept)
 
 
 def build(name, size=224):
@@ -431,6 +528,8 @@ def build(name, size=224):
     16 and 2 below. An unknown name, a width that is not whole and a size below the stride end the program with exit code 2.
     """
     base, k, minus, stride = parse(name, size)
+    if norm := NORM.search(name):
+        return without_batchnorm(build(name[: norm.start()] + name[norm.end() :], size), norm[1])
     small = size < SMALL
     kernel = 3 if small else 7
     if size < 32 and base in (*VGGS, "alexnet_bn"):
@@ -442,8 +541,11 @@ def build(name, size=224):
     if base in PLAIN:
         block, depths, channels = RESNETS[base.removesuffix("_w2")]
         channels *= 2 if base.endswith("_w2") else 1
-        usual = (2 if channels < 64 else 1, 1, 2, 2, 2) if small else STRIDES[32]
-        return ResNet(block, depths, channels, STRIDES[stride] if stride else usual, kernel)
+        usual = without_idle((2 if channels < 64 else 1, 1, 2, 2, 2) if small else STRIDES[32], size)
+        strides, split = STRIDES[stride] if stride else usual, unsplit(name)[1]
+        if split:
+            return Split(functools.partial(ResNet, block, depths, channels // 2, strides, kernel), split)
+        return ResNet(block, depths, channels, strides, kernel)
     kind, depths, _ = STUDY[base]
     if kind is VGG:
         return VGG(depths, k, stride, size)

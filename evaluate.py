@@ -64,37 +64,44 @@ class Trunk(nn.Module):
     """A backbone `f` behind what it was trained to see, so that all of this file works with methods that do not look at
     plain RGB images. Images [B, 3, S, S] in [-1, 1] to [B, dim].
 
-    lightness: of Lab the L alone, as `data.lightness` gives it. patch: of the 3 x 3 cells of `cell` px in the middle of an
-    image the central `patch` px each; the image's features are the mean over these nine. standardise: each patch, or the
-    image where there are none, to mean 0 and deviation 1.
+    lightness: of Lab the L alone, as `data.lightness` gives it. grey: luma in the place of all channels. patch: of the
+    3 x 3 cells of `cell` px in the middle of an image the central `patch` px each or, with a `stride`, every patch of a
+    grid over the whole image, one every `stride` px; the image's features are the mean over these. standardise: each
+    patch, or the image where there are none, to mean 0 and deviation 1.
     """
 
-    def __init__(self, f, lightness=False, standardise=False, patch=0, cell=0):
+    def __init__(self, f, lightness=False, standardise=False, patch=0, cell=0, stride=0, grey=False):
         super().__init__()
         self.f, self.dim = f, f.dim
-        self.lightness, self.standardise, self.patch, self.cell = lightness, standardise, patch, cell
+        self.lightness, self.standardise, self.grey = lightness, standardise, grey
+        self.patch, self.cell, self.stride = patch, cell, stride
 
     def see(self, x):
-        """What f gets: [B, 3, S, S], or nine patches an image, [B * 9, 3, patch, patch]."""
+        """What f gets: [B, 3, S, S], or n patches an image, [B * n, 3, patch, patch]."""
         if self.lightness:
             x = data.lightness(data.to_lab(x / 2 + 0.5))
-        if self.patch:
+        if self.grey:
+            x = data.grey(x).expand(-1, 3, -1, -1)
+        if self.stride:
+            x = x.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)  # [B, 3, G, G, patch, patch]
+            x = x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
+        elif self.patch:
             x = tvf.center_crop(x, [3 * self.cell] * 2).unflatten(2, (3, -1)).unflatten(4, (3, -1))  # [B, 3, 3, c, 3, c]
             inside = slice(start := (self.cell - self.patch) // 2, start + self.patch)
             x = x[:, :, :, inside, :, inside].permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
         return data.standardise(x) if self.standardise else x
 
-    def mean(self, features):
-        """Over the patches of each image: [B * 9, ...] to [B, ...]."""
-        return features.unflatten(0, (-1, 9)).mean(1) if self.patch else features
+    def mean(self, features, images):
+        """Over the patches of each image: [B * n, ...] to [B, ...]."""
+        return features.unflatten(0, (images, -1)).mean(1) if self.patch else features
 
     def forward(self, x):
-        return self.mean(self.f(self.see(x)))  # [B, dim]
+        return self.mean(self.f(self.see(x)), len(x))  # [B, dim]
 
     def taps(self, x, most=9000):
         """{layer: map [B, C, h, w] or vector [B, dim]} of f, in order of depth, each pooled to `most` features at most
         (`shrink`), and then averaged over the patches."""
-        return {name: self.mean(shrink(tap, most)) for name, tap in self.f.taps(self.see(x)).items()}
+        return {name: self.mean(shrink(tap, most), len(x)) for name, tap in self.f.taps(self.see(x)).items()}
 
 
 def shrink(tap, most):
@@ -113,7 +120,9 @@ def as_trained(f, preprocess, size=0):
     trunk = Trunk(f, **preprocess["sees"])
     if trunk.patch and size not in (0, preprocess["size"]):
         common.fail(f"images of {size} px: this network looks at patches cut from {preprocess['size']} px, no other size")
-    if 3 * trunk.cell > preprocess["size"] or trunk.patch > trunk.cell:
+    if trunk.stride and trunk.patch > preprocess["size"]:
+        common.fail(f"patches of {trunk.patch} px do not fit images of {preprocess['size']} px")
+    if not trunk.stride and (3 * trunk.cell > preprocess["size"] or trunk.patch > trunk.cell):
         common.fail(f"a grid of 3 x 3 cells of {trunk.cell} px, patches of {trunk.patch} px in them, does not fit images of "
                     f"{preprocess['size']} px")  # fmt: skip
     return trunk
@@ -140,6 +149,9 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
 
     Under torchrun every process does its share and all get the whole: every process must call it.
     """
+    wanted = getattr(backbone, "preprocess", {})  # of a network of colour channels
+    if any(tuple(preprocess[k]) != tuple(v) for k, v in wanted.items()):
+        common.fail("networks of colour channels take images in [0, 1], not normalised ones: cmc.py trains them")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if world > 1:  # without SyncBN each process has averages of its own; those of rank 0 are saved, so all use them
         for buffer in backbone.buffers():
@@ -1095,7 +1107,8 @@ def open_backbone(target, arch, size, seed):
     try:
         if target.startswith("random:"):
             torch.manual_seed(seed)
-            return backbones.build(target.removeprefix("random:"), preprocess["size"]), preprocess, {}, None
+            backbone = backbones.build(target.removeprefix("random:"), preprocess["size"])
+            return backbone, preprocess | getattr(backbone, "preprocess", {}), {}, None
         path = Path(target, "backbone.pt") if Path(target).is_dir() else Path(target)
         if not path.is_file():
             common.fail(f"{path}: no such checkpoint (a run folder, a .pt file, or random:ARCH is expected)")
@@ -1112,7 +1125,7 @@ def open_backbone(target, arch, size, seed):
         backbone = backbones.build(arch, preprocess["size"])
         heads = ("fc.", "classifier.")
         backbone.load_state_dict({k: v for k, v in found.items() if not k.startswith(heads)})
-        return backbone, preprocess, {}, path
+        return backbone, preprocess | getattr(backbone, "preprocess", {}), {}, path
     except EOFError as error:
         common.fail(str(error))
     except RuntimeError as error:  # load_state_dict is strict: the first line names the class, the second what is wrong

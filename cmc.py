@@ -1,0 +1,439 @@
+"""CMC: Contrastive Multiview Coding (Tian, Krishnan and Isola, 2019, https://arxiv.org/abs/1906.05849).
+
+Colour channels are views: lightness L and colour ab of one image have in common what is in it. Each view has a network and a
+bank of its own, which remembers a feature of every image. A feature of one view must be told its image's row from those of
+others in the bank of the other view, so that it keeps what the views share. The representation is all of them, joined.
+
+    image -> crop, flip -> Lab -.-> L  -> f1 -> g1 -> z1 -- its row among K others of bank 2: -log h, both ways
+                                '-> ab -> f2 -> g2 -> z2 -- its row among K others of bank 1
+                    row i of bank 1 <- n(m row + (1 - m) z1), of bank 2 with z2, after the step       (n: L2-normalise)
+
+    differences          paper                        official code              here
+    views                Lab, YDbDr; NYU: L, ab,      Lab, YCbCr; YDbDr in       Lab, YDbDr, and L, a, b as three (--split)
+                         depth, normals, classes      PyContrast
+    conversion           -                            skimage, in the loader,    a batch on the device, in fp32, by the backbone
+                                                      of 8-bit crops
+    loss                 NCE                          NCE, softmax               both (--contrast)
+    negatives            K from the bank              K for each image, the      K for the whole batch and all processes
+                                                      same in both banks         and banks
+    own row among them   -                            stays                      left out
+    constants Z          -                            one for each direction,    the same, in the checkpoint
+                                                      of the first batch
+    bank at start        -                            uniform, about unit        uniform, then unit
+    ResNets              half the width for a view,   half the width but for     half the width everywhere: resnet50_lab is v1,
+                         the usual, twice             the first convolution      resnet50_w2_lab v2; v3 is not here
+    AlexNet              half of it for a view        the same                   not here
+    learning rate        -                            x 0.1 when epoch > 120,    --drop-at, the same epochs
+                                                      counted from 1
+    weight decay         -                            on all parameters          not on biases and BatchNorm
+    last batch           -                            smaller                    dropped: its rows wait for the next epoch
+    initial weights      -                            He, fan-out                He (fan-out), torch's for g
+    linear probe         lr 30, 60 epochs, crops,     the same                   un-augmented frozen features, joined, 100
+                         by layer                                                epochs (evaluate.py)
+    small images         STL-10 at 64 px              tau 0.1                    recipes below; 3x3 stem under 64 px
+    precision            -                            fp32; fp16 is worse        bf16 autocast; L2, loss and banks in fp32
+
+Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+
+    command                                     network, epochs      seeds  k-NN  linear   device
+    python cmc.py                               resnet10_16_lab, 24  0      46.5  49.3     1 CPU core, 3 min
+                                                at random            0      13.5  not run
+    ... --data shapes-natural                   resnet10_16_lab, 24  0      79.3  not run  the same
+                                                at random            0      25.4  not run
+    ... --data cifar10 --arch resnet10_32 --epochs 15 (images recompressed as JPEG)
+                                                resnet10_32_lab, 15  0      49.9  51.9     1 CPU core, 12 min
+                                                at random            0      36.3  not run
+
+    python cmc.py                                                            shapes, minutes on a laptop
+    python cmc.py --split lab3 --graph full                                  three views, all pairs of them
+    torchrun --standalone --nproc_per_node=8 cmc.py --data imagenet --root DIR
+"""
+
+import argparse
+import contextlib
+import functools
+import itertools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "cmc"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW, a small network, cosine, softmax.
+    "shapes": dict(
+        arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=1e-2, weight_decay=1e-4,
+        warmup_epochs=1.0, drop_at=[], split="lab", graph="core", contrast="softmax-nce", negatives=4096, temperature=0.1,
+        bank_momentum=0.5, dim=128, eval_every=2,
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, **backbones.RGB)],
+    ),
+    # No CIFAR-10 in the paper: InstDisc's numbers for it (code, cifar.py) with a flip and without its jitter; tau is also
+    # what the code has for STL-10. Not run in full yet.
+    "cifar10": dict(
+        arch="resnet18", size=32, epochs=200, batch_size=128, optimizer="sgd", lr=0.06, weight_decay=5e-4,
+        warmup_epochs=0, drop_at=[0.6, 0.8], split="lab", graph="core", contrast="softmax-nce", negatives=4096,
+        temperature=0.1, bank_momentum=0.5, dim=128, eval_every=10,
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", **backbones.RGB)],
+    ),
+    # ResNet-50 v1, half the width for a view. PyContrast has K = 65536, softmax, 200 epochs, and a jitter before the
+    # conversion, always: jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=1.0. The paper's best has YDbDr (--split ydbdr).
+    "imagenet": dict(
+        arch="resnet50", size=224, epochs=240, batch_size=128, optimizer="sgd", lr=0.06,  # lr 0.03 for 128: train_CMC.py
+        weight_decay=1e-4, warmup_epochs=0, drop_at=[120 / 240, 160 / 240, 200 / 240],  # code, train_CMC.py
+        split="lab", graph="core", contrast="nce", negatives=16_384, temperature=0.07,  # code, train_CMC.py
+        bank_momentum=0.5, dim=128, eval_every=10,  # code, train_CMC.py
+        views=[dict(scale=(0.08, 1.0), interpolation="bilinear", **backbones.RGB)],  # code, README
+    ),
+}  # fmt: skip
+GRAPHS, CONTRASTS = ("core", "full"), ("nce", "softmax-nce")
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python cmc.py [flags]   (torchrun --standalone --nproc_per_node=N cmc.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)")
+    # CMC
+    p.add_argument("--split", choices=backbones.SPLITS, help="V1, V2, ...: L and ab, Y and DbDr, or L, a and b")
+    p.add_argument("--graph", choices=GRAPHS, help="core: V1 with each other view; full: all pairs; of two views the same")
+    p.add_argument("--contrast", choices=CONTRASTS, help="K + 1 questions of yes or no, or one with K + 1 answers")
+    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
+    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
+    p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
+    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "dim", "negatives")
+    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "bank_momentum")
+    if not args.bank_momentum <= 1:
+        common.fail(f"--bank-momentum {args.bank_momentum:g}: it must be at most 1")
+    if not all(0 < at < 1 for at in args.drop_at):
+        common.fail(f"--drop-at {' '.join(f'{at:g}' for at in args.drop_at)}: shares of the run are between 0 and 1")
+    least = 0.02 if args.contrast == "nce" else 0.0  # NCE's exp(s / tau) does not fit a float below that
+    if not least < args.temperature < math.inf:
+        common.fail(f"--temperature {args.temperature:g}: with --contrast {args.contrast} it must be above {least:g}")
+    if backbones.unsplit(args.arch)[1] not in (None, args.split):
+        common.fail(f"--arch {args.arch}: --split {args.split} asks for other views; leave the suffix out")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+# ============ the method ============
+
+
+def draw_negatives(n, K, seed, step, device):
+    """The K rows of the bank, drawn uniformly, that an update tells its views from: one set for the whole batch and the
+    same in every process, so that all logits are one product."""
+    return torch.randint(n, (K,), generator=data.generator(seed, "negatives", step)).to(device, non_blocking=True)
+
+
+def scores(v, bank, index, negatives, temperature):
+    """s / tau of v [B, D] with its own row, [B], and with the rows `negatives` [K], [B, K]; -inf where one is its own."""
+    others = v @ bank[negatives].T / temperature
+    others = others.masked_fill(negatives == index[:, None], -math.inf)
+    return (v * bank[index]).sum(1) / temperature, others
+
+
+def contrast(v, bank, index, negatives, temperature):
+    """L_contrast: cross-entropy of the own row among K + 1 (CMC, sec. 3), mean over the batch. ln K minus it is at most the
+    information, in nats, that the two views have in common."""
+    own, others = scores(v, bank, index, negatives, temperature)
+    return (torch.logsumexp(torch.cat([own[:, None], others], 1), 1) - own).mean()
+
+
+def nce(v, bank, index, negatives, temperature, Z):
+    """Noise-contrastive estimation (InstDisc, sec. 3.2): is a row the view's own, or one of K drawn with P_n = 1 / n? With
+    P = exp(s / tau) / Z it is its own with probability P / (P + K P_n). Summed over the negatives, mean over the batch."""
+    own, others = scores(v, bank, index, negatives, temperature)
+    noise, eps = len(negatives) / len(bank), 1e-7  # eps: code, NCECriterion.py
+    h = own.exp() / Z
+    missed = -(h / (h + noise + eps)).log()
+    taken = (1 + (others.exp() / Z + eps) / noise).log().sum(1)
+    return (missed + taken).mean()
+
+
+def unrelated(form, n, K, dim, temperature):
+    """The loss of one direction while features are unrelated to the bank: a cosine of random unit vectors has variance
+    1 / D, so that ln E[exp(s / tau)] = 1 / (2 D tau^2)."""
+    softmax = math.log(1 + K * math.exp(1 / (2 * dim * temperature**2)))
+    return softmax + 1 + 1e-7 * n if form == "nce" else softmax
+
+
+class CMC(nn.Module):
+    """Backbone f with a network for each of M views (backbones.Split), as many linear layers g, banks and, of the views that
+    are paired, constants Z; `forward((x,), index, negatives)` is the loss L_C or L_F of the RGB images x, in [0, 1], whose
+    places in the set are `index`."""
+
+    def __init__(self, backbone, n, dim=128, temperature=0.07, contrast="nce", momentum=0.5, graph="core"):
+        super().__init__()
+        self.temperature, self.contrast, self.momentum = temperature, contrast, momentum
+        self.seen, self.figures = [], {}
+        self.f = backbone
+        self.g = nn.ModuleList(nn.Linear(width, dim) for width in backbone.widths)
+        pairs = list(itertools.combinations(range(len(self.g)), 2))  # full graph: L_F
+        if graph == "core":  # L_C: those with V1
+            pairs = [(i, j) for i, j in pairs if i == 0]
+        self.directions = [direction for i, j in pairs for direction in ((i, j), (j, i))]  # (view, whose bank it is told in)
+        self.register_buffer("bank", F.normalize(torch.rand(len(self.g), n, dim) - 0.5, dim=2))  # [M, n, D], fp32
+        self.register_buffer("Z", torch.zeros(len(self.directions)))
+
+    def forward(self, views, index, negatives, first=False):
+        """`first`: whether this is the run's first batch, which sets NCE's constants Z. Every process must call it alike."""
+        features = self.f(*views).split(self.f.widths, 1)  # M of [B, d]
+        out = torch.stack([g(h) for g, h in zip(self.g, features, strict=True)])
+        with torch.autocast(out.device.type, enabled=False):
+            z = F.normalize(out.float(), dim=2)  # [M, B, D]
+            self.seen.append((index, z.detach()))
+            if first and self.contrast == "nce":
+                self.Z.copy_(self.estimate_Z(z.detach(), index, negatives))
+            losses = [self.told(z[i], j, index, negatives, Z) for (i, j), Z in zip(self.directions, self.Z, strict=True)]
+            self.figures = self.measure(z.detach(), index)
+            return torch.stack(losses).sum()  # L(V1, V2) = both directions, summed over the pairs
+
+    def told(self, v, j, index, negatives, Z):
+        """The loss of v [B, D], features of one view, in the bank of view j."""
+        if self.contrast == "softmax-nce":
+            return contrast(v, self.bank[j], index, negatives, self.temperature)
+        return nce(v, self.bank[j], index, negatives, self.temperature, Z)
+
+    def measure(self, z, index):
+        """Figures for the log, means over views and directions."""
+        own = self.bank[:, index]  # [M, B, D]
+        return {
+            "feature_std": z.std(1).mean() * z.shape[2] ** 0.5,  # 1: spread, 0: collapsed
+            "own_cosine": torch.stack([(z[i] * own[j]).sum(1).mean() for i, j in self.directions]).mean(),
+            "view_cosine": torch.stack([(z[i] * z[j]).sum(1).mean() for i, j in self.directions[::2]]).mean(),
+        }
+
+    @torch.no_grad()
+    def estimate_Z(self, z, index, negatives):
+        """n times the mean of exp(s / tau) over the batch of all processes, for each direction (code, NCEAverage.py)."""
+        found = [scores(z[i], self.bank[j], index, negatives, self.temperature) for i, j in self.directions]
+        e = torch.stack([torch.cat([own[:, None], others], 1) for own, others in found]).exp()  # [directions, B, K + 1]
+        total = torch.stack([e.sum((1, 2)), (e > 0).sum((1, 2))])  # a row left out counts as nothing
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return self.bank.shape[1] * total[0] / total[1]
+
+    @torch.no_grad()
+    def update_bank(self):
+        """Row i <- n(m row i + (1 - m) z) in each view's bank, for the images of all processes since the last update. Every
+        process writes the same rows and must call it; within an epoch no image comes twice, so no row is written twice."""
+        indices, zs = zip(*self.seen, strict=True)
+        index, z = torch.cat(indices), torch.cat(zs, 1)
+        self.seen.clear()
+        if dist.is_initialized():
+            world = dist.get_world_size()
+            indices, zs = ([torch.empty_like(t) for _ in range(world)] for t in (index, z))
+            dist.all_gather(indices, index)
+            dist.all_gather(zs, z)
+            index, z = torch.cat(indices), torch.cat(zs, 1)
+        self.bank[:, index] = F.normalize(torch.lerp(z, self.bank[:, index], self.momentum), dim=2)
+
+
+def rate_at(step, total, lr, warmup, drop_at):
+    """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
+    if not drop_at or step < warmup:
+        return common.cosine(step, total, lr, 0.0, warmup)
+    return lr * 0.1 ** sum(step >= at * total for at in drop_at)
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    args.arch = f"{backbones.unsplit(args.arch)[0]}_{args.split}"
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    if args.negatives >= len(train):
+        common.fail(f"--negatives {args.negatives}: it must be smaller than the {len(train)} training images of {args.data}")
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    f, n = backbones.build(args.arch, args.size), len(train)
+    model = CMC(f, n, args.dim, args.temperature, args.contrast, args.bank_momentum, args.graph).to(
+        device, memory_format=torch.channels_last
+    )
+    ddp = model
+    if world > 1:
+        # The code's BatchNorm, under DataParallel, sees the share of one GPU, and so does this.
+        # Every process writes the same banks: DDP need not send them (1.3 GB for ImageNet) before each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank", "Z"])
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    draw = lambda step: draw_negatives(len(train), args.negatives, args.seed, step, device)
+    rest = lambda n: (torch.arange(n, device=device), draw(0))
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, then {drops}")
+    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    start = len(model.directions) * unrelated(args.contrast, len(train), args.negatives, args.dim, args.temperature)
+    banks, size = f"{len(model.g)} banks {n} x {args.dim}", model.bank.numel() * 4 / 1e6
+    say(f"{banks}, {size:.1f} MB a process; {args.contrast}, {args.negatives} rows at tau {args.temperature:g}")
+    say(f"views of {args.split}, {args.graph} graph: {len(model.directions)} directions")
+    say(f"loss of unrelated vectors {start:.2f}; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now, negatives = rate_at(step, total, lr, warmup, args.drop_at), draw(step)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            for micro in range(1, args.accumulate + 1):
+                index, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs, index, negatives, first=step == 0 and micro == 1) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_bank()  # after the step: the logits of an update are those of the old banks
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()

@@ -1,0 +1,538 @@
+"""CPC: Contrastive Predictive Coding (van den Oord et al., 2018, https://arxiv.org/abs/1807.03748), and CPC v2: Data-Efficient
+Image Recognition with Contrastive Predictive Coding (Henaff et al., 2019, https://arxiv.org/abs/1905.09272).
+
+An image is cut into a grid of overlapping patches. From what lies above, foretell the features of the patches further down:
+not their pixels, but which of all patches of the batch is the right one. What can be foretold from afar is what a whole
+object or texture has in common, and a patch's own noise is not.
+
+    image -> G x G patches -> f (g_enc) -> z [G, G] --> g (g_ar), rows up to i -> c_ij -> W_k c_ij = z^_(i+k,j)
+                                            |                                                     |
+                                            '--> z_(i+k,j) and all other patches of the batch ----'  cross-entropy of z^.z
+    v2: also upwards, to the left and to the right, over the grid turned by 90, 180 and 270 degrees
+
+    differences          paper                          reference (see below)   here
+    f of v1              ResNet-101 v2 without norm,    pre-activation, 3       ResNet-50 v2, 4 stages, biases for norm,
+                         3 stages, 1024-d               stages, 1024-d          residual functions from 0 (Fixup), 2048-d
+    f of v2              ResNet-161, 4096-d; also       -                       ResNet-50; layer norm over the map of a patch
+                         ResNet-50; layer norm
+    g of v1              "PixelCNN-style"               4 gated layers, own     the same: sees rows above, and 4 columns
+                                                        row is seen             to either side of its own row
+    g of v2              -                              5 residual blocks       the same
+    negatives            other places and images        v1: 16 drawn,           all targets of the batch, of all processes
+                                                        v2: all of the batch
+    first row foretold   -                              i + 2 (v1), i + 3 (v2)  the first that shares no pixel with row i,
+                                                                                which is the same (--skip)
+    steps                v1: up to 5                    v1: 5, v2: 1            the same; the mean over steps and directions
+    targets              v1: z                          v2: 1x1 to 64           the same (--target-dim)
+    predictions          -                              v2: times 0.1           times 0.1 in both; W_k without bias
+    directions of v2     4                              -                       one g for all, W_k for each
+    crop                 256 (v2: 260) of 300 px        -                       the same share of each side, made square; flips
+    patches of v1        60 of 64 px at random, padded  STL-10: whole           as the paper; mid-grey around; whole at 32 px
+    patches of v2        AutoAugment, elastic, shear,   -                       colours (Szegedy's) .8 and grey .25 only
+                         histogram, colours .8,
+                         grey .25
+    optimiser            Adam; v2: beta_1 .8, clipped   v1: Adam                AdamW, beta_1 .9, no decay, clipped in v2; cosine
+    averaged weights     v2: Polyak, .9999              -                       none
+    representation       v1: mean of z; v2: classifier  -                       mean of z over the grid (evaluate.py), of grey
+                         a place, logits averaged                               images if trained on those
+    small images         -                              v1: STL-10              recipes below; grids for 32, 64 and 96 px
+    precision            -                              fp32                    bf16 autocast, loss in fp32
+
+There is no official code. Reference: for v1 the CPC of Greedy InfoMax's release (STL-10), for v2 the pseudo-code of its appendix.
+
+Measured with this file (k-NN: 20 neighbours, of the random network and after training; protocols and curves in
+results/README.md):
+
+    command                              network, epochs       seed  k-NN          linear  device
+    python cpc.py                        resnet10_16_ln, 8     0     15.8 -> 47.8  60.4    1 CPU core, 5 min
+    python cpc.py --v 1                  resnet10_16_nobn, 12  0     19.0 -> 32.9  51.7    the same, 5 min
+    imagenette at 96 px, 5 x 5 of 24 px  resnet10_16_ln, 10    0     33.2 -> 35.9  44.2    the same, 6 min
+
+    python cpc.py                                                            v2 on shapes, minutes on a laptop
+    python cpc.py --v 1                                                      v1
+    torchrun --standalone --nproc_per_node=8 cpc.py --data imagenet --root DIR
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "cpc"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+
+# Views are crops in [0, 1]; patches are normalised, to [-1, 1], after they have been changed each by itself.
+PLAIN = dict(interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+V1 = dict(context="pixelcnn", directions=1, target_dim=0, patch_jitter=0.0, patch_grey=0.0)
+V2 = dict(context="rows", directions=4, target_dim=64, border=0)
+COLOURS = dict(patch_jitter=0.8, patch_grey=0.25)  # v2, appendix
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: a small network, a high learning rate, crops of any scale, few patches, and every
+    # one of them in other colours, or light and colour are all that is foretold (docs/cpc.md).
+    "shapes": dict(
+        arch="resnet10_16_ln", size=32, epochs=8, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
+        warmup_epochs=1.0, clip=0.0, v=2, patch=12, stride=5, steps=2, context_width=32, **V2, patch_jitter=1.0, patch_grey=0.5,
+        eval_every=2,
+        views=[dict(scale=(0.6, 1.0), **PLAIN)],
+    ),
+    # Made from the ImageNet recipe; not run yet.
+    "cifar10": dict(
+        arch="resnet18_ln", size=32, epochs=200, batch_size=256, optimizer="adamw", lr=4e-4, weight_decay=0.0,
+        warmup_epochs=5, clip=0.01, v=2, steps=3, context_width=256, **V2, **COLOURS, eval_every=10,
+        views=[dict(scale=(0.6, 1.0), **PLAIN)],
+    ),
+    # v2, appendix: Adam, 4e-4 for a batch of 512, 200 epochs, clipped; pseudo-code: one step of prediction, 256 channels.
+    "imagenet": dict(
+        arch="resnet50_ln", size=260, epochs=200, batch_size=512, optimizer="adamw", lr=2e-4, weight_decay=0.0,
+        warmup_epochs=0, clip=0.01, v=2, steps=1, context_width=256, **V2, **COLOURS, eval_every=10,
+        views=[dict(scale=((260 / 300) ** 2,) * 2, ratio=None, **PLAIN)],  # 260 px of 300
+    ),
+}  # fmt: skip
+OTHER_VERSION = {  # what --v changes in a recipe that is of the other version
+    "shapes": {1: dict(  # light as well as colour is taken from each patch
+        V1 | dict(patch_jitter=1.0), arch="resnet10_16_nobn", border=0, epochs=12,
+        views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
+    )},
+    "cifar10": {1: dict(
+        V1, arch="resnet18_nobn", lr=2e-4, clip=0.0, steps=5, border=0, views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
+    )},
+    "imagenet": {1: dict(  # v1, sec. 3.2: Adam, 2e-4 for a batch of 32 x 16; grey, 256 px of 300, patches 60 px of 64
+        V1, arch="resnet50v2_k4_nobn", size=256, lr=1e-4, clip=0.0, steps=5, border=2,
+        views=[dict(scale=((256 / 300) ** 2,) * 2, ratio=None, grey=1.0, **PLAIN)],
+    )},
+}  # fmt: skip
+TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # quarter turns of the grid, for each number of directions
+SZEGEDY = (32 / 255, 0.5, 0.5, 0.2)  # brightness, contrast, saturation, hue (TF-slim's)
+JITTER = {"shapes": (0.4, 0.4, 0.4, 0.5), "cifar10": SZEGEDY, "imagenet": SZEGEDY}  # of a patch
+SCALE = 0.1  # of predictions (v2, pseudo-code): all logits are nearly equal at first
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def recipe_of(name, v=None):
+    """The recipe, with the changes that version `v` makes in it."""
+    return RECIPES[name] | OTHER_VERSION[name].get(v, {}) | ({"v": v} if v in (1, 2) else {})
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    first.add_argument("--v", "--version", type=int)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python cpc.py [flags]   (torchrun --standalone --nproc_per_node=N cpc.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p.add_argument("--clip", type=float, help="largest norm of an update's gradient (0: any)")
+    # CPC
+    # torchrun takes --v for one of its own flags, cut short
+    p.add_argument("--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults")
+    p.add_argument("--patch", type=int, help="px of a patch (default: by --size and --v)")
+    p.add_argument("--stride", type=int, help="px from one patch to the next (default: by --size and --v)")
+    p.add_argument("--border", type=int, help="px that a patch loses on each side; its window then moves by as many")
+    p.add_argument("--patch-jitter", type=float, help="probability that a patch's colours are changed, each by itself")
+    p.add_argument("--patch-grey", type=float, help="probability that a patch becomes grey, each by itself")
+    p.add_argument("--context", choices=CONTEXTS, help="g, the network that sums up rows: of v1 or of v2")
+    p.add_argument("--context-width", type=int, help="channels within g")
+    p.add_argument("--directions", type=int, choices=TURNS, help="down; and up; and to both sides")
+    p.add_argument("--skip", type=int, help="rows between the context's and the first one foretold (default: all that overlap)")
+    p.add_argument("--steps", type=int, help="K, rows that are foretold after those; far ones are harder")
+    p.add_argument("--target-dim", type=int, help="z is brought to this width before it is compared (0: as it is, v1)")
+    p.set_defaults(**{k: v for k, v in recipe_of(recipe, known.v).items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "steps", "context_width")
+    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "clip", "border")
+    common.at_least(0, args, "patch_jitter", "patch_grey", "target_dim")
+    for name in ("patch_jitter", "patch_grey"):
+        if not getattr(args, name) <= 1:
+            common.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: it must be at most 1")
+    if args.patch is None or args.stride is None:
+        patch, stride = layout(args.size, args.v)
+        args.patch = patch if args.patch is None else args.patch
+        args.stride = stride if args.stride is None else args.stride
+    common.at_least(4, args, "patch")
+    common.at_least(1, args, "stride")
+    rows = rows_of(args.size, args.patch, args.stride)
+    if args.skip is None:
+        args.skip = math.ceil(args.patch / args.stride) - 1
+    common.at_least(0, args, "skip")
+    if args.steps > (most := rows - 1 - args.skip):
+        left = f"{max(most, 0)} of {rows} rows are left to foretell after the first and --skip {args.skip}"
+        common.fail(f"--steps {args.steps}: {left}")
+    if 2 * args.border > args.patch - 4:
+        common.fail(f"--border {args.border}: it leaves less than 4 px of a patch of {args.patch} px")
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+# ============ the method ============
+
+
+def layout(size, v):
+    """(patch, stride) in px for views of `size` px. v1: 64, 32 at 256 px, 24, 12 at 96, 16, 8 at 64 and 8, 4 at 32, always a
+    grid of 7 x 7. v2: 80, 36 at 260 px, 36, 12 at 96, 24, 8 at 64 and 12, 4 at 32, always 6 x 6."""
+    if (size, v) == (260, 2):
+        return 80, 36
+    if size < 32 or size % 8:
+        common.fail(f"--size {size}: a grid is known for 32 px and more, multiples of 8 (v2: and 260); say --patch and --stride")
+    return (2 if v == 1 else 3) * size // 8, size // 8
+
+
+def rows_of(size, patch, stride):
+    """G, the rows and columns of a grid of patches that covers an image of `size` px."""
+    if patch > size:
+        common.fail(f"--patch {patch} is larger than --size {size}")
+    rows, rest = divmod(size - patch, stride)
+    if rest:
+        fit = f"{size - rest} or {size - rest + stride} px"
+        common.fail(f"--size {size}: patches of {patch} px, one every {stride} px, fit {fit}")
+    if rows == 0:
+        common.fail(f"--patch {patch}: an image of {size} px has one row of patches, and CPC needs two")
+    return rows + 1
+
+
+def cut_grid(x, shift, patch, stride, border):
+    """The patches of images x [B, 3, S, S], row by row, each without `border` px on all sides: [B * G * G, 3, p, p] with
+    p = patch - 2 border. shift [B, G * G, 2], 0 to 2 border: where in its patch, down and across, this window lies."""
+    p, rows = patch - 2 * border, torch.arange(0, x.shape[-1] - patch + 1, stride, device=x.device)
+    corner = torch.cartesian_prod(rows, rows) + shift  # [B, G * G, 2]
+    windows = x.unfold(2, p, 1).unfold(3, p, 1)  # [B, 3, S - p + 1, S - p + 1, p, p], a view
+    image = torch.arange(len(x), device=x.device)[:, None]
+    return windows[image, :, corner[..., 0], corner[..., 1]].flatten(0, 1)
+
+
+def gate(x):
+    a, b = x.chunk(2, 1)
+    return a.tanh() * b.sigmoid()
+
+
+class GatedLayer(nn.Module):
+    """A layer of the gated PixelCNN (van den Oord et al. 2016, https://arxiv.org/abs/1606.05328, fig. 2) whose mask removes the
+    rows below and nothing else: a vertical stack v, of 3x3 convolutions without their last row, feeds a horizontal one h."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.vertical = nn.Conv2d(width, 2 * width, (2, 3))
+        self.horizontal = nn.Conv2d(width, 2 * width, (1, 3), padding=(0, 1))
+        self.across, self.out = nn.Conv2d(2 * width, 2 * width, 1), nn.Conv2d(width, width, 1)
+
+    def forward(self, v, h):
+        v = self.vertical(F.pad(v, (1, 1, 1, 0)))  # a row of zeros on top, none below
+        return gate(v), h + self.out(gate(self.horizontal(h) + self.across(v)))
+
+
+class PixelCNN(nn.Module):
+    """g of v1: z [B, C, G, G] -> c [B, width, G, G]; c_ij depends on rows up to i."""
+
+    def __init__(self, inputs, width, layers=4):
+        super().__init__()
+        self.first, self.last, self.dim = nn.Conv2d(inputs, width, 1), nn.Conv2d(width, width, 1), width
+        self.layers = nn.ModuleList(GatedLayer(width) for _ in range(layers))
+
+    def forward(self, z):
+        v = h = self.first(z)
+        for layer in self.layers:
+            v, h = layer(v, h)
+        return self.last(h)
+
+
+class RowNetwork(nn.Module):
+    """g of v2 (pseudo-code): z [B, C, G, G] -> c [B, C, G, G]; c_ij depends on rows up to i."""
+
+    def __init__(self, inputs, width, blocks=5):
+        super().__init__()
+        self.dim = inputs
+        self.blocks = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(inputs, width, 1), nn.ReLU(inplace=True), nn.Conv2d(width, width, (1, 3), padding=(0, 1)),
+                nn.ZeroPad2d((0, 0, 1, 0)), nn.Conv2d(width, width, (2, 1)), nn.ReLU(inplace=True),  # the row above and this
+                nn.Conv2d(width, inputs, 1),
+            ) for _ in range(blocks)
+        )  # fmt: skip
+
+    def forward(self, z):
+        for block in self.blocks:
+            z = z + block(z)
+        return z.relu()
+
+
+CONTEXTS = {"pixelcnn": PixelCNN, "rows": RowNetwork}
+
+
+def tell_apart(p, targets, labels):
+    """InfoNCE (v1, eq. 4): cross-entropy of the right target among all, by p.z. p [n, D], targets [N, D], labels [n]. Returns
+    (loss, share of predictions that are nearest to the right one), means over n."""
+    logits = p @ targets.T  # [n, N]
+    return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).float().mean()
+
+
+class Gather(torch.autograd.Function):
+    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
+    process must call both."""
+
+    @staticmethod
+    def forward(ctx, z):
+        z = z.contiguous()
+        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, z)
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+class CPC(nn.Module):
+    """Encoder f, context network g and W_k; `forward((x,), key)` is the loss, of images x in [0, 1]. `key`, numbers that differ
+    from pass to pass, decides how patches are changed; in eval mode they are not."""
+
+    def __init__(self, backbone, args):
+        super().__init__()
+        self.patch, self.stride, self.border = args.patch, args.stride, args.border
+        self.rows, self.skip, self.steps = rows_of(args.size, args.patch, args.stride), args.skip, args.steps
+        self.turns, dim = TURNS[args.directions], args.target_dim or backbone.dim
+        self.change = data.view(
+            args.patch - 2 * args.border, jitter=JITTER[args.recipe], jitter_p=args.patch_jitter, grey=args.patch_grey,
+            mean=evaluate.HALF, std=evaluate.HALF,
+        )  # fmt: skip
+        self.f, self.g = backbone, CONTEXTS[args.context](backbone.dim, args.context_width)
+        self.target = nn.Linear(backbone.dim, dim) if args.target_dim else nn.Identity()
+        self.W = nn.ModuleList(nn.Conv2d(self.g.dim, self.steps * dim, 1, bias=False) for _ in self.turns)  # all W_k of one
+
+    def patches(self, x, key):
+        """What f gets of images [B, 3, S, S]: [B * G * G, 3, patch, patch] in [-1, 1], row by row."""
+        border, n = self.border * self.training, self.rows**2
+        g = data.generator("patches", *key, dist.get_rank() if dist.is_initialized() else 0)
+        shift = torch.randint(2 * border + 1, (len(x), n, 2), generator=g).to(x.device, non_blocking=True)
+        x = cut_grid(x, shift, self.patch, self.stride, border)
+        if not self.training:
+            return data.normalise(x, self.change["mean"], self.change["std"])
+        return F.pad(data.augment(x, self.change, g), [border] * 4)
+
+    def predictions(self, z):
+        """For each direction and step (p [B, n, D], place [n]): what is foretold of the patches at `place`, counted row by row
+        in the grid z [B, C, G, G]."""
+        c = self.g(torch.cat([z.rot90(turn, (2, 3)) for turn in self.turns]))  # rows to come are always below
+        grid, found = torch.arange(self.rows**2, device=z.device).view(self.rows, -1), []
+        for turn, W, of in zip(self.turns, self.W, c.chunk(len(self.turns)), strict=True):
+            z_hat, to = W(of).unflatten(1, (self.steps, -1)), grid.rot90(turn)  # [B, K, D, G, G]
+            for k in range(self.steps):
+                ahead = 1 + self.skip + k  # the target is so many rows below
+                found.append((z_hat[:, k, :, :-ahead].flatten(2).transpose(1, 2), to[ahead:].flatten()))
+        return found
+
+    def forward(self, views, key=(0,)):
+        (x,), n = views, self.rows**2
+        z = self.f(self.patches(x, key)).unflatten(0, (-1, n))  # [B, G * G, C]
+        found, t = self.predictions(z.transpose(1, 2).unflatten(2, (self.rows, -1))), self.target(z)
+        with torch.autocast(z.device.type, enabled=False):
+            rank, every = 0, (t := t.float())  # [B, G * G, D]
+            if dist.is_initialized():  # gradients flow back to the process that made a target
+                rank, every = dist.get_rank(), Gather.apply(t)
+            every = every.flatten(0, 1)  # [N, D], N = candidates
+            first = n * (rank * len(x) + torch.arange(len(x), device=x.device)[:, None])  # of an image's own patches
+            terms = [tell_apart(SCALE * p.float().flatten(0, 1), every, (first + to).flatten()) for p, to in found]
+            loss, right = (torch.stack(values).mean() for values in zip(*terms, strict=True))
+        with torch.no_grad():
+            unit = F.normalize(t.flatten(0, 1), dim=1)
+            self.figures = {
+                "bound": math.log(len(every)) - loss,  # of the mutual information of c and a target, nats (v1, eq. 5)
+                "right": 100 * right,  # predictions that are nearest to the right one of all patches, per cent
+                "feature_std": unit.std(0).mean() * unit.shape[1] ** 0.5,  # 1: spread, 0: collapsed
+            }
+        return loss
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": evaluate.HALF, "std": evaluate.HALF, "size": args.size, "interpolation": "bilinear"}
+    grey = 1 in (views[0]["grey"], args.patch_grey)
+    preprocess["sees"] = {"patch": args.patch, "stride": args.stride, "grey": grey}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    model = CPC(backbones.build(args.arch, args.patch), args).to(device, memory_format=torch.channels_last)
+    f = evaluate.as_trained(model.f, preprocess)  # for the probes
+    ddp = model
+    if world > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile(), model.g.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.patch))
+    ahead = f"{1 + args.skip} to {args.steps + args.skip} rows on" if args.steps > 1 else f"{1 + args.skip} rows on"
+    say(
+        f"v{args.v}: {model.rows} x {model.rows} patches of {args.patch} px, one every {args.stride}; foretold {ahead}, "
+        f"{args.directions} directions"
+    )
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up")
+    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    candidates = world * per_pass * model.rows**2
+    foretold = sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
+    say(f"{foretold} predictions a pass and process, {candidates} candidates: logits of {foretold * candidates * 4 / 1e6:.1f} MB")
+    say(f"loss of equal logits ln(N) = {math.log(candidates):.2f}; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "built_for": args.patch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            for micro in range(1, args.accumulate + 1):
+                _, xs = next(batches)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture(xs, views))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp(xs, (args.seed, step, micro)) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            if args.clip:
+                nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    result = evaluate.finish(f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.patch, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()

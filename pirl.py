@@ -1,0 +1,507 @@
+"""PIRL: Self-Supervised Learning of Pretext-Invariant Representations (Misra, van der Maaten, 2019,
+https://arxiv.org/abs/1912.01991).
+
+A pretext task asks which transformation t an image went through, so its features must keep t. PIRL asks for the opposite: image I
+and transformed image I^t are to have the same representation, and another one than other images. t cuts nine patches out
+and puts them in any order (or turns the image). What both are told from is a bank of the features that images had before.
+
+    I    one crop                         -> phi -> f ---------------- f(v_I) ---.
+                                                                                  |  lambda L(m_I, g(v_I^t))
+    I^t  another, 9 patches in any order  -> phi -> linear, 9 joined -> g(v_I^t) -|    + (1 - lambda) L(m_I, f(v_I)), eq. 5
+                                                                                  |
+                           bank M [n, D], old row m_I and N others ---------------'
+                                  m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2-normalise)
+
+    differences          paper                        official code (VISSL)      here
+    loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce cross-entropy leaves the
+                         row - sum log(1 - h)         constant Z; or cross-      sum out
+                                                      entropy
+    h of other rows      denominator not spelled out  -                          over the own row and the N, as of the own
+    negatives            N for each image             N for each image and term  N for the whole batch, both terms and all
+                                                                                 processes; --per-sample: for each image
+    own row among them   left out                     stays                      left out
+    bank at start        -                            uniform, then unit         the same
+    bank is written      -                            in the forward pass        after the step
+    order of patches     any of 9!                    the same                   the same
+    colours              -                            jitter; posterize, sharp-  jitter and grey, of the image and of each
+                                                      ness, solarize, auto-      patch for itself
+                                                      contrast; grey; of the
+                                                      image and of each patch
+    flip                 -                            of each patch              of the crop that patches are cut from
+    rotation             by 0, 90, 180, 270 degrees   none is public             of a square crop of its own, by any of four
+    learning rate        -                            by the epoch               by the step
+    BatchNorm            -                            of one GPU's images; of    the same
+                                                      its patches
+    last batch           -                            -                          dropped: its rows wait for the next epoch
+    initial weights      -                            -                          torchvision's (He, fan-out), torch's for heads
+    linear probe         -                            crops and flips            un-augmented frozen features (evaluate.py)
+    small images         -                            -                          recipes and geometry below; 3x3 stem under 64 px
+    precision            -                            fp32                       bf16 autocast; L2, loss and bank in fp32
+
+Measured with this file (k-NN: 20 neighbours; of the random network, after training):
+
+    command                                  network, epochs  seeds  k-NN          linear  device
+    python pirl.py                           resnet10_16, 20  0      14.7 -> 70.8  70.5    1 CPU core, 5.4 min
+    imagenette at 96 px                      resnet10_32, 20  0      34.6 -> 47.2  57.0    1 CPU core, 9.6 min
+    --transform rotation, CIFAR-10, ImageNet                         not run
+
+    python pirl.py                                                           shapes, minutes on a laptop
+    python pirl.py --transform rotation                                      invariant to turns instead
+    torchrun --standalone --nproc_per_node=8 pirl.py --data imagenet --root DIR
+"""
+
+import argparse
+import contextlib
+import functools
+import math
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import backbones
+import common
+import data
+import evaluate
+import runs
+
+METHOD = "pirl"
+
+# ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
+# Views: of the image, and the crop that patches are cut from, whose colours are the image's.
+
+RECIPES = {
+    # Quick on a CPU, so unlike the paper: AdamW, a small network, a warm-up.
+    "shapes": dict(
+        transform="jigsaw", arch="resnet10_16", size=32, epochs=20, batch_size=64, optimizer="adamw", lr=4e-3,
+        weight_decay=1e-4, warmup_epochs=1.0, lam=0.5, nce="paper", negatives=4096, temperature=0.1, bank_momentum=0.5,
+        dim=128, eval_every=2,
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5),
+               dict(scale=(0.6, 1.0), interpolation="bilinear")],
+    ),
+    # The ImageNet recipe with the crops, tau and weight decay of InstDisc's CIFAR-10. Not run in full yet.
+    "cifar10": dict(
+        transform="jigsaw", arch="resnet18", size=32, epochs=200, batch_size=256, optimizer="sgd", lr=0.03,
+        weight_decay=5e-4, warmup_epochs=0, lam=0.5, nce="paper", negatives=4096, temperature=0.1, bank_momentum=0.5,
+        dim=128, eval_every=10,
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2),
+               dict(scale=(0.6, 1.0), interpolation="bilinear")],
+    ),
+    "imagenet": dict(  # code, pirl_jigsaw_4node_resnet50.yaml
+        transform="jigsaw", lam=0.5, negatives=32_000, temperature=0.07, bank_momentum=0.5, dim=128,
+        nce="paper",  # eq. 4
+        arch="resnet50", size=224, epochs=800, batch_size=1024, optimizer="sgd", lr=0.03, weight_decay=1e-4,
+        warmup_epochs=0, eval_every=10,
+        views=[dict(interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=1.0, grey=0.2),
+               dict(scale=(0.6, 1.0), interpolation="bilinear")],
+    ),
+}  # fmt: skip
+UNCOLOURED = dict(jitter_p=0.0, grey=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+
+
+def parse_args(argv=None):
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data", default="shapes")
+    first.add_argument("--recipe", choices=RECIPES)
+    known = first.parse_known_args(argv)[0]
+    recipe = known.recipe or data.recipe_for(known.data)
+
+    p = argparse.ArgumentParser(
+        usage="python pirl.py [flags]   (torchrun --standalone --nproc_per_node=N pirl.py [flags])", allow_abbrev=False,
+        description=__doc__, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
+    )
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    # PIRL
+    p.add_argument("--transform", choices=("jigsaw", "rotation"), help="t, what the representation must not depend on")
+    p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: InstDisc, 1: I^t only")
+    p.add_argument("--nce", choices=FORMS, help="L: paper: -log h - sum log(1 - h) (eq. 4); cross-entropy: -log h alone")
+    p.add_argument("--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory")
+    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
+    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
+    p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
+    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
+    args = p.parse_args(argv)
+    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "dim", "negatives")
+    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "bank_momentum")
+    for flag, value in (("--lambda", args.lam), ("--bank-momentum", args.bank_momentum)):
+        if not 0 <= value <= 1:
+            common.fail(f"{flag} {value:g}: it must be between 0 and 1")
+    if not 0 < args.temperature < math.inf:
+        common.fail(f"--temperature {args.temperature:g}: it must be above 0")
+    if args.transform == "jigsaw":
+        puzzle_grid(args.size)
+    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    return args
+
+
+# ============ the transformations ============
+# A head g with: draw(n, g), the random numbers for n images, on the CPU; transform(x, *drawn), the parts of I^t [B, P, 3, s, s]
+# made of crops x; forward(v), what it makes of the parts' features [B * P, width]: [B, D]; `told`, what the recipe says of it.
+
+
+def puzzle_grid(size):
+    """(cell, patch) in px for views of `size` px: 85 of a crop of 255, and 64, at 224 px (code); in about the same proportions 36
+    and 28 at 96 px, 24 and 18 at 64, 12 and 10 at 32."""
+    cell = round(size * 85 / 224)
+    patch = 2 * round(cell * 64 / 85 / 2)
+    # Of less the last stage would see one pixel, of which oneDNN's bf16 convolutions of stride 2 have undefined gradients.
+    if patch < 10:
+        common.fail(f"--size {size}: too small for a grid of 3 x 3 patches, which needs 31 px or more")
+    return cell, patch
+
+
+def pieces(x, where, order, cell, patch):
+    """Nine patches of each image, in any order: x [B, 3, 3 cell, 3 cell] -> [B, 9, 3, patch, patch].
+
+    order [B, 9]: of which cell, counted row by row, each is; where [B, 9, 2]: how far below and right of that cell's corner.
+    """
+    corner = where + cell * torch.stack([order // 3, order % 3], 2)  # [B, 9, 2]
+    windows = x.unfold(2, patch, 1).unfold(3, patch, 1)  # [B, 3, rows, columns, patch, patch], a view
+    image = torch.arange(len(x), device=x.device)[:, None]
+    return windows[image, :, corner[..., 0], corner[..., 1]]
+
+
+class Jigsaw(nn.Module):
+    """Nine patches in any of all 9! orders; g: a linear layer for each patch, all nine joined, and another one."""
+
+    def __init__(self, width, dim, size):
+        super().__init__()
+        self.cell, self.patch = puzzle_grid(size)
+        self.each, self.joined = nn.Linear(width, dim), nn.Linear(9 * dim, dim)
+        move = self.cell - self.patch
+        self.told = f"9 cells of {self.cell} px, in each a patch of {self.patch} px that moves by up to {move}, in any order"
+
+    def draw(self, n, g):
+        where = torch.randint(self.cell - self.patch + 1, (n, 9, 2), generator=g)
+        return where, torch.rand(n, 9, generator=g).argsort(1)
+
+    def transform(self, x, where, order):
+        return pieces(x, where, order, self.cell, self.patch)
+
+    def forward(self, v):
+        return self.joined(self.each(v).unflatten(0, (-1, 9)).flatten(1))  # [B * 9, D] -> [B, 9 D] -> [B, D]
+
+
+class Rotation(nn.Module):
+    """Quarter turns, all four alike often; g: a linear layer."""
+
+    def __init__(self, width, dim):
+        super().__init__()
+        self.linear = nn.Linear(width, dim)
+        self.told = "by any of the four quarter turns"
+
+    def draw(self, n, g):
+        return (torch.randint(4, (n, 1, 1, 1), generator=g),)
+
+    def transform(self, x, turns):
+        x = torch.where(turns % 2 == 1, x.rot90(1, (2, 3)), x)
+        return torch.where(turns > 1, x.rot90(2, (2, 3)), x)[:, None]  # [B, 1, 3, S, S]
+
+    def forward(self, v):
+        return self.linear(v)
+
+
+def drawn(task, n, rank, world, device, *key):
+    """The task's random numbers for n images of this process: its rows of those for the batch of all."""
+    whole = task.draw(world * n, data.generator(*key))
+    mine = slice(rank * n, (rank + 1) * n)
+    return [(t[mine] if len(t) == world * n else t).to(device, non_blocking=True) for t in whole]
+
+
+# ============ the method ============
+
+
+def draw_negatives(n, K, seed, step, device):
+    """The K rows of the bank, drawn uniformly, that an update tells its views from: one set for the whole batch and the
+    same in every process, so that all logits are one product."""
+    return torch.randint(n, (K,), generator=data.generator(seed, "negatives", step)).to(device, non_blocking=True)
+
+
+def draw_for_each(n, K, images, device, *key):
+    """The same, other rows for each image: [images, K]."""
+    return torch.randint(n, (images, K), generator=data.generator(*key)).to(device, non_blocking=True)
+
+
+def against_bank(v, bank, index, negatives, temperature):
+    """s / tau of vectors v [B, V, D] of the images `index` with the images' own rows, [B, V], and with the rows `negatives`, [K]
+    for all or [B, K] for each image, [B, V, K]; -inf where one is the own row."""
+    others = v @ bank[negatives].mT / temperature
+    others = others.masked_fill((negatives == index[:, None])[:, None], -math.inf)
+    return (v * bank[index][:, None]).sum(2) / temperature, others
+
+
+def paper_form(own, others):
+    """-log h(own) - sum log(1 - h(other)), h: the softmax over own and other rows (PIRL, eq. 3 and 4); own [...], others
+    [..., N] -> [...].
+
+    1 - h is small, and not to be had from h, for the greatest of the others alone: it is what all rows but that one have.
+    """
+    top, at = others.max(-1, keepdim=True)
+    others = others.scatter(-1, at, -math.inf)
+    rest = torch.cat([own[..., None], others], -1).logsumexp(-1, keepdim=True)
+    hit = F.softplus(top - rest)  # -log(1 - h) of the greatest
+    total = rest + hit  # log of the denominator
+    return (total + hit)[..., 0] - own - torch.log1p(-(others - total).exp()).sum(-1)
+
+
+def cross_entropy(own, others):
+    """-log h(own) alone; shapes as above."""
+    return torch.cat([own[..., None], others], -1).logsumexp(-1) - own
+
+
+FORMS = {"paper": paper_form, "cross-entropy": cross_entropy}
+
+
+def expected(nce, K, dim, temperature):
+    """The loss while features are unrelated to the bank: a cosine of random unit vectors has variance 1 / D, so that
+    E[exp(s / tau)] = exp(1 / (2 D tau^2)). The others' h, of which each is small, add up to 1 - h(own)."""
+    others = K * math.exp(1 / (2 * dim * temperature**2))
+    return math.log1p(others) + (others / (1 + others) if nce == "paper" else 0.0)
+
+
+class PIRL(nn.Module):
+    """Backbone f, which is the paper's phi, heads head_f and head_g, its f and g, and bank M. `forward((x,), parts, index,
+    negatives)` is the loss (eq. 5) of the images `index`: of views x and of the parts [B, P, 3, s, s] of I^t."""
+
+    def __init__(self, backbone, head_g, n, dim=128, temperature=0.07, lam=0.5, momentum=0.5, nce="paper"):
+        super().__init__()
+        self.temperature, self.lam, self.momentum, self.nce = temperature, lam, momentum, FORMS[nce]
+        self.seen = []
+        self.f = backbone
+        self.head_f, self.head_g = nn.Linear(backbone.dim, dim), head_g
+        self.register_buffer("bank", F.normalize(torch.rand(n, dim) - 0.5, dim=1))  # M, fp32
+
+    def forward(self, views, parts, index, negatives):
+        g = self.head_g(self.f(parts.flatten(0, 1)))  # g(v_I^t) [B, D]
+        f = self.head_f(self.f(*views))  # f(v_I) [B, D]
+        with torch.autocast(f.device.type, enabled=False):
+            v = F.normalize(torch.stack([g, f], 1).float(), dim=2)  # [B, 2, D]
+            own, others = against_bank(v, self.bank, index, negatives, self.temperature)
+            of_transformed, of_image = self.nce(own, others).mean(0)
+        g, f = v.detach().unbind(1)
+        self.seen.append((index, f))
+        self.figures = {
+            "feature_std": f.std(0).mean() * f.shape[1] ** 0.5,  # 1: spread, 0: collapsed
+            "own_cosine": own.detach()[:, 1].mean() * self.temperature,  # of the image with its row, of the last epoch
+            "invariance": (g * f).sum(1).mean(),  # cosine of image and transformed image
+        }
+        return self.lam * of_transformed + (1 - self.lam) * of_image  # eq. 5
+
+    @torch.no_grad()
+    def update_bank(self):
+        """m_I <- n(m m_I + (1 - m) f(v_I)) for the images of all processes since the last update; never g. Every process writes
+        the same rows and must call it; within an epoch no image comes twice, so no row is written twice."""
+        index, f = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
+        self.seen.clear()
+        if dist.is_initialized():
+            world = dist.get_world_size()
+            indices, fs = ([torch.empty_like(t) for _ in range(world)] for t in (index, f))
+            dist.all_gather(indices, index)
+            dist.all_gather(fs, f.contiguous())
+            index, f = torch.cat(indices), torch.cat(fs)
+        self.bank[index] = F.normalize(torch.lerp(f, self.bank[index], self.momentum), dim=1)
+
+
+# ============ the run ============
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    rank, world, device = common.setup(args.device)
+    args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+    say = print if rank == 0 else lambda *_: None
+    stop = common.catch_signals()
+
+    # ============ data ============
+    image, crop, side = *RECIPES[args.recipe]["views"], args.size
+    if args.transform == "jigsaw":
+        side = 3 * puzzle_grid(args.size)[0]
+    else:
+        crop = image
+    views = [data.view(args.size, **image), data.view(side, **crop) | UNCOLOURED]  # the second gets its colours in parts
+    train, bank, test = (
+        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
+        for split in ("pretrain", "train", "test")
+    )
+    per_pass = common.images_per_pass(args, world, len(train))
+    if args.negatives >= len(train):
+        common.fail(f"--negatives {args.negatives}: it must be smaller than the {len(train)} training images of {args.data}")
+    loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+    preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
+
+    # ============ model ============
+    torch.manual_seed(args.seed)  # the same initial weights in every process
+    backbone = backbones.build(args.arch, args.size)
+    head_g = Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)
+    model = PIRL(
+        backbone, head_g, len(train), args.dim, args.temperature, args.lam, args.bank_momentum, args.nce
+    ).to(device, memory_format=torch.channels_last)
+    ddp = model
+    if world > 1:
+        # The code's BatchNorm sees the share of one GPU, and so does this.
+        # Every process writes the same bank: DDP need not send it (656 MB for ImageNet) before each step.
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank"])
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    if args.compile:
+        model.f.compile()  # in place: the names in state_dict() stay
+
+    # ============ optimiser ============
+    lr = args.lr * args.batch_size / 256
+    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
+    steps = loader.steps // args.accumulate  # updates per epoch
+    total = args.epochs * steps
+    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+
+    # ============ recipe ============
+    def transformed(x, *key):
+        """I^t in parts: cut or turned first, so that each part has colours of its own."""
+        parts = head_g.transform(x, *drawn(head_g, len(x), rank, world, device, args.seed, args.transform, *key))
+        colours = data.generator(args.seed, "colours", *key, rank)
+        return data.augment(parts.flatten(0, 1), views[0], colours).unflatten(0, (len(x), -1))
+
+    def negatives(images, step, micro):
+        if args.per_sample:
+            return draw_for_each(len(train), args.negatives, images, device, args.seed, "negatives", step, micro, rank)
+        return draw_negatives(len(train), args.negatives, args.seed, step, device)
+
+    def rest(n):
+        return transformed(torch.rand(n, 3, side, side, device=device), 0, 0), torch.arange(n, device=device), negatives(n, 0, 0)
+
+    minutes = total * args.accumulate * common.seconds_per_pass(model, views[:1], per_pass, device, args.amp, rest) / 60
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(backbones.describe(model.f, args.arch, args.size))
+    say(
+        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    )
+    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up")
+    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    say(f"{args.transform}: {head_g.told}")
+    rows = f"{args.negatives} rows for the whole batch"
+    if args.per_sample:
+        rows = f"{args.negatives} rows for each image, {per_pass * args.negatives * args.dim * 4 / 1e6:.1f} MB a pass"
+    size = model.bank.numel() * 4 / 1e6
+    say(f"bank {len(train)} x {args.dim}, {size:.1f} MB a process; {args.nce}, {rows}, at tau {args.temperature:g}")
+    start = expected(args.nce, args.negatives, args.dim, args.temperature)
+    say(f"lambda {args.lam:g}; loss of unrelated vectors {start:.2f}; about {minutes:.1f} min plus data and probes")
+    if args.dry_run:
+        return
+
+    # ============ resume ============
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
+    if found:
+        model.load_state_dict(found["model"])
+        optimizer.load_state_dict(found["optimizer"])
+        step = found["step"]
+        if found["result"]:
+            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
+            return
+        say(f"{args.out}: going on from step {step} of {total}")
+    command = shlex.join(["python", *sys.argv])
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
+
+    def checkpoint(result=None):
+        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
+        if rank == 0:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
+            about |= {
+                "arch": args.arch,
+                "preprocess": preprocess,
+                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
+            }
+            runs.write(log.out / "backbone.pt", about)
+
+    def probe():
+        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp, model.head_f)
+        numbers |= {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}
+        log.record("eval", step, epoch=step // steps, **numbers)
+        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    # ============ training ============
+    while step < total:
+        epoch, stopped = step // steps, False
+        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
+            probe()  # at step 0 of the random network: what learning is measured against
+        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
+        log.start_interval(step)
+        while step < (epoch + 1) * steps and not stopped:
+            lr_now = common.cosine(step, total, lr, lr / 1000, warmup)  # 0.12 to 0.00012 (code)
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            for micro in range(1, args.accumulate + 1):
+                index, (x, crops) = next(batches)
+                parts, rows = transformed(crops, step, micro), negatives(per_pass, step, micro)
+                if step == 0 and micro == 1:
+                    log.image("views", data.picture([x, *parts.unbind(1)], views[:1] * (1 + parts.shape[1])))
+                # Gradients are exchanged between processes once an update.
+                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
+                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                        loss = ddp((x,), parts, index, rows) / args.accumulate
+                    loss.backward()
+                log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.update_bank()  # after the step: the logits of an update are those of the old bank
+            step += 1
+            stopped = common.any_rank(stop)
+            if step % args.log_every == 0 or step % steps == 0 or stopped:
+                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
+        checkpoint()
+        if stopped:
+            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
+            return
+
+    # ============ final probe ============
+    log.bar.close()
+    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    checkpoint(result)
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(result)
+
+
+if __name__ == "__main__":
+    main()
+    common.leave()

@@ -1,0 +1,419 @@
+import json
+import math
+import os
+import random
+import signal
+import time
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, part, run
+
+import backbones
+import common
+import data
+import pirl
+import runs
+
+SMALL = ["pirl.py", *TINY, "--limit", "48", "--epochs", "4", "--negatives", "24"]  # 3 steps an epoch, 12 in all
+FORMS = list(pirl.FORMS)
+
+
+def rows(n, dim=16, seed=0):
+    return F.normalize(torch.randn(n, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def tiny_model(seed=0, transform="jigsaw", **changed):
+    torch.manual_seed(seed)
+    f = backbones.build("resnet10_16", 32)
+    head_g = pirl.Jigsaw(f.dim, 8, 32) if transform == "jigsaw" else pirl.Rotation(f.dim, 8)
+    return pirl.PIRL(f, head_g, 48, **{"dim": 8, "temperature": 0.1, "lam": 0.3, **changed})
+
+
+def rotation_model():
+    return tiny_model(transform="rotation")
+
+
+def batch(n, seed=0, parts=9, size=10):
+    """What the model takes for n images: views, parts, index, negatives."""
+    g = torch.Generator().manual_seed(seed)
+    x, xt = torch.randn(n, 3, 24, 24, generator=g), torch.randn(n, parts, 3, size, size, generator=g)
+    return [x], xt, torch.arange(n), torch.randint(48, (21,), generator=g)
+
+
+def rotation_batch(n):
+    return batch(n, parts=1, size=24)
+
+
+def own_batch(n):
+    """The same with other negatives for each image."""
+    *most, _ = batch(n)
+    return *most, torch.randint(48, (n, 21), generator=torch.Generator().manual_seed(5))
+
+
+# ============ the loss ============
+
+
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_both_forms_equal_naive_loops(per_sample):
+    v, bank, index = torch.stack([rows(5), rows(5, seed=2)], 1), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8])
+    negatives = torch.randint(40, (5, 6) if per_sample else (6,), generator=torch.Generator().manual_seed(1))
+    negatives[..., 2] = 7  # once the own row
+    own, others = pirl.against_bank(v, bank, index, negatives, 0.2)
+    assert own.shape == (5, 2) and others.shape == (5, 2, 6)
+    e = lambda u, j: math.exp(float(u @ bank[j]) / 0.2)
+    for b, i in enumerate(index.tolist()):
+        drawn = [j for j in (negatives[b] if per_sample else negatives).tolist() if j != i]
+        for which in range(2):
+            u = v[b, which]
+            total = e(u, i) + sum(e(u, j) for j in drawn)
+            h = lambda j, u=u, total=total: e(u, j) / total  # eq. 3
+            expected = -math.log(h(i))
+            assert pirl.cross_entropy(own, others)[b, which].item() == pytest.approx(expected, rel=1e-5)
+            expected -= sum(math.log(1 - h(j)) for j in drawn)  # eq. 4
+            assert pirl.paper_form(own, others)[b, which].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_paper_form_holds_and_has_its_gradient_where_h_is_nearly_1():
+    """In fp32 1 - h would be 0 here: logits of 30, -30 and, of all others, -40."""
+    s = torch.tensor([[-30.0, 30.0, *[-40.0] * 50], [1.0, 2.0, *[0.5] * 50], [30.0, -30.0, *[-40.0] * 50]])
+    x, y = s.clone().requires_grad_(), s.double().requires_grad_()
+    got = pirl.paper_form(x[:, 0], x[:, 1:])
+    h = y.softmax(1)
+    without = torch.stack([h[:, [j for j in range(52) if j != k]].sum(1) for k in range(1, 52)], 1)  # 1 - h, in fp64
+    expected = -h[:, 0].log() - without.log().sum(1)
+    assert torch.allclose(got.double(), expected, rtol=1e-5)
+    got.sum().backward(), expected.sum().backward()
+    assert torch.allclose(x.grad.double(), y.grad, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_row_left_out_counts_as_nothing(form):
+    own, others = torch.tensor([0.3]), torch.tensor([[0.1, -0.2, 0.4]])
+    masked = torch.cat([others, torch.tensor([[-math.inf]])], 1).requires_grad_()
+    loss = pirl.FORMS[form](own, masked)
+    assert loss.item() == pytest.approx(pirl.FORMS[form](own, others).item(), rel=1e-6)
+    loss.sum().backward()
+    assert masked.grad.isfinite().all() and masked.grad[0, 3] == 0
+    alone = torch.full((1, 3), -math.inf, requires_grad=True)
+    assert pirl.FORMS[form](own, alone).item() == 0  # nothing but the own row
+
+
+@pytest.mark.parametrize(
+    ("form", "K", "temperature", "value"),
+    [
+        ("cross-entropy", 4096, 0.07, 9.12),
+        ("paper", 4096, 0.07, 10.12),
+        ("paper", 32_000, 0.07, 12.17),
+        ("paper", 4096, 0.1, 9.71),
+    ],
+)
+def test_the_first_loss_is_what_unrelated_features_give(form, K, temperature, value):
+    n = 40_000
+    v, bank = rows(256, 128).view(128, 2, 128), rows(n, 128, seed=1)
+    negatives = torch.randint(n, (K,), generator=torch.Generator().manual_seed(3))
+    own, others = pirl.against_bank(v, bank, torch.arange(128), negatives, temperature)
+    assert pirl.FORMS[form](own, others).mean().item() == pytest.approx(value, abs=0.15)
+    assert pirl.expected(form, K, 128, temperature) == pytest.approx(value, abs=0.01)
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
+def test_lambda_weighs_the_two_terms(lam):
+    model = tiny_model(lam=lam).eval()
+    views, parts, index, negatives = batch(4)
+    loss = model(views, parts, index, negatives)
+    f, z = model.head_f(model.f(views[0])), model.head_g.each(model.f(parts.flatten(0, 1))).view(4, 72)
+    terms = []
+    for v in (model.head_g.joined(z), f):
+        own, others = pirl.against_bank(F.normalize(v, dim=1)[:, None], model.bank, index, negatives, 0.1)
+        terms.append(pirl.paper_form(own, others).mean())
+    assert loss.item() == pytest.approx((lam * terms[0] + (1 - lam) * terms[1]).item(), rel=1e-5)
+    loss.backward()
+    used = [p.grad.abs().sum() > 0 for p in (model.head_f.weight, model.head_g.joined.weight, model.head_g.each.weight)]
+    assert used == [lam < 1, lam > 0, lam > 0]
+
+
+# ============ the transformations ============
+
+
+@pytest.mark.parametrize(("size", "cell", "patch"), [(224, 85, 64), (96, 36, 28), (64, 24, 18), (32, 12, 10), (31, 12, 10)])
+def test_the_grid_keeps_the_proportions_of_the_code(size, cell, patch):
+    assert pirl.puzzle_grid(size) == (cell, patch)
+
+
+def test_pieces_are_where_their_numbers_say():
+    """Of an image whose values are its own coordinates."""
+    cell, patch, n = 12, 10, 20
+    y, x = torch.meshgrid(torch.arange(36.0), torch.arange(36.0), indexing="ij")
+    image = torch.stack([y, x, torch.zeros(36, 36)]).expand(n, -1, -1, -1) + torch.arange(n).view(n, 1, 1, 1) * 100
+    head = pirl.Jigsaw(4, 4, 32)
+    where, order = head.draw(n, torch.Generator().manual_seed(0))
+    assert where.min() == 0 and where.max() == cell - patch
+    got = head.transform(image, where, order)
+    assert got.shape == (n, 9, 3, patch, patch)
+    for b in range(n):
+        assert sorted(order[b].tolist()) == list(range(9))
+        for j in range(9):
+            row, column = divmod(int(order[b, j]), 3)
+            top, left = row * cell + int(where[b, j, 0]), column * cell + int(where[b, j, 1])
+            assert torch.equal(got[b, j], image[b, :, top : top + patch, left : left + patch])
+    assert len({tuple(o) for o in order.tolist()}) == n  # of 362,880
+
+
+def test_orders_are_any_and_all_alike_often():
+    _, order = pirl.Jigsaw(4, 4, 32).draw(20_000, torch.Generator().manual_seed(0))
+    share = F.one_hot(order, 9).float().mean(0)  # [place, cell]
+    assert (share - 1 / 9).abs().max() < 0.012
+    pairs = F.one_hot(order[:, 0] * 9 + order[:, 1], 81).float().mean(0).view(9, 9)
+    assert pairs.diagonal().sum() == 0 and (pairs[~torch.eye(9, dtype=torch.bool)] - 1 / 72).abs().max() < 0.005
+
+
+def test_patches_in_another_order_are_features_in_another_order():
+    model, x = tiny_model().eval(), torch.rand(4, 3, 36, 36)
+    where, order = model.head_g.draw(4, torch.Generator().manual_seed(0))
+    asis = torch.arange(9).expand(4, 9)
+    places = torch.empty_like(where).scatter_(1, order[..., None].expand(-1, -1, 2), where)  # by cell
+    features = lambda *drawn: model.f(model.head_g.transform(x, *drawn).flatten(0, 1)).view(4, 9, -1)
+    z = features(places, asis).gather(1, order[..., None].expand(-1, -1, model.f.dim))
+    assert torch.allclose(features(where, order), z, atol=1e-5)
+    g = model.head_g(z.flatten(0, 1))
+    by_hand = torch.cat([model.head_g.each(z[:, j]) for j in range(9)], 1)
+    assert torch.allclose(g, model.head_g.joined(by_hand), atol=1e-5)
+    assert not torch.allclose(g, model.head_g(features(places, asis).flatten(0, 1)), atol=1e-3)  # the order matters to g
+
+
+def test_rotation_turns_each_image_by_its_own_number():
+    head, x = pirl.Rotation(4, 4), torch.rand(40, 3, 9, 9)
+    (turns,) = head.draw(40, torch.Generator().manual_seed(0))
+    assert set(turns.flatten().tolist()) == {0, 1, 2, 3}
+    got = head.transform(x, turns)
+    assert got.shape == (40, 1, 3, 9, 9)
+    for image, turned, k in zip(x, got, turns.flatten().tolist(), strict=True):
+        assert torch.equal(turned[0], image.rot90(k, (1, 2)))
+
+
+def test_what_is_drawn_is_the_share_of_one_draw_for_all():
+    head = pirl.Jigsaw(4, 4, 32)
+    draw = lambda n, rank, world, step=3: pirl.drawn(head, n, rank, world, "cpu", 0, "jigsaw", step, 1)
+    whole, halves = draw(8, 0, 1), [draw(4, rank, 2) for rank in range(2)]
+    for k, t in enumerate(whole):
+        assert torch.equal(t, torch.cat([part[k] for part in halves]))
+    assert not torch.equal(whole[1], draw(8, 0, 1, step=4)[1])
+
+
+def test_negatives_for_each_image_are_its_own():
+    got = pirl.draw_for_each(1000, 50, 8, "cpu", 0, "negatives", 2, 1, 0)
+    assert got.shape == (8, 50) and len({tuple(r) for r in got.tolist()}) == 8
+    assert got.min() >= 0 and got.max() < 1000
+    for key in ((0, "negatives", 3, 1, 0), (0, "negatives", 2, 2, 0), (0, "negatives", 2, 1, 1)):
+        assert not torch.equal(got, pirl.draw_for_each(1000, 50, 8, "cpu", *key))
+
+
+# ============ the bank ============
+
+
+def test_the_bank_takes_f_of_the_image_alone_and_after_the_step():
+    model = tiny_model(momentum=0.3).eval()
+    views, parts, _, negatives = batch(4)
+    index, before = torch.tensor([9, 0, 47, 3]), model.bank.clone()
+    assert torch.allclose(before.norm(dim=1), torch.ones(48)) and before.mean().abs() < 0.1
+    model(views, parts, index, negatives).backward()
+    assert torch.equal(model.bank, before) and not model.bank.requires_grad and model.bank.grad is None
+    model.update_bank()
+    f = F.normalize(model.head_f(model.f(views[0])), dim=1).detach()
+    for row, feature in zip(index.tolist(), f, strict=True):
+        new = 0.3 * before[row] + 0.7 * feature
+        assert torch.allclose(model.bank[row], new / new.norm(), atol=1e-6)
+    others = [i for i in range(48) if i not in index.tolist()]
+    assert torch.equal(model.bank[others], before[others])
+
+
+def test_the_bank_is_fp32_in_the_checkpoint_and_no_parameter():
+    model = tiny_model()
+    assert "bank" in model.state_dict() and "bank" not in dict(model.named_parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(*batch(8))
+    loss.backward()
+    assert loss.dtype == torch.float32 and all(p.grad is not None for p in model.parameters())
+    model.update_bank()
+    assert model.bank.dtype == torch.float32 and torch.allclose(model.bank.norm(dim=1), torch.ones(48), atol=1e-6)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_falls_and_image_and_transformed_image_meet(form):
+    model, given, losses, invariance = tiny_model(nce=form, lam=0.5), batch(16), [], []
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(25):
+        loss = model(*given)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        model.update_bank()
+        losses.append(loss.item()), invariance.append(model.figures["invariance"].item())
+    assert losses[-1] < 0.5 * losses[0] and invariance[-1] > 0.7
+
+
+# ============ one process and two ============
+
+
+@pytest.mark.parametrize(
+    ("build", "given"), [(tiny_model, batch), (tiny_model, own_batch), (rotation_model, rotation_batch)]
+)
+def test_two_processes_give_the_loss_and_gradients_of_one(build, given, tmp_path):
+    check_two_processes(build, given, tmp_path, n=8)
+
+
+def half(rank, port, out):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    torch.save(updated(rank), f"{out}{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def updated(rank=None):
+    """The bank after two updates with 8 images, or with the half of them that belongs to a rank."""
+    model = tiny_model().eval()
+    for step in range(2):
+        given = batch(8, step)
+        model(*(given if rank is None else part(given, rank, 8)))
+        model.update_bank()
+    return model.bank
+
+
+def test_two_processes_write_the_bank_of_one(tmp_path):
+    mp.start_processes(half, (random.randint(20000, 40000), tmp_path / "rank"), 2, start_method="forkserver")
+    one, two = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
+    assert torch.equal(one, two)  # the two agree bit for bit
+    assert torch.allclose(one, updated(), atol=1e-6) and not torch.equal(one[:8], tiny_model().bank[:8])
+
+
+def test_accumulated_passes_see_one_bank_and_write_it_once():
+    check_accumulation(tiny_model, batch, n=8)
+    check_accumulation(tiny_model, own_batch, n=8)
+    whole, parts = tiny_model().eval(), tiny_model().eval()
+    whole(*batch(8))
+    for k in range(2):
+        parts(*part(batch(8), k, 8))
+    whole.update_bank(), parts.update_bank()
+    assert torch.allclose(whole.bank, parts.bank, atol=1e-6)
+
+
+# ============ whole runs ============
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """By Python itself; the runs that are compared with it are forked."""
+    out = tmp_path_factory.mktemp("unbroken") / "run"
+    printed, _ = run(*SMALL, "--out", out)
+    return out, printed
+
+
+def test_a_run_writes_what_it_promises(unbroken):
+    out, printed = unbroken
+    assert printed.splitlines()[-1].startswith("pirl shapes: knn ") and printed.splitlines()[-1].endswith(f"({out})")
+    assert "jigsaw: 9 cells of 12 px, in each a patch of 10 px that moves by up to 2, in any order" in printed
+    assert "bank 48 x 128, 0.0 MB a process; paper, 24 rows for the whole batch, at tau 0.1" in printed
+    told = float(printed.split("loss of unrelated vectors ")[1].split(";")[0])
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    first = next(line for line in lines if "loss" in line)
+    assert first["loss"] == pytest.approx(told, rel=0.15)  # of 16 images and 48 rows
+    assert {"feature_std", "own_cosine", "invariance"} <= set(first)
+    assert {"knn20", "embedding_knn48", "bank_feature_std", "bank_effective_rank"} <= set(lines[0])
+    assert [line["lr"] for line in lines if "loss" in line][-1] < 0.05 * 4e-3 * 16 / 256
+    about = torch.load(out / "backbone.pt", weights_only=True)
+    assert set(about["state_dict"]) == set(backbones.build("resnet10_16", 32).state_dict())
+    assert about["preprocess"]["size"] == 32 and (out / "views.png").exists()
+
+
+def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
+    out = tmp_path / "run"
+    process, log = fork(*SMALL, "--out", out), out / "metrics.jsonl"
+    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and "stopped by a signal" in printed, err
+    assert runs.load(out / "checkpoint.pt")["step"] < 12
+    again, _ = forked(*SMALL, "--out", out)
+    assert "going on from step" in again
+    one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
+    assert one["step"] == two["step"] == 12
+    assert equal(one["model"], two["model"])  # the bank, too
+    assert equal(one["optimizer"]["state"], two["optimizer"]["state"])
+
+
+def test_two_processes_with_everything_else(folder, tmp_path):
+    flags = ["--transform", "rotation", "--per-sample", "--nce", "cross-entropy", "--accumulate", "2", "--epochs", "1"]
+    flags += ["--data", folder, "--recipe", "cifar10", "--arch", "resnet10_16", "--workers", "1", "--out", tmp_path / "run"]
+    printed, _ = forked(*SMALL, *flags, processes=2)
+    assert "rotation: by any of the four quarter turns" in printed
+    assert "24 rows for each image, 0.0 MB a pass" in printed and "batch 16 = 2 cpu x 2 x 4" in printed
+    found = runs.load(tmp_path / "run" / "checkpoint.pt")
+    start = pirl.PIRL(*heads("rotation"), 48).bank
+    assert found["step"] == 3 and (found["model"]["bank"] != start).any(1).all()  # 3 updates of 16 reach each of 48 rows
+
+
+def heads(transform):
+    torch.manual_seed(0)
+    f = backbones.build("resnet10_16", 32)
+    return f, pirl.Rotation(f.dim, 128) if transform == "rotation" else pirl.Jigsaw(f.dim, 128, 32)
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("transform", ["jigsaw", "rotation"])
+def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform, tmp_path, monkeypatch):
+    views, seen = [], []
+    augment, loader = data.augment, data.Loader
+    monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
+    monkeypatch.setattr(data, "Loader", lambda *a: [views.append(a[1]), loader(*a)][1])
+    monkeypatch.setattr(data, "augment", lambda x, view, *a: [seen.append((x.clone(), view)), augment(x, view, *a)][1])
+    monkeypatch.setattr(pirl.PIRL, "forward", lambda *_: (_ for _ in ()).throw(Stop))
+    with pytest.raises(Stop):
+        pirl.main([*SMALL[1:], "--transform", transform, "--eval-every", "0", "--out", str(tmp_path / "run")])
+    (image, crop), side = views[0], 36 if transform == "jigsaw" else 32
+    assert image["size"] == 32 and image["jitter_p"] == 1 and image["grey"] == 0.5
+    assert crop["size"] == side and crop["scale"] == ((0.6, 1.0) if transform == "jigsaw" else (0.5, 1.0))
+    (_, one), (second, two), (parts, three) = seen  # the image, the crop, and what is made of it
+    assert one == image and two == crop and crop["jitter_p"] == crop["grey"] == 0 and three == image
+    assert parts.shape == ((144, 3, 10, 10) if transform == "jigsaw" else (16, 3, 32, 32))
+    numbers = pirl.drawn(heads(transform)[1], 16, 0, 1, "cpu", 0, transform, 0, 1)
+    assert torch.allclose(heads(transform)[1].transform(second, *numbers).flatten(0, 1), parts, atol=1e-6)
+    assert parts.min() >= 0 and parts.max() <= 1  # not normalised yet
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--size", "30"], "--size 30: too small for a grid of 3 x 3 patches, which needs 31 px"),
+        (["--negatives", "64"], "smaller than the 64 training images"),
+        (["--negatives", "0"], "--negatives"),
+        (["--temperature", "0"], "--temperature"),
+        (["--lambda", "1.5"], "--lambda 1.5: it must be between 0 and 1"),
+        (["--lambda", "-0.1"], "between 0 and 1"),
+        (["--lambda", "nan"], "--lambda nan"),
+        (["--bank-momentum", "1.5"], "between 0 and 1"),
+        (["--transform", "colour"], "invalid choice: 'colour'"),
+        (["--nce", "softmax"], "invalid choice: 'softmax'"),
+        (["--arch", "resnet10_17"], "did you mean 'resnet10_16'"),
+    ],
+)
+def test_bad_flags(flags, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "catch_signals", list)
+    with pytest.raises(SystemExit) as stopped:
+        pirl.main([*TINY, "--negatives", "16", *flags, "--out", str(tmp_path / "run")])
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_rotation_needs_no_grid_and_dry_run_writes_nothing(tmp_path):
+    flags = ["--transform", "rotation", "--size", "16", "--lambda", "0.25", "--dry-run", "--out", tmp_path / "run"]
+    printed, _ = forked(*SMALL, *flags)
+    value = pirl.expected("paper", 24, 128, 0.1)
+    assert f"lambda 0.25; loss of unrelated vectors {value:.2f}; about" in printed and not (tmp_path / "run").exists()
