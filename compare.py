@@ -29,18 +29,18 @@ import study
 METHODS = {
     "supervised": ("instdisc", ["--loss", "supervised"], "with labels", 76.5),
     "pirl": ("pirl", [], "PIRL", 63.6),
-    "cpc2": ("cpc", ["--v", 2], "CPC v2", 63.8),
+    "cpc2": ("cpc", ["--version", 2], "CPC v2", 63.8),
     "cmc": ("cmc", [], "CMC", 66.2),
     "simclr": ("simclr", [], "SimCLR", 69.3),
-    "moco2": ("moco", ["--v", 2], "MoCo v2", 71.1),
+    "moco2": ("moco", ["--version", 2], "MoCo v2", 71.1),
     "byol": ("byol", [], "BYOL", 74.3),
     "swav": ("swav", [], "SwAV", 75.3),
     # Those that the report's table does not have.
     "instdisc": ("instdisc", [], "InstDisc", None),
     "dilo": ("instdisc", ["--copy-paste", 0.5], "DiLo", None),
     "sage": ("sage", [], "SaGe (evaluator: BYOL above)", None),
-    "moco1": ("moco", ["--v", 1], "MoCo v1", None),
-    "cpc1": ("cpc", ["--v", 1], "CPC v1", None),
+    "moco1": ("moco", ["--version", 1], "MoCo v1", None),
+    "cpc1": ("cpc", ["--version", 1], "CPC v1", None),
     **{task: ("pretext", ["--task", task], task, None) for task in study.TASKS},
 }
 BUDGET = {"--recipe": "shapes", "--epochs": 5, "--limit": 10_000, "--eval-every": 0, "--probes": "knn linear"}
@@ -69,7 +69,7 @@ def parse_args(argv):
             common.fail(f"--methods {name}: {hint}")
     common.at_least(1, own, "processes", "jobs")
     given = {word.split("=")[0] for word in flags}
-    for flag in ("--task", "--v", "--out", "--fresh"):
+    for flag in ("--task", "--v", "--version", "--out", "--fresh"):
         if flag in given:
             common.fail(f"{flag}: compare.py says that itself")
     own.out, own.methods = Path(own.out), [name for name in METHODS if name in own.methods]  # BYOL before SaGe
