@@ -152,7 +152,7 @@ def parse_args(argv=None):
     p.add_argument("--split", choices=backbones.SPLITS, help="V1, V2, ...: L and ab, Y and DbDr, or L, a and b")
     p.add_argument("--graph", choices=GRAPHS, help="core: V1 with each other view; full: all pairs; of two views the same")
     p.add_argument("--contrast", choices=CONTRASTS, help="K + 1 questions of yes or no, or one with K + 1 answers")
-    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
+    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")

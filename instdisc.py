@@ -158,7 +158,7 @@ def parse_args(argv=None):
     p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # InstDisc
     p.add_argument("--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances")
-    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
+    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")

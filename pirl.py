@@ -153,7 +153,7 @@ def parse_args(argv=None):
     p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: InstDisc, 1: I^t only")
     p.add_argument("--nce", choices=FORMS, help="L: paper: -log h - sum log(1 - h) (eq. 4); cross-entropy: -log h alone")
     p.add_argument("--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory")
-    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from (softmax: all)")
+    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
