@@ -151,7 +151,7 @@ def parse_args(argv=None):
     # CMC
     p.add_argument("--split", choices=backbones.SPLITS, help="V1, V2, ...: L and ab, Y and DbDr, or L, a and b")
     p.add_argument("--graph", choices=GRAPHS, help="core: V1 with each other view; full: all pairs; of two views the same")
-    p.add_argument("--contrast", choices=CONTRASTS, help="K + 1 questions of yes or no, or one with K + 1 answers")
+    p.add_argument("--contrast", choices=CONTRASTS, help="nce: K + 1 binary questions; softmax-nce: which of K + 1")
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
@@ -189,7 +189,7 @@ def scores(v, bank, index, negatives, temperature):
     return (v * bank[index]).sum(1) / temperature, others
 
 
-def contrast(v, bank, index, negatives, temperature):
+def l_contrast(v, bank, index, negatives, temperature):
     """L_contrast: cross-entropy of the own row among K + 1 (CMC, sec. 3), mean over the batch. ln K minus it is at most the
     information, in nats, that the two views have in common."""
     own, others = scores(v, bank, index, negatives, temperature)
@@ -248,7 +248,7 @@ class CMC(nn.Module):
     def told(self, v, j, index, negatives, Z):
         """The loss of v [B, D], features of one view, in the bank of view j."""
         if self.contrast == "softmax-nce":
-            return contrast(v, self.bank[j], index, negatives, self.temperature)
+            return l_contrast(v, self.bank[j], index, negatives, self.temperature)
         return nce(v, self.bank[j], index, negatives, self.temperature, Z)
 
     def measure(self, z, index):

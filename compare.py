@@ -6,10 +6,11 @@ table 1.
     python compare.py --data cifar10 --epochs 100 --limit 0 --jobs 4    what is no flag of compare.py goes to every run
     python compare.py --show                                 the tables of what is there; runs nothing
 
-All runs have the recipe `shapes` (small networks, AdamW, batches of 64, mild views), the same images, epochs and seed, on
-every data set. So they see the same images equally often, in as many views as the method takes; what that costs is in the
-table. A run is in OUT/DATA/METHOD, what it prints in OUT/DATA/METHOD.log. The same command goes on where it was stopped
-and skips what is finished.
+All runs have the recipe `shapes` of their script (a small network, AdamW, batches of 64; CMC's networks have half the width,
+CPC's no BatchNorm; views of its own), and all of them the same images, epochs and seed, on every data set. So they see
+the same images equally often, in as many views as the method takes; what that costs is in the table. A run is in
+OUT/DATA/METHOD, what it prints in OUT/DATA/METHOD.log. The same command goes on where it was stopped and skips what is
+finished.
 """
 
 import argparse
@@ -72,6 +73,8 @@ def parse_args(argv):
     for flag in ("--task", "--v", "--version", "--out", "--fresh"):
         if flag in given:
             common.fail(f"{flag}: compare.py says that itself")
+    if len({Path(name).resolve().name for name in own.data}) < len(own.data):
+        common.fail("--data: two sets have one name, and so one folder of runs; compare them with two --out")
     own.out, own.methods = Path(own.out), [name for name in METHODS if name in own.methods]  # BYOL before SaGe
     if "sage" in own.methods and "byol" not in own.methods:
         common.fail("--methods sage: its evaluator is the run of byol, so name that, too")
@@ -113,12 +116,13 @@ class Run(study.Cell):
             lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
             trained = [line for line in lines if "loss" in line]
             about = runs.load(self.path / "backbone.pt")
-            f = backbones.build(about["arch"], about["preprocess"]["size"])
+            f = backbones.build(about["arch"], about.get("built_for", about["preprocess"]["size"]))
+            seconds = study.note(self.path).get("seconds")
             row |= {
                 "20-NN": figure(ablate.figure(found, "knn 20 weighted")),
                 "at random": figure(lines[0].get("knn20")),
                 "linear": figure(ablate.figure(found, "linear top1")),
-                "minutes": figure(study.note(self.path)["seconds"] / 60),
+                "minutes": figure(seconds and seconds / 60),
                 "MB": f"{max(line['memory_mb'] for line in trained):.0f}",
                 "images/s": f"{statistics.median(line['images_per_second'] for line in trained):.0f}",
                 "parameters": f"{sum(p.numel() for p in f.parameters()) / 1e6:.2f} M",
@@ -156,7 +160,8 @@ def main(argv=None):
         print("\n".join(run.shown for run in every))
         return
     if not own.show:
-        study.run_all(every, own, stop)
+        for late in (False, True):  # SaGe needs BYOL's run
+            study.run_all([run for run in every if (run.path.name == "sage") == late], own, stop)
     text = tables(own, grid)
     Path(own.table).parent.mkdir(parents=True, exist_ok=True)
     runs.write_text(own.table, text)

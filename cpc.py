@@ -31,7 +31,7 @@ object or texture has in common, and a patch's own noise is not.
     patches of v2        AutoAugment, elastic, shear,   -                       colours (Szegedy's) .8 and grey .25 only
                          histogram, colours .8,
                          grey .25
-    optimiser            Adam; v2: beta_1 .8, clipped   v1: Adam                AdamW, beta_1 .9, no decay, clipped in v2; cosine
+    optimiser            Adam; v2: beta_1 .8, clipped   v1: Adam                AdamW, beta_1 .9, clipped in v2; cosine
     averaged weights     v2: Polyak, .9999              -                       none
     representation       v1: mean of z; v2: classifier  -                       mean of z over the grid (evaluate.py), of grey
                          a place, logits averaged                               images if trained on those
@@ -177,8 +177,8 @@ def parse_args(argv=None):
     # CPC
     # torchrun takes --v for one of its own flags, cut short
     p.add_argument("--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults")
-    p.add_argument("--patch", type=int, help="px of a patch (default: by --size and --v)")
-    p.add_argument("--stride", type=int, help="px from one patch to the next (default: by --size and --v)")
+    p.add_argument("--patch", type=int, help="px of a patch (where the recipe has none: by --size and --v)")
+    p.add_argument("--stride", type=int, help="px from one patch to the next (the same)")
     p.add_argument("--border", type=int, help="px that a patch loses on each side; its window then moves by as many")
     p.add_argument("--patch-jitter", type=float, help="probability that a patch's colours are changed, each by itself")
     p.add_argument("--patch-grey", type=float, help="probability that a patch becomes grey, each by itself")
@@ -419,7 +419,10 @@ def main(argv=None):
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    model = CPC(backbones.build(args.arch, args.patch), args).to(device, memory_format=torch.channels_last)
+    f = backbones.build(args.arch, args.patch)
+    if any(isinstance(m, nn.BatchNorm2d) for m in f.modules()):
+        common.fail(f"--arch {args.arch}: by BatchNorm patches would see each other; add _ln or _nobn to the name")
+    model = CPC(f, args).to(device, memory_format=torch.channels_last)
     f = evaluate.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:

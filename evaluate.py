@@ -74,6 +74,7 @@ class Trunk(nn.Module):
         super().__init__()
         self.f, self.dim = f, f.dim
         self.lightness, self.standardise, self.grey = lightness, standardise, grey
+        self.preprocess = getattr(f, "preprocess", {})  # of a network of colour channels, which `extract` looks at
         self.patch, self.cell, self.stride = patch, cell, stride
 
     def see(self, x):

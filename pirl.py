@@ -150,7 +150,7 @@ def parse_args(argv=None):
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
     # PIRL
     p.add_argument("--transform", choices=("jigsaw", "rotation"), help="t, what the representation must not depend on")
-    p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: InstDisc, 1: I^t only")
+    p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: I alone, 1: I^t alone")
     p.add_argument("--nce", choices=FORMS, help="L: paper: -log h - sum log(1 - h) (eq. 4); cross-entropy: -log h alone")
     p.add_argument("--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory")
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
@@ -370,6 +370,8 @@ def main(argv=None):
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
     backbone = backbones.build(args.arch, args.size)
+    if args.transform == "jigsaw" and isinstance(backbone, (backbones.VGG, backbones.ConvNet)):
+        common.fail(f"--arch {args.arch}: the patches are too small for it; ResNets and RevNets take them")
     head_g = Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)
     model = PIRL(
         backbone, head_g, len(train), args.dim, args.temperature, args.lam, args.bank_momentum, args.nce

@@ -174,6 +174,7 @@ def half(rank, port, out, build, batch, n):
     torch.distributed.all_reduce(loss := loss.detach())
     if rank == 0:
         torch.save({"loss": loss / 2, "grads": [p.grad for p in ddp.module.parameters() if p.requires_grad]}, out)
+    del ddp  # before the group that it uses: torch 2.11 can hang otherwise
     torch.distributed.destroy_process_group()
 
 

@@ -31,6 +31,9 @@ def finished(out, dataset, method, knn=50.0):
 def test_a_row_is_what_the_run_left(tmp_path):
     row = finished(tmp_path, "shapes", "byol").row()
     parameters = sum(p.numel() for p in backbones.build("resnet10_16", 32).parameters()) / 1e6
+    note = study.beside(tmp_path / "shapes" / "byol", "json")
+    note.unlink()  # a run made by hand has none
+    assert compare.Run(compare.parse_args(["--out", str(tmp_path)]), "shapes", "byol").row()[4] == "-"
     assert row == ("BYOL", "50.0", "14.5", "61.2", "1.5", "506", "200", f"{parameters:.2f} M", 74.3)
 
 
@@ -86,6 +89,7 @@ def test_a_run_from_end_to_end(tmp_path):
         (["--methods", "moco"], "did you mean 'moco"),
         (["--methods", "sage"], "name that, too"),
         (["--jobs", "0"], "--jobs"),
+        (["--data", "a/train", "b/train"], "two sets have one name"),
         (["--task", "jigsaw"], "--task"),
     ],
 )

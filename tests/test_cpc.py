@@ -472,6 +472,7 @@ def test_gradients_are_clipped(pictures, tmp_path, monkeypatch):
         (["--patch", "3", "--stride", "1"], "--patch 3: it must be at least 4"),
         (["--patch", "8", "--stride", "0"], "--stride 0"),
         (["--steps", "0"], "--steps 0: it must be at least 1"),
+        (["--arch", "resnet10_16"], "add _ln or _nobn"),
         (["--skip", "-1"], "--skip -1"),
         (["--border", "3", "--patch", "8", "--stride", "4"], "less than 4 px"),
         (["--patch-grey", "1.5"], "at most 1"),
@@ -489,3 +490,11 @@ def test_bad_input(words, sentence, pictures, tmp_path, monkeypatch, capsys):
         cpc.main(["--data", str(pictures), "--recipe", "shapes", "--device", "cpu", "--out", str(tmp_path / "run"), *words])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_network_of_colour_channels_is_refused(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(common, "catch_signals", list)
+    with pytest.raises(SystemExit) as stopped:
+        flags = ["--arch", "resnet10_16_ln_lab", "--batch-size", "8", "--out", str(tmp_path / "run")]
+        cpc.main(["--data", str(pictures), "--recipe", "shapes", "--device", "cpu", *flags])
+    assert stopped.value.code == 2 and "cmc.py trains them" in capsys.readouterr().err
