@@ -14,7 +14,6 @@ finished.
 """
 
 import argparse
-import difflib
 import json
 import statistics
 import sys
@@ -63,11 +62,7 @@ def parse_args(argv):
     p.add_argument("--dry-run", action="store_true", help="list the commands and stop")
     p.add_argument("--show", action="store_true", help="run nothing; show what is in --out")
     own, flags = p.parse_known_args(argv)
-    for name in own.methods:
-        if name not in METHODS:
-            near = difflib.get_close_matches(name, METHODS, 1)
-            hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(METHODS)}"
-            common.fail(f"--methods {name}: {hint}")
+    study.known("--methods", own.methods, METHODS)
     common.at_least(1, own, "processes", "jobs")
     given = {word.split("=")[0] for word in flags}
     for flag in ("--task", "--v", "--version", "--out", "--fresh"):
