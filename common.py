@@ -24,11 +24,12 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
     """--help with the script's docstring as it stands, and every default."""
 
 
-def at_least(least, args, *names):
+def at_least(least, args, *names, most=math.inf):
     for name in names:
-        if not least <= (value := getattr(args, name)) < math.inf:
-            finite = "" if math.isfinite(value) else " and finite"
-            fail(f"--{name.replace('_', '-')} {value}: it must be at least {least}{finite}")
+        value = getattr(args, name)
+        if not least <= value <= most or value == math.inf:
+            most = f" and at most {most}" if most < math.inf else "" if math.isfinite(value) else " and finite"
+            fail(f"--{name.replace('_', '-')} {value}: it must be at least {least}{most}")
 
 
 def keep_freed_memory():

@@ -7,6 +7,7 @@
 All files of torch.save hold tensors and plain values only and load with weights_only=True.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -46,23 +47,33 @@ def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def write(path, content):
-    """torch.save that leaves `path` whole whenever the process dies: written aside, then renamed."""
+def put(path, fill):
+    """Let `fill(f)` write the binary file f, and make it `path`: written aside, then renamed, so that `path` is whole, the old
+    one or the new one, whenever the process dies. What cannot be written ends the program with exit code 2."""
     aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as f:
-            torch.save(content, f)
+            fill(f)
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink()
         fail(f"could not write {path} ({reason(error)}); what was there before is intact")
 
 
+def write(path, content):
+    put(path, lambda f: torch.save(content, f))
+
+
 def write_text(path, text):
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+    put(path, lambda f: f.write(text.encode(errors="surrogateescape")))  # names of files need not be UTF-8
+
+
+def write_picture(path, picture):
+    """A float [3, H, W] in [0, 1] as a PNG."""
+    put(path, lambda f: save_image(picture, f, format="png"))
 
 
 def save(out, content):
@@ -204,7 +215,7 @@ class Log:
         """A float [3, H, W] in [0, 1] for TensorBoard, and as OUT/NAME.png, which the next of that name replaces."""
         if self.rank == 0:
             self.writer.add_image(name, picture, step)
-            save_image(picture, self.out / f"{name}.png")
+            write_picture(self.out / f"{name}.png", picture)
 
     def say(self, text):
         """A line on stdout that does not break the progress bar; rank 0 only."""
