@@ -57,6 +57,7 @@ import common
 import data
 import evaluate
 import runs
+import training
 
 METHOD = "byol"
 
@@ -91,7 +92,8 @@ RECIPES = {
         ],
     ),
 }  # fmt: skip
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+# A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
@@ -100,7 +102,7 @@ def parse_args(argv=None):
     first.add_argument("--data", default="shapes")
     first.add_argument("--recipe", choices=RECIPES)
     known = first.parse_known_args(argv)[0]
-    recipe = known.recipe or data.recipe_for(known.data)
+    recipe = known.recipe or data.recipe_for(known.data, RECIPES)
 
     p = argparse.ArgumentParser(
         usage="python byol.py [flags]   (torchrun --standalone --nproc_per_node=N byol.py [flags])", allow_abbrev=False,
@@ -108,13 +110,14 @@ def parse_args(argv=None):
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -145,12 +148,9 @@ def parse_args(argv=None):
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
-    args = p.parse_args(argv)
-    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
-    common.at_least(
-        0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "tau", "predictor_lr"
-    )
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
+    args = training.parse(p, METHOD, argv)
+    common.at_least(1, args, "hidden", "dim")
+    common.at_least(0, args, "tau", "predictor_lr")
     return args
 
 
@@ -205,7 +205,6 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     say = print if rank == 0 else lambda *_: None
-    stop = common.catch_signals()
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
@@ -213,7 +212,7 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
-    per_pass = common.images_per_pass(args, world, len(train))
+    per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
@@ -240,47 +239,46 @@ def main(argv=None):
     warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
 
     # ============ recipe ============
-    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
     say(backbones.describe(model.f, args.arch, args.size))
     say(
         f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
     )
     say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, x {args.predictor_lr:g} on q")
     say(f"{args.optimizer}: {common.count(optimizer)}; tau {args.tau:g} -> 1; {'bf16' if args.amp else 'fp32'}")
-    say(f"loss of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
+    say("loss of unrelated vectors 4")
     if args.dry_run:
         return
 
     # ============ resume ============
-    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
-    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
-    place = 2 * found["step"] + bool(found["result"]) if found else -1
-    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
-    if found:
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-        step = found["step"]
-        if found["result"]:
-            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
-            return
+    settings = {k: v for k, v in vars(args).items() if k not in training.SAME_RESULT} | {"views": views}
+    settings |= {"images": len(train), "contents": train.contents()}
+    states = {"model": model, "optimizer": optimizer}
+    step, result = runs.resume(args.out, METHOD, settings, states, args.fresh, args.changed_data)
+    if result:
+        say(f"{args.out} is finished; --fresh starts over\n{result}")
+        return
+    if step:
         say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def checkpoint(result=None):
         norms = torch.stack(torch._foreach_norm(list(model.parameters())))
         runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
+            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
             about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
             about |= {
                 "arch": args.arch,
                 "preprocess": preprocess,
                 "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
             }
-            runs.write(log.out / "backbone.pt", about)
+            runs.write(Path(args.out, "backbone.pt"), about)
+
+    if step == 0:
+        checkpoint()  # the first file in the folder, which is this run's from now on
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
         numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
@@ -288,6 +286,7 @@ def main(argv=None):
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
+    stop = common.catch_signals()
     while step < total:
         epoch, stopped = step // steps, False
         if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
@@ -319,9 +318,10 @@ def main(argv=None):
         checkpoint()
         if stopped:
             log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return
+            return common.STOPPED
 
     # ============ final probe ============
+    common.end_at_signals()
     log.bar.close()
     result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
@@ -330,5 +330,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    common.leave()
+    common.run(main)

@@ -1,21 +1,27 @@
 """Plumbing that knows no method: processes, signals, schedules, LARS. Whoever skips it still understands the paper."""
 
 import argparse
-import copy
+import contextlib
 import ctypes
 import datetime
+import functools
 import math
 import os
+import re
 import signal
 import sys
+import threading
 import time
 
 import torch
 import torch.distributed as dist
 
+STOPPED = 85  # exit code of a run that a signal stopped and that the same command continues; 0: finished, 2: bad input
+
 
 def fail(sentence):
     """Bad input: one sentence on stderr and exit code 2."""
+    sentence = sentence.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -46,8 +52,16 @@ def keep_freed_memory():
 
 def setup(wanted=None):
     """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    if "RANK" in os.environ or "END_WITH_PARENT" in os.environ:
+        end_with_parent()
+    end_at_signals()
+    if device == "mps" and not torch.backends.mps.is_available():
+        fail("--device mps: this machine or this build of torch has none; try --device cpu")
     if device == "cuda":
         if local >= torch.cuda.device_count():
             fail(f"--device cuda: process {local} has no GPU, {torch.cuda.device_count()} found; try --device cpu")
@@ -64,21 +78,49 @@ def setup(wanted=None):
     return rank, world, torch.device(device)
 
 
-def leave():
+@functools.cache  # one thread a process
+def end_with_parent():
+    """From now on this process ends within seconds of its parent: a torchrun that is killed by SIGKILL cannot end its
+    processes, which would train on. Of a process that a person starts, the parent is a shell, which may go."""
+    parent = os.getppid()
+
+    def watch():
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def run(main):
+    """A command from beginning to end: its exit code is what `main()` returns (None: 0)."""
+    with explained("what was saved before is intact"):
+        code = main()
     if dist.is_initialized():
         dist.destroy_process_group()
+    sys.exit(code or 0)
 
 
-def images_per_pass(args, world, images):
-    """The share of --batch-size that one process sees at a time."""
-    parts = world * args.accumulate
-    if args.batch_size % parts:
-        fail(f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}")
-    if args.batch_size > images:
-        fail(f"--batch-size {args.batch_size} is larger than the {images} training images of {args.data}")
-    if args.batch_size // parts < 2:
-        fail(f"--batch-size {args.batch_size} leaves one image a pass, and BatchNorm needs two")
-    return args.batch_size // parts
+LACKS = {  # what torch says where the machine lacks something, and what to do about it
+    r"can't allocate|not enough memory|out of memory|OutOfMemory|calculation overflowed": "memory ran out: lower --batch-size "
+    "(or keep it, and halve what a pass needs, by --accumulate 2) or --size, or take a smaller --arch",
+    r"shared memory|Bus error": "/dev/shm is too small for the data workers: --workers 0, or give it more (docker run "
+    "--shm-size 8g)",
+    r"DataLoader worker": "a data worker was killed, as happens where memory runs out: lower --workers",
+}
+
+
+@contextlib.contextmanager
+def explained(advice):
+    """Within it a lack of memory and the end of a data worker end the program with one sentence, which ends in `advice`."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        said = f"{type(error).__name__} {error}".replace("MemoryError", "OutOfMemory")
+        for pattern, sentence in LACKS.items():
+            if re.search(pattern, said):
+                fail(f"{sentence} ({(str(error) or 'MemoryError').splitlines()[0][:200]}); {advice}")
+        raise
 
 
 def bf16_is_fast(device):
@@ -108,6 +150,7 @@ def same_everywhere(value, sentence):
 
 
 CAUGHT = []
+SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # Windows lacks the last
 
 
 def catch_signals():
@@ -119,26 +162,23 @@ def catch_signals():
         if len(CAUGHT) > 2:
             raise KeyboardInterrupt
 
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows lacks the last
-            signal.signal(getattr(signal, name), handler)
+    for number in SIGNALS:
+        signal.signal(number, handler)
     return CAUGHT
 
 
-def seconds_per_pass(module, views, batch_size, device, amp, rest=lambda n: ()):
-    """Time of one forward and backward pass, on a copy of the module and random images; every process must call it.
-    `rest(n)`: what the module takes besides the views of n images."""
-    n = batch_size if device.type == "cuda" else min(batch_size, 32)
-    xs, module = [torch.rand(n, 3, v["size"], v["size"], device=device) for v in views], copy.deepcopy(module)
-    seconds = []
-    for _ in range(3):  # the fastest counts: not the first, and not one that other programs disturbed
-        start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            loss = module(xs, *rest(n))
-        loss.backward()
-        loss.item()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds) * batch_size / n
+def end_at_signals():
+    """Before and after training, with nothing to save, a signal ends the process at once."""
+
+    def handler(number, frame):
+        for other in SIGNALS:
+            signal.signal(other, lambda *_: os._exit(STOPPED))
+        name = signal.Signals(number).name
+        print(f"stopped by {name}; the same command goes on from the last checkpoint, or starts anew", file=sys.stderr)
+        sys.exit(STOPPED)
+
+    for number in SIGNALS:
+        signal.signal(number, handler)
 
 
 def cosine(step, total, start, end, warmup=0):

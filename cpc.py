@@ -73,6 +73,7 @@ import common
 import data
 import evaluate
 import runs
+import training
 
 METHOD = "cpc"
 
@@ -110,6 +111,7 @@ OTHER_VERSION = {  # what --v changes in a recipe that is of the other version
         V1 | dict(patch_jitter=1.0), arch="resnet10_16_nobn", border=0, epochs=12,
         views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
     )},
+    "folder": {1: dict(V1, arch="resnet10_32_nobn", border=0, views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)])},
     "cifar10": {1: dict(
         V1, arch="resnet18_nobn", lr=2e-4, clip=0.0, steps=5, border=0, views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
     )},
@@ -120,15 +122,16 @@ OTHER_VERSION = {  # what --v changes in a recipe that is of the other version
 }  # fmt: skip
 TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # quarter turns of the grid, for each number of directions
 SZEGEDY = (32 / 255, 0.5, 0.5, 0.2)  # brightness, contrast, saturation, hue (TF-slim's)
-JITTER = {"shapes": (0.4, 0.4, 0.4, 0.5), "cifar10": SZEGEDY, "imagenet": SZEGEDY}  # of a patch
+JITTER = {"shapes": (0.4, 0.4, 0.4, 0.5)}  # of a patch, where it is not as in Szegedy et al.
 SCALE = 0.1  # of predictions (v2, pseudo-code): all logits are nearly equal at first
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
+# A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(arch="resnet10_32_ln", patch=24, stride=18, steps=3, **COLOURS)
 OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def recipe_of(name, v=None):
     """The recipe, with the changes that version `v` makes in it."""
-    return RECIPES[name] | OTHER_VERSION[name].get(v, {}) | ({"v": v} if v in (1, 2) else {})
+    return RECIPES[name] | OTHER_VERSION.get(name, {}).get(v, {}) | ({"v": v} if v in (1, 2) else {})
 
 
 def parse_args(argv=None):
@@ -137,7 +140,7 @@ def parse_args(argv=None):
     first.add_argument("--recipe", choices=RECIPES)
     first.add_argument("--v", "--version", type=int)
     known = first.parse_known_args(argv)[0]
-    recipe = known.recipe or data.recipe_for(known.data)
+    recipe = known.recipe or data.recipe_for(known.data, RECIPES)
 
     p = argparse.ArgumentParser(
         usage="python cpc.py [flags]   (torchrun --standalone --nproc_per_node=N cpc.py [flags])", allow_abbrev=False,
@@ -145,13 +148,14 @@ def parse_args(argv=None):
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -190,9 +194,9 @@ def parse_args(argv=None):
     p.add_argument("--steps", type=int, help="K, rows that are foretold after those; far ones are harder")
     p.add_argument("--target-dim", type=int, help="z is brought to this width before it is compared (0: as it is, v1)")
     p.set_defaults(**{k: v for k, v in recipe_of(recipe, known.v).items() if k != "views"})
-    args = p.parse_args(argv)
-    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "steps", "context_width")
-    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "clip", "border")
+    args = training.parse(p, METHOD, argv)
+    common.at_least(1, args, "steps", "context_width")
+    common.at_least(0, args, "clip", "border")
     common.at_least(0, args, "patch_jitter", "patch_grey", "target_dim")
     for name in ("patch_jitter", "patch_grey"):
         if not getattr(args, name) <= 1:
@@ -212,7 +216,6 @@ def parse_args(argv=None):
         common.fail(f"--steps {args.steps}: {left}")
     if 2 * args.border > args.patch - 4:
         common.fail(f"--border {args.border}: it leaves less than 4 px of a patch of {args.patch} px")
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
 
@@ -345,8 +348,8 @@ class CPC(nn.Module):
         self.rows, self.skip, self.steps = rows_of(args.size, args.patch, args.stride), args.skip, args.steps
         self.turns, dim = TURNS[args.directions], args.target_dim or backbone.dim
         self.change = data.view(
-            args.patch - 2 * args.border, jitter=JITTER[args.recipe], jitter_p=args.patch_jitter, grey=args.patch_grey,
-            mean=evaluate.HALF, std=evaluate.HALF,
+            args.patch - 2 * args.border, jitter=JITTER.get(args.recipe, SZEGEDY), jitter_p=args.patch_jitter,
+            grey=args.patch_grey, mean=evaluate.HALF, std=evaluate.HALF,
         )  # fmt: skip
         self.f, self.g = backbone, CONTEXTS[args.context](backbone.dim, args.context_width)
         self.target = nn.Linear(backbone.dim, dim) if args.target_dim else nn.Identity()
@@ -404,7 +407,6 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     say = print if rank == 0 else lambda *_: None
-    stop = common.catch_signals()
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
@@ -412,7 +414,7 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
-    per_pass = common.images_per_pass(args, world, len(train))
+    per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": evaluate.HALF, "std": evaluate.HALF, "size": args.size, "interpolation": "bilinear"}
     grey = 1 in (views[0]["grey"], args.patch_grey)
@@ -439,8 +441,7 @@ def main(argv=None):
     warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
 
     # ============ recipe ============
-    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
     say(backbones.describe(model.f, args.arch, args.patch))
     ahead = f"{1 + args.skip} to {args.steps + args.skip} rows on" if args.steps > 1 else f"{1 + args.skip} rows on"
     say(
@@ -455,32 +456,28 @@ def main(argv=None):
     candidates = world * per_pass * model.rows**2
     foretold = sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
     say(f"{foretold} predictions a pass and process, {candidates} candidates: logits of {foretold * candidates * 4 / 1e6:.1f} MB")
-    say(f"loss of equal logits ln(N) = {math.log(candidates):.2f}; about {minutes:.1f} min plus data and probes")
+    say(f"loss of equal logits ln(N) = {math.log(candidates):.2f}")
     if args.dry_run:
         return
 
     # ============ resume ============
-    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
-    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
-    place = 2 * found["step"] + bool(found["result"]) if found else -1
-    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
-    if found:
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-        step = found["step"]
-        if found["result"]:
-            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
-            return
+    settings = {k: v for k, v in vars(args).items() if k not in training.SAME_RESULT} | {"views": views}
+    settings |= {"images": len(train), "contents": train.contents()}
+    states = {"model": model, "optimizer": optimizer}
+    step, result = runs.resume(args.out, METHOD, settings, states, args.fresh, args.changed_data)
+    if result:
+        say(f"{args.out} is finished; --fresh starts over\n{result}")
+        return
+    if step:
         say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def checkpoint(result=None):
         norms = torch.stack(torch._foreach_norm(list(model.parameters())))
         runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
+            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
             about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
             about |= {
                 "arch": args.arch,
@@ -488,7 +485,11 @@ def main(argv=None):
                 "preprocess": preprocess,
                 "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
             }
-            runs.write(log.out / "backbone.pt", about)
+            runs.write(Path(args.out, "backbone.pt"), about)
+
+    if step == 0:
+        checkpoint()  # the first file in the folder, which is this run's from now on
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
         numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
@@ -496,6 +497,7 @@ def main(argv=None):
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
+    stop = common.catch_signals()
     while step < total:
         epoch, stopped = step // steps, False
         if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
@@ -527,9 +529,10 @@ def main(argv=None):
         checkpoint()
         if stopped:
             log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return
+            return common.STOPPED
 
     # ============ final probe ============
+    common.end_at_signals()
     log.bar.close()
     result = evaluate.finish(f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
@@ -538,5 +541,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    common.leave()
+    common.run(main)

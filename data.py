@@ -54,10 +54,24 @@ BY_FILE = {  # name: (class, arguments of the training split, of the test split)
 NAMES = ["shapes", "shapes-hard", "shapes-natural", *IN_MEMORY, *BY_FILE]
 
 
-def recipe_for(name):
-    """The name of the recipe whose numbers fit a set: its own, or that of the set most like it."""
-    alike = {"shapes-hard": "shapes", "shapes-natural": "shapes", "cifar100": "cifar10", "svhn": "cifar10"}.get(name, name)
-    return alike if alike in ("shapes", "cifar10") else "imagenet"
+LARGE = 200_000  # images from which on a folder gets the recipe of the paper
+
+
+def recipe_for(name, recipes=("shapes", "cifar10", "imagenet", "folder")):
+    """The one of `recipes` whose numbers fit a set: its own, or that of the set most like it, or the first that there is."""
+    alike = {"shapes-hard": "shapes", "shapes-natural": "shapes", "cifar100": "cifar10", "svhn": "cifar10",
+             "places365": "imagenet"}.get(name, name)  # fmt: skip
+    if alike not in ("shapes", "cifar10", "imagenet"):
+        alike = "imagenet" if count(name) > LARGE else "folder"
+    return alike if alike in recipes else next(iter(recipes))
+
+
+def count(name):
+    """How many training images a folder has, 0 for all else."""
+    if name in NAMES or not os.path.isdir(name):
+        return 0
+    train = os.path.join(name, "train")
+    return len(list_folder(train if os.path.isdir(train) else name)[0])
 
 
 def generator(*key):
@@ -83,6 +97,9 @@ class Images:
 
     def key(self, i):
         return self.keys[i] if self.keys else f"{i:06d}"
+
+    def contents(self):
+        return self.fingerprint()
 
     def fingerprint(self):
         """Changes when any pixel or label does; the cache of features asks for it."""
@@ -122,6 +139,9 @@ class Files:
         if isinstance(self.items, list):
             return stem(self.items[i][0], self.base)
         return f"{self.items.indices[i] if isinstance(self.items, Subset) else i:06d}"
+
+    def contents(self):
+        return self.fingerprint()
 
     def fingerprint(self):
         digest = hashlib.sha1(f"{self.name} {len(self)}".encode())
@@ -897,7 +917,7 @@ def main():
     s = commands.add_parser("show", help="write a PNG of images and of their views")
     s.add_argument("data", help=f"a folder, or one of {', '.join(NAMES)}")
     s.add_argument("--method", default="byol", help="the script whose views to show")
-    s.add_argument("--recipe", choices=("shapes", "cifar10", "imagenet"), help="of that script (default: by data)")
+    s.add_argument("--recipe", help="of that script (default: by data)")
     s.add_argument("--size", type=int, help="px (default: the recipe's)")
     s.add_argument("--root", default="datasets", help="where named sets live")
     s.add_argument("--n", type=int, default=10, help="how many images")

@@ -80,6 +80,7 @@ import data
 import evaluate
 import runs
 import study
+import training
 
 METHOD = "pretext"
 
@@ -115,6 +116,7 @@ V1 = {"arch": "resnet50v1_k4"}
 BY_TASK = {
     "shapes": {"exemplar": {"epochs": 6}, "jigsaw": SMALL, "relative": SMALL,
                "colorization": {"views": [dict(scale=(0.6, 1.0), **HALF)]}},
+    "folder": {"jigsaw": SMALL, "relative": SMALL, "colorization": {"views": [dict(scale=(0.4, 1.0), **HALF)]}},
     "cifar10": {"exemplar": V1, "jigsaw": SMALL | V1, "relative": SMALL | V1, "colorization": V1 | {"head": 256}},
     "imagenet": {
         "exemplar": {"arch": "resnet50v1_k12"}, "jigsaw": LARGE, "relative": LARGE,
@@ -123,7 +125,8 @@ BY_TASK = {
                               "warmup_epochs": 0, "drop_at": [0.45, 0.9], "head": 256, "views": [dict(scale=(0.4, 1.0), **HALF)]},
     },
 }  # fmt: skip
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study")
+# A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=[INCEPTION])
 OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
@@ -135,7 +138,7 @@ def parse_args(argv=None):
     known = first.parse_known_args(argv)[0]
     # The objects of `shapes` are turned and coloured at will, which leaves some questions without an answer.
     dataset = known.data or ("shapes-natural" if known.task in ("rotation", "colorization") else "shapes")
-    recipe = known.recipe or data.recipe_for(dataset)
+    recipe = known.recipe or data.recipe_for(dataset, RECIPES)
 
     p = argparse.ArgumentParser(
         usage="python pretext.py [flags]   (torchrun --standalone --nproc_per_node=N pretext.py [flags])", allow_abbrev=False,
@@ -143,13 +146,14 @@ def parse_args(argv=None):
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default=dataset, help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -182,12 +186,11 @@ def parse_args(argv=None):
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
     p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel")
-    p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK[recipe].get(known.task, {})).items() if k != "views"})
+    p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK.get(recipe, {}).get(known.task, {})).items() if k != "views"})
     p.set_defaults(task=known.task if known.task in TASKS else "rotation")
-    args = p.parse_args(argv)
-    common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every", "embedding", "head")
-    common.at_least(8, args, "size")
-    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "margin")
+    args = training.parse(p, f"{METHOD}-{known.task}", argv)
+    common.at_least(1, args, "embedding", "head")
+    common.at_least(0, args, "margin")
     common.at_least(2, args, "copies", "permutations")
     if args.permutations > 10_000:
         common.fail(f"--permutations {args.permutations}: at most 10000, each of which takes a pass over all {math.factorial(9)}")
@@ -204,12 +207,11 @@ def parse_args(argv=None):
             common.fail("--compile: colorization reads the trunk's maps, which are not what is compiled")
     if args.task in PATCHES:
         geometry(args.size)
-    args.out = args.out or f"runs/{METHOD}-{args.task}-{Path(args.data).resolve().name}"
     return args
 
 
 def views_of(args):
-    recipe = RECIPES[args.recipe] | BY_TASK[args.recipe].get(args.task, {})
+    recipe = RECIPES[args.recipe] | BY_TASK.get(args.recipe, {}).get(args.task, {})
     size = 3 * geometry(args.size)[0] if args.task in PATCHES else args.size
     return [data.view(size, **v) for v in recipe["views"]] * (args.copies if args.task == "exemplar" else 1)
 
@@ -604,7 +606,6 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     say = print if rank == 0 else lambda *_: None
-    stop = common.catch_signals()
 
     # ============ data ============
     views = views_of(args)
@@ -612,7 +613,7 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
-    per_pass = common.images_per_pass(args, world, len(train))
+    per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     asked = evaluate.first(test, 2000)  # whose pretext accuracy is measured
     few = min(per_pass, len(asked) // world)
@@ -645,10 +646,8 @@ def main(argv=None):
 
     # ============ recipe ============
     draw = lambda n, *key: drawn(model.task, n, rank, world, device, args.seed, args.task, *key)
-    rest = lambda n: draw(n, "time")
-    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
     at = f"{len(train)} images at {views[0]['size']} px"
-    say(f"{METHOD} {args.task} on {train.name}: {at}, recipe {args.recipe}, seed {args.seed}")
+    say(f"{METHOD} {args.task} on {train.name}: {at}, recipe {args.recipe} ({args.why}), seed {args.seed}")
     say(backbones.describe(model.f, arch, patch or args.size))
     if args.task in ("rotation", "colorization") and args.data in ("shapes", "shapes-hard"):
         say(f"warning: objects of {args.data} are turned and coloured at will, there is no answer: use --data shapes-natural")
@@ -662,32 +661,28 @@ def main(argv=None):
     say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, {drops}")
     say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
     loss, accuracy = model.task.chance(world * per_pass)
-    say(f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %; about {minutes:.1f} min plus data and probes")
+    say(f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %")
     if args.dry_run:
         return
 
     # ============ resume ============
-    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
-    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
-    place = 2 * found["step"] + bool(found["result"]) if found else -1
-    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
-    if found:
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-        step = found["step"]
-        if found["result"]:
-            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
-            return
+    settings = {k: v for k, v in vars(args).items() if k not in training.SAME_RESULT} | {"views": views}
+    settings |= {"images": len(train), "contents": train.contents()}
+    states = {"model": model, "optimizer": optimizer}
+    step, result = runs.resume(args.out, METHOD, settings, states, args.fresh, args.changed_data)
+    if result:
+        say(f"{args.out} is finished; --fresh starts over\n{result}")
+        return
+    if step:
         say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def checkpoint(result=None):
         norms = torch.stack(torch._foreach_norm(list(model.parameters())))
         runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
+            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
             about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
             about |= {
                 "arch": arch,
@@ -695,7 +690,11 @@ def main(argv=None):
                 "preprocess": preprocess,
                 "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
             }
-            runs.write(log.out / "backbone.pt", about)
+            runs.write(Path(args.out, "backbone.pt"), about)
+
+    if step == 0:
+        checkpoint()  # the first file in the folder, which is this run's from now on
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
         numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
@@ -706,6 +705,7 @@ def main(argv=None):
         return numbers.get("pretext_accuracy")
 
     # ============ training ============
+    stop = common.catch_signals()
     while step < total:
         epoch, stopped = step // steps, False
         if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
@@ -739,9 +739,10 @@ def main(argv=None):
         checkpoint()
         if stopped:
             log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return
+            return common.STOPPED
 
     # ============ final probe ============
+    common.end_at_signals()
     log.bar.close()
     accuracy = probe()
     result = evaluate.finish(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
@@ -755,5 +756,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    common.leave()
+    common.run(main)

@@ -3,8 +3,10 @@
     checkpoint.pt        all that is needed to go on (checkpoint.prev.pt: the one before it)
     backbone.pt          the representation: what evaluate.py and other programs read
     metrics.jsonl        one JSON object per log line and probe; the same numbers as TensorBoard events beside it
+    run.lock             held by the process that trains
 
-All files of torch.save hold tensors and plain values only and load with weights_only=True.
+All files of torch.save hold tensors and plain values only and load with weights_only=True. A run touches no file of a folder
+that it did not begin: checkpoint.pt is the first that it writes, and only --fresh deletes, by name, what runs write.
 """
 
 import contextlib
@@ -12,6 +14,7 @@ import json
 import math
 import os
 import pickle
+import re
 import sys
 import time
 from pathlib import Path
@@ -21,25 +24,19 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import any_rank, fail
+from common import any_rank, fail, same_everywhere
 
 try:
+    import fcntl
     import resource
 except ImportError:  # Windows
-    resource = None
+    fcntl = resource = None
 
-# What a run writes, and all that a fresh start may delete.
-OWN = (
-    "checkpoint*.pt*",
-    "backbone.pt*",
-    "features-backbone-*.pt*",
-    "metrics.jsonl",
-    "evaluate.json",
-    "views.png",
-    "schedule.csv",
-    "reconstructions.png",
-    "events.out.*",
-    "projector_config.pbtxt",
+# The names of what runs and evaluate.py write, and of nothing else. Of checkpoint.new.pt there is never anything to keep.
+OWN = re.compile(
+    r"(checkpoint(\.prev)?\.pt|backbone\.pt|features-backbone-.+-(train|test)-[0-9a-f]{16}\.pt|metrics\.jsonl|"
+    r"evaluate\.json|(views|reconstructions|neighbours|gradients|swap)\.png|schedule\.csv|events\.out\.tfevents\..+\.run|"
+    r"projector_config\.pbtxt)(\.tmp)?"
 )
 
 
@@ -78,47 +75,139 @@ def write_picture(path, picture):
 
 def save(out, content):
     """OUT/checkpoint.pt; the one before it stays as OUT/checkpoint.prev.pt. Rank 0 only."""
-    write(Path(out, "checkpoint.new.pt"), content)
-    if Path(out, "checkpoint.pt").exists():
-        os.replace(Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt"))
-    os.replace(Path(out, "checkpoint.new.pt"), Path(out, "checkpoint.pt"))
+    new, last = Path(out, "checkpoint.new.pt"), Path(out, "checkpoint.pt")
+    write(new, content)
+    try:
+        if last.exists():
+            os.replace(last, Path(out, "checkpoint.prev.pt"))
+        os.replace(new, last)
+    except OSError as error:
+        fail(f"could not rename {new} to {last} ({reason(error)}); it is whole")
 
 
 def load(path):
     """A dict from a file of torch.save, which is read as data and never executed. EOFError if the file is damaged."""
     try:
+        if not Path(path).is_file():  # a pipe would wait for a writer
+            raise OSError("it is no file")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(f"{path} is refused, not executed: it holds something other than tensors and plain values")
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a flipped bit makes the reader raise whatever it likes
         raise EOFError(f"{path} is damaged: {reason(error)}") from error
-    return content if isinstance(content, dict) else fail(f"{path} is not a checkpoint: it holds no dict")
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+        fail(f"{path} is not a checkpoint: it holds no dict of names")
+    return content
 
 
-def resume(out, method, settings, fresh=False):
-    """The checkpoint to go on from, or None; the previous one if the last is damaged. Refuses a run of other settings."""
+def load_checkpoint(path, *states):
+    """`load` of a checkpoint.pt, whose shape is looked at here and nowhere else; `states`: names of the state dicts in it."""
+    found = load(path)
+    kinds = {"method": str, "settings": dict, "step": int, "result": (str, type(None)), **dict.fromkeys(states, dict)}
+    wrong = [name for name, kind in kinds.items() if name not in found or not isinstance(found[name], kind)]
+    wrong += [name for name in ("settings", *states) if name not in wrong and not all(isinstance(k, str) for k in found[name])]
+    if wrong or found["step"] < 0:
+        fail(f"{path} is not a checkpoint of this code: {' '.join(wrong) or 'step'} is missing or not what it should be")
+    return found
+
+
+def resume(out, method, settings, states, fresh=False, changed_data=False):
+    """Load the run in the folder `out` into `states`, {name: model or optimiser}: (updates made, result or None), which are
+    (0, None) of a new run. Every process must call it.
+
+    The last checkpoint counts, or the one before it if that is damaged. A folder that another process trains in, files that
+    are not this run's, other settings, other training images (unless `changed_data`) and states that do not fit end the
+    program, and nothing is lost.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0:
+        claim(out)
     found, damaged = None, []
     for path in () if fresh else (Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt")):
-        if found is None and path.exists():
+        if found is None and os.path.lexists(path):
             try:
-                found = load(path)
+                found = load_checkpoint(path, *states)
+                found_in = path
             except EOFError as error:
                 damaged.append(str(error))
     if damaged and not found:
         fail(f"{'; '.join(damaged)}; nothing to go on from: choose another --out, or --fresh to start over")
     for error in damaged:
         print(f"warning: {error}; going on from the one before it", file=sys.stderr, flush=True)
-    if found and found.get("method") != method:
-        fail(f"{out} holds a run of {found.get('method', 'something else')}, not of {method}; choose another --out")
-    was = found["settings"] if found else settings
-    changed = [
-        f"{k} {was.get(k)} -> {settings.get(k)}" for k in sorted({*was, *settings}) if was.get(k) != settings.get(k)
-    ]
-    if changed:
-        fail(
-            f"{out} holds a run with other settings ({', '.join(changed)}); choose another --out, or --fresh to start over"
-        )
-    return found
+    if found:
+        check_same(out, found, method, settings, changed_data)
+        for name, state in states.items():
+            fill(state, found[name], f"{found_in} does not fit this command: {name}")
+    elif rank == 0:
+        clear(out, fresh)
+    place = 2 * found["step"] + bool(found["result"]) if found else -1
+    same_everywhere(place, f"processes found different checkpoints in {out}, which all machines must share")
+    return (found["step"], found["result"]) if found else (0, None)
+
+
+LOCKS = []  # open as long as the process lives
+
+
+def claim(out):
+    """Make the folder, and refuse it while another process trains in it. The lock is of the kind that forked data workers do
+    not inherit, so that it ends with this process, however that ends."""
+    try:
+        str(out).encode()  # TensorBoard's names are UTF-8
+        Path(out).mkdir(parents=True, exist_ok=True)
+        LOCKS.append(open(Path(out, "run.lock"), "a"))  # noqa: SIM115
+    except (OSError, ValueError) as error:
+        fail(f"--out {out}: {reason(error)}")
+    if fcntl:
+        try:
+            fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            fail(f"another process trains in {out}: wait for its end, or choose another --out")
+        except OSError as error:  # a file system without locks
+            print(f"warning: {out} cannot be locked ({reason(error)}); start no second run in it", file=sys.stderr)
+
+
+def clear(out, fresh):
+    """Before a run begins: `fresh` deletes what an older one wrote; otherwise such files are refused."""
+    own = [path for path in sorted(Path(out).iterdir()) if OWN.fullmatch(path.name)]
+    if own and not fresh:
+        names = ", ".join(path.name for path in own[:5]) + (", ..." if len(own) > 5 else "")
+        fail(f"{out} holds {names} but no checkpoint to go on from: choose another --out, or --fresh to delete them")
+    for path in own:
+        try:
+            path.unlink()
+        except OSError as error:
+            fail(f"--fresh: {path} cannot be deleted ({reason(error)})")
+
+
+def check_same(out, found, method, settings, changed_data):
+    """Refuse to go on with a run of another method, of other settings, or of other training images."""
+    if found["method"] != method:
+        fail(f"{out} holds a run of {found['method']}, not of {method}; choose another --out")
+    was, ways = found["settings"], "choose another --out, or --fresh to start over"
+    changed = {k for k in {*was, *settings} if repr(was.get(k)) != repr(settings.get(k))}
+    if others := sorted(changed - {"images", "contents"}):
+        why = "; a run cannot be made longer, as its rates follow from --epochs" if "epochs" in others else ""
+        listed = ", ".join(f"{k} {was.get(k)} -> {settings.get(k)}" for k in others)
+        fail(f"{out} holds a run with other settings ({listed}){why}; {ways}")
+    if changed and not changed_data:
+        what = "files or labels are others"
+        if "images" in changed:
+            what = f"{was.get('images')} -> {settings.get('images')} images"
+        fail(f"the training images have changed since {out} began ({what}): --changed-data goes on with them; or {ways}")
+
+
+def fill(state, found, sentence):
+    """state.load_state_dict(found) for a model or an optimiser; what does not fit or is not finite ends the program."""
+    try:
+        state.load_state_dict(found)
+        if isinstance(state, torch.optim.Optimizer):
+            tensors = [(p.shape, t) for p, of in state.state.items() for t in of.values() if torch.is_tensor(t) and t.ndim]
+            if any(t.shape != shape for shape, t in tensors):
+                raise ValueError("its tensors have other shapes than the weights")
+        elif not all(t.isfinite().all() for t in state.state_dict().values() if t.is_floating_point()):
+            raise ValueError("its weights are not finite")
+    except Exception as error:  # torch raises whatever the first wrong value leads to
+        fail(f"{sentence}: {' '.join(str(error).split())[:300]}")
 
 
 def stop_unless_finite(finite, what, step, lr, amp):
@@ -141,8 +230,7 @@ def memory_mb():
 class Log:
     """metrics.jsonl, TensorBoard and the progress bar of a run. Every process has one; only rank 0 writes.
 
-    On resume the lines of steps that will be made again are dropped, so that curves do not double back; a run that
-    starts at step 0 clears what an older one left in the folder.
+    On resume the lines of steps that will be made again are dropped, so that curves do not double back.
     """
 
     def __init__(self, out, name, step, total, batch_size, rank, text):
@@ -151,23 +239,24 @@ class Log:
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None if rank == 0 else True)
         self.start_interval(step)
         if rank == 0:
-            try:
-                self.out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                fail(f"--out {out}: {reason(error)}")
-            for old in (p for pattern in OWN if step == 0 for p in self.out.glob(pattern)):
-                old.unlink()
             file = self.out / "metrics.jsonl"
-            lines = file.read_text().splitlines() if file.exists() else []
-            lines = [s for s in lines if s.endswith("}") and self.stays(json.loads(s), step)]
-            write_text(file, "".join(s + "\n" for s in lines))
-            self.writer = SummaryWriter(out, purge_step=step + 1)
-            self.writer.add_text("recipe", text, step)
+            try:
+                lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+            except OSError as error:
+                fail(f"{file} cannot be read: {reason(error)}")
+            write_text(file, "".join(line + "\n" for line in lines if self.stays(line, step)))
+            self.writer = SummaryWriter(out, purge_step=step + 1, filename_suffix=".run")
+            self.writer.add_text("recipe", text.encode(errors="backslashreplace").decode(), step)
 
     @staticmethod
     def stays(line, step):
-        """Whether a line of an earlier part of the run stays when it goes on from `step`, beginning with a probe."""
-        return line["step"] < step or (line["step"] == step and "loss" in line)
+        """Whether a line of an earlier part of the run stays when it goes on from `step`, beginning with a probe. One that was
+        torn by a kill does not."""
+        try:
+            line = json.loads(line)
+            return line["step"] < step or (line["step"] == step and "loss" in line)
+        except (ValueError, TypeError, KeyError):
+            return False
 
     def start_interval(self, step):
         self.loss, self.step, self.wait, self.clock = 0.0, step, 0.0, time.perf_counter()
@@ -206,8 +295,11 @@ class Log:
     def record(self, kind, step, **numbers):
         """One JSON line, and scalars `kind`/NAME for TensorBoard."""
         if self.rank == 0:
-            with open(self.out / "metrics.jsonl", "a") as f:
-                f.write(json.dumps({"step": step, **numbers}) + "\n")
+            try:
+                with open(self.out / "metrics.jsonl", "a") as f:
+                    f.write(json.dumps({"step": step, **numbers}) + "\n")
+            except OSError as error:
+                fail(f"could not write {self.out / 'metrics.jsonl'} ({reason(error)}); the last checkpoint is intact")
             for name, value in numbers.items():
                 self.writer.add_scalar(f"{kind}/{name}", value, step)
 

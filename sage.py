@@ -58,6 +58,7 @@ import functools
 import gc
 import itertools
 import math
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -73,6 +74,7 @@ import common
 import data
 import evaluate
 import runs
+import training
 
 METHOD = "sage"
 
@@ -113,8 +115,8 @@ RECIPES = {
         ],
     ),
 }  # fmt: skip
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
-SAME_RESULT += ("classifier",)
+# A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
@@ -123,7 +125,7 @@ def parse_args(argv=None):
     first.add_argument("--data", default="shapes")
     first.add_argument("--recipe", choices=RECIPES)
     known = first.parse_known_args(argv)[0]
-    recipe = known.recipe or data.recipe_for(known.data)
+    recipe = known.recipe or data.recipe_for(known.data, RECIPES)
 
     p = argparse.ArgumentParser(
         usage="python sage.py [flags]   (torchrun --standalone --nproc_per_node=N sage.py [flags])", allow_abbrev=False,
@@ -131,13 +133,14 @@ def parse_args(argv=None):
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -187,14 +190,11 @@ def parse_args(argv=None):
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
     p.add_argument("--classifier", help="marks the recoveries that it recognises (made by evaluate.py --save)")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
-    args = p.parse_args(argv)
-    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
-    common.at_least(
-        0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs", "tau", "predictor_lr"
-    )
+    args = training.parse(p, METHOD, argv)
+    common.at_least(1, args, "hidden", "dim")
+    common.at_least(0, args, "tau", "predictor_lr")
     common.at_least(1, args, "bottleneck", "width", *["evaluator_epochs"] * (args.evaluator_epochs is not None))
     common.at_least(0, args, "decoder_lr", "weight_d", "weight_pixel", "weight_maps", "weight_semantic")
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
 
@@ -369,21 +369,22 @@ class SaGe(nn.Module):
 # ============ the evaluator (stage 1), and what is read back from runs ============
 
 
-def stage_1(args, rank, stop):
+def stage_1(args, rank):
     """The folder of a finished BYOL run of the same data beside --out; byol's own main makes it where there is none, in
     the same processes. None if that was stopped by a signal."""
     parts = ["byol", Path(args.data).resolve().name, args.evaluator_arch, args.evaluator_epochs]
     out = Path(args.out).absolute().parent / "-".join(str(part) for part in parts if part)
     checkpoint = out / "checkpoint.pt"
     try:
-        found = runs.load(checkpoint) if checkpoint.exists() else {}
+        found = runs.load_checkpoint(checkpoint) if checkpoint.exists() else {}
     except EOFError:
         found = {}  # byol.py knows what to do about it
     was = found.get("settings", vars(args))
-    if Path(was["data"]).resolve() != Path(args.data).resolve() or any(was[k] != getattr(args, k) for k in ("limit", "size")):
+    place = os.path.realpath
+    if place(was.get("data", "")) != place(args.data) or any(was.get(k) != getattr(args, k) for k in ("limit", "size")):
         common.fail(
-            f"{out} holds a BYOL run of other data (--data {was['data']} --limit {was['limit']} --size {was['size']}); name an "
-            "evaluator with --evaluator, choose another folder for --out, or delete that one"
+            f"{out} holds a run of other data (--data {was.get('data')} --limit {was.get('limit')} --size {was.get('size')}); "
+            "name an evaluator with --evaluator, choose another folder for --out, or delete that one"
         )
     if not common.any_rank(found.get("result")):
         if rank == 0:
@@ -391,16 +392,15 @@ def stage_1(args, rank, stop):
         flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
         flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
         same = "data recipe root limit workers seed device size batch_size accumulate log_every"
-        for name in same.split():
-            value = getattr(args, name)
-            flags += [] if value is None else [f"--{name.replace('_', '-')}", str(value)]
+        for name in args.given.intersection(same.split()):  # the others are the same by default
+            flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile
         flags += ["--amp" if args.amp else "--no-amp", "--probes", *args.probes]
-        byol.main(flags)
+        stopped = byol.main(flags)
         gc.collect()  # its model, its loader and their processes
         if args.dry_run:
             return f"random:{args.evaluator_arch or args.arch}"
-        if common.any_rank(stop):
+        if stopped:
             return None
     return str(out)
 
@@ -426,7 +426,7 @@ def open_evaluator(args, name):
     if args.semantic == "projector":
         if not path or not (path.parent / "checkpoint.pt").exists():
             common.fail(f"--semantic projector: {name} has no checkpoint.pt with a projector")
-        found = runs.load(path.parent / "checkpoint.pt")["model"]
+        found = runs.load_checkpoint(path.parent / "checkpoint.pt", "model")["model"]
         weights = {k.removeprefix("g."): v for k, v in found.items() if k.startswith("g.")}
         projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
         projector.load_state_dict(weights)
@@ -437,7 +437,7 @@ def open_evaluator(args, name):
 def autoencoder(folder):
     """The Autoencoder of a run, on the CPU and in eval mode; evaluate.py reads it for the perceptual test and pictures."""
     try:
-        found = runs.load(Path(folder, "checkpoint.pt"))
+        found = runs.load_checkpoint(Path(folder, "checkpoint.pt"), "model")
     except EOFError as error:  # the decoder is in no other file
         common.fail(f"the decoder cannot be read: {error}")
     s = found["settings"]
@@ -461,16 +461,15 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     say = print if rank == 0 else lambda *_: None
-    stop = common.catch_signals()
     paints, judges, h = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"], args.evaluator
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     if judges and not h:
         # What would stop stage 2 stops it now, not after stage 1.
         build_decoder(backbones.build(args.arch, args.size), args.size, args.bottleneck, args.width, args.pool)
         check_levels(args, backbones.build(args.evaluator_arch or args.arch, args.size))
-        h = stage_1(args, rank, stop)
+        h = stage_1(args, rank)
         if not h:
-            return
+            return common.STOPPED
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
@@ -478,7 +477,7 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
-    per_pass = common.images_per_pass(args, world, len(train))
+    per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
@@ -525,8 +524,7 @@ def main(argv=None):
     warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
 
     # ============ recipe ============
-    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp) / 60
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
     say(backbones.describe(model.f, args.arch, args.size))
     say(
         f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
@@ -538,40 +536,39 @@ def main(argv=None):
         how = "frozen" if args.freeze_decoder else f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
         say(f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, {how}")
     say(f"evaluator {line}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}")
-    say(f"L_D of unrelated vectors 4; about {minutes:.1f} min plus data and probes")
+    say("L_D of unrelated vectors 4")
     if args.dry_run:
         return
 
     # ============ resume ============
-    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
-    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
-    place = 2 * found["step"] + bool(found["result"]) if found else -1
-    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
-    if found:
-        model.load_state_dict(found["model"])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(found[name])
-        step = found["step"]
-        if found["result"]:
-            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
-            return
+    settings = {k: v for k, v in vars(args).items() if k not in training.SAME_RESULT} | {"views": views}
+    settings |= {"images": len(train), "contents": train.contents()}
+    states = {"model": model, **optimizers}
+    step, result = runs.resume(args.out, METHOD, settings, states, args.fresh, args.changed_data)
+    if result:
+        say(f"{args.out} is finished; --fresh starts over\n{result}")
+        return
+    if step:
         say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def checkpoint(result=None):
         norms = torch.stack(torch._foreach_norm(list(model.parameters())))
         runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
         if rank == 0:
-            state = {"model": model.state_dict(), **{k: o.state_dict() for k, o in optimizers.items()}}
-            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
+            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
             about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
             about |= {
                 "arch": args.arch,
                 "preprocess": preprocess,
                 "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
             }
-            runs.write(log.out / "backbone.pt", about)
+            runs.write(Path(args.out, "backbone.pt"), about)
+
+    if step == 0:
+        checkpoint()  # the first file in the folder, which is this run's from now on
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
         numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
@@ -586,6 +583,7 @@ def main(argv=None):
             log.image("reconstructions", image, step)
 
     # ============ training ============
+    stop = common.catch_signals()
     while step < total:
         epoch, stopped = step // steps, False
         if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
@@ -622,9 +620,10 @@ def main(argv=None):
         checkpoint()
         if stopped:
             log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return
+            return common.STOPPED
 
     # ============ final probe ============
+    common.end_at_signals()
     log.bar.close()
     picture()
     result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
@@ -634,5 +633,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    common.leave()
+    common.run(main)

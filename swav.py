@@ -58,6 +58,7 @@ import common
 import data
 import evaluate
 import runs
+import training
 
 METHOD = "swav"
 
@@ -99,7 +100,6 @@ RECIPES = {
         ],
     ),
 }  # fmt: skip
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes")
 
 
 def parse_args(argv=None):
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     first.add_argument("--data", default="shapes")
     first.add_argument("--recipe", choices=RECIPES)
     known = first.parse_known_args(argv)[0]
-    recipe = known.recipe or data.recipe_for(known.data)
+    recipe = known.recipe or data.recipe_for(known.data, RECIPES)
 
     p = argparse.ArgumentParser(
         usage="python swav.py [flags]   (torchrun --standalone --nproc_per_node=N swav.py [flags])", allow_abbrev=False,
@@ -115,13 +115,14 @@ def parse_args(argv=None):
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="whose defaults to use (default: by --data)")
+    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -156,19 +157,15 @@ def parse_args(argv=None):
     p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
-    args = p.parse_args(argv)
-    common.at_least(1, args, "size", "epochs", "batch_size", "accumulate", "log_every", "hidden", "dim")
+    args = training.parse(p, METHOD, argv)
+    common.at_least(1, args, "hidden", "dim")
     common.at_least(1, args, "small_size", "prototypes")
-    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs")
     common.at_least(0, args, "small_crops", "freeze_epochs", "queue_length", "queue_epoch")
     for name in ("temperature", "epsilon"):
         if not 0 < getattr(args, name) < math.inf:
             common.fail(f"--{name} {getattr(args, name):g}: it must be above 0 and finite")
     if args.small_crops and args.small_size > args.size:
         common.fail(f"--small-size {args.small_size}: small views must not be larger than the large ones, --size {args.size}")
-    if args.queue_length % args.batch_size:
-        common.fail(f"--queue-length {args.queue_length} is not a multiple of --batch-size {args.batch_size}")
-    args.out = args.out or f"runs/{METHOD}-{Path(args.data).resolve().name}"
     return args
 
 
@@ -285,6 +282,8 @@ class LARC(common.LARS):
             torch._foreach_add_(w, v, alpha=-group["lr"])
 
 
+# A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"], lr=3.2e-2, small_size=48)
 OPTIMIZERS = {"lars": LARC, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
@@ -296,7 +295,6 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     say = print if rank == 0 else lambda *_: None
-    stop = common.catch_signals()
 
     # ============ data ============
     views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size)
@@ -305,11 +303,13 @@ def main(argv=None):
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
         for split in ("pretrain", "train", "test")
     )
-    per_pass = common.images_per_pass(args, world, len(train))
+    per_pass = training.images_per_pass(args, world, len(train))
     if isinstance(train, data.Images) and args.size > min(train.images.shape[2:]):
         side = "x".join(map(str, train.images.shape[2:]))
         fit = "choose --size and --small-size to fit"
         common.fail(f"--size {args.size}: the views are larger than the images of {args.data}, {side} px; {fit}")
+    if args.queue_length % args.batch_size:
+        common.fail(f"--queue-length {args.queue_length} is not a multiple of --batch-size {args.batch_size}")
     if args.queue_length > len(train):
         common.fail(f"--queue-length {args.queue_length} is larger than the {len(train)} training images of {args.data}")
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
@@ -343,9 +343,7 @@ def main(argv=None):
     queue_from = max(round(args.queue_epoch * steps), args.queue_length // args.batch_size)  # not before it is full
 
     # ============ recipe ============
-    rest = lambda n: (args.queue_length > 0,)
-    minutes = total * args.accumulate * common.seconds_per_pass(model, views, per_pass, device, args.amp, rest) / 60
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe}, seed {args.seed}")
+    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
     say(backbones.describe(model.f, args.arch, args.size))
     say(
         f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
@@ -359,42 +357,39 @@ def main(argv=None):
         say(f"queue 2 x {args.queue_length} x {args.dim}, {size:.1f} MB a process, used from step {queue_from}")
     even = math.log(args.prototypes)
     spread = 1 / (2 * args.dim * args.temperature**2)  # a cosine of random unit vectors has variance 1 / D
-    say(
-        f"loss of even predictions ln {args.prototypes} = {even:.2f}, of unrelated vectors {even + spread:.2f}; "
-        f"about {minutes:.1f} min plus data and probes"
-    )
+    say(f"loss of even predictions ln {args.prototypes} = {even:.2f}, of unrelated vectors {even + spread:.2f}")
     if args.dry_run:
         return
 
     # ============ resume ============
-    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
-    found, step = runs.resume(args.out, METHOD, settings, args.fresh), 0
-    place = 2 * found["step"] + bool(found["result"]) if found else -1
-    common.same_everywhere(place, f"processes found different checkpoints in {args.out}, which all machines must share")
-    if found:
-        model.load_state_dict(found["model"])
-        optimizer.load_state_dict(found["optimizer"])
-        step = found["step"]
-        if found["result"]:
-            say(f"{args.out} is finished; --fresh starts over\n{found['result']}")
-            return
+    settings = {k: v for k, v in vars(args).items() if k not in training.SAME_RESULT} | {"views": views}
+    settings |= {"images": len(train), "contents": train.contents()}
+    states = {"model": model, "optimizer": optimizer}
+    step, result = runs.resume(args.out, METHOD, settings, states, args.fresh, args.changed_data)
+    if result:
+        say(f"{args.out} is finished; --fresh starts over\n{result}")
+        return
+    if step:
         say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def checkpoint(result=None):
         norms = torch.stack(torch._foreach_norm(list(model.parameters())))
         runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
         if rank == 0:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-            runs.save(args.out, {"method": METHOD, "settings": settings, "step": step, "result": result, **state})
+            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
+            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
             about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
             about |= {
                 "arch": args.arch,
                 "preprocess": preprocess,
                 "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
             }
-            runs.write(log.out / "backbone.pt", about)
+            runs.write(Path(args.out, "backbone.pt"), about)
+
+    if step == 0:
+        checkpoint()  # the first file in the folder, which is this run's from now on
+    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
         numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
@@ -402,6 +397,7 @@ def main(argv=None):
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
+    stop = common.catch_signals()
     while step < total:
         epoch, stopped = step // steps, False
         if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
@@ -436,9 +432,10 @@ def main(argv=None):
         checkpoint()
         if stopped:
             log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return
+            return common.STOPPED
 
     # ============ final probe ============
+    common.end_at_signals()
     log.bar.close()
     result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
@@ -447,5 +444,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
-    common.leave()
+    common.run(main)

@@ -1,16 +1,24 @@
+import contextlib
+import importlib
 import json
+import math
+import multiprocessing as mp
 import os
 import pickle
 import resource
 import signal
+import time
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import forked
+from conftest import ROOT, equal
 from torch import nn
 
 import common
 import runs
+
+METHODS = ["byol", "sage", "instdisc", "pretext", "simclr", "moco", "swav", "pirl", "cmc", "cpc"]
 
 
 def small():
@@ -97,15 +105,238 @@ def test_three_signals_end_a_run_at_once():
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     finally:
+        common.CAUGHT.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+# ============ a signal, a parent's end, a lack of memory ============
+
+
+def test_before_training_a_signal_ends_the_process_at_once(capsys):
+    before = {s: signal.getsignal(s) for s in common.SIGNALS}
+    try:
+        common.setup("cpu")
+        for number in common.SIGNALS:
+            common.end_at_signals()
+            with pytest.raises(SystemExit) as stop:
+                os.kill(os.getpid(), number)
+            assert stop.value.code == common.STOPPED == 85
+            assert capsys.readouterr().err.startswith(f"stopped by {number.name}; the same command")
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def alive(pid):
+    """Whether a process runs; one that has ended and was not waited for does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def forked(first, *args):
+    """(process, pid): `first(*args)` in a process that then forks one, as data workers are forked, and `then` in that."""
+    fork = mp.get_context("fork")
+    receive, send = fork.Pipe(False)
+    process = fork.Process(target=first, args=(send, *args))
+    process.start()
+    assert receive.poll(60)
+    return process, receive.recv()
+
+
+def fork_and_wait(send, then=lambda: None):
+    if not (pid := os.fork()):
+        then()
+        time.sleep(60)
+        os._exit(0)
+    send.send(pid)
+    time.sleep(60)
+
+
+def watched():
+    common.end_with_parent.cache_clear()
+    common.end_with_parent()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are looked at in /proc")
+@pytest.mark.parametrize("then", [watched, lambda: None])
+def test_a_process_ends_with_the_one_that_started_it(then):
+    process, pid = forked(fork_and_wait, then)
+    process.kill()
+    process.join()
+    ends = time.monotonic() + (10 if then is watched else 2)
+    while alive(pid) and time.monotonic() < ends:
+        time.sleep(0.1)
+    survived = alive(pid)
+    if survived:
+        os.kill(pid, signal.SIGKILL)
+    assert survived == (then is not watched)
+
+
+@pytest.mark.parametrize(("name", "watches"), [("RANK", True), ("END_WITH_PARENT", True), ("HOME", False)])
+def test_processes_of_torchrun_and_of_programs_that_start_runs_are_watched(name, watches, monkeypatch):
+    """Those of a person are not: the parent is a shell, which may go."""
+    calls = []
+    monkeypatch.setattr(common, "end_with_parent", lambda: calls.append(1))
+    monkeypatch.setattr(common.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(common, "end_at_signals", lambda: None)
+    for variable in ("RANK", "END_WITH_PARENT"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "0")
+    common.setup("cpu")
+    assert len(calls) == watches
+
+
+class Killed(torch.utils.data.Dataset):
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, i):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def no_shared_memory():
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+
+def python_memory():
+    raise MemoryError
+
+
+@pytest.mark.parametrize(("lack", "words"), [
+    (lambda: torch.empty(2**50), "memory ran out: lower --batch-size"),
+    (lambda: nn.Conv2d(2**20, 2**20, 3), "memory ran out"),
+    (python_memory, "memory ran out"),
+    (lambda: list(torch.utils.data.DataLoader(Killed(), num_workers=1)), "lower --workers"),
+    (no_shared_memory, "/dev/shm is too small for the data workers: --workers 0"),
+])  # fmt: skip
+def test_what_the_machine_lacks_is_one_sentence(lack, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        common.run(lack)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+def test_other_errors_stay_what_they_are():
+    def mistake():
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError):
+        common.run(mistake)
+
+
+@pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (85, 85)])
+def test_what_main_returns_is_the_exit_code(returned, code):
+    with pytest.raises(SystemExit) as stop:
+        common.run(lambda: returned)
+    assert stop.value.code == code
+
+
+def test_a_missing_accelerator_is_one_sentence(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for device in ("cuda", "mps"):
+        with pytest.raises(SystemExit) as stop:
+            common.setup(device)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith(f"error: --device {device}") and len(err.splitlines()) == 1
+
+
+# ============ what is written ============
+
+WRITERS = {
+    "write": lambda path, n: runs.write(path, {"x": torch.full((n,), 1.0)}),
+    "write_text": lambda path, n: runs.write_text(path, "x" * 4 * n),
+    "write_picture": lambda path, n: runs.write_picture(path, torch.rand(3, n // 100, 100, generator=torch.Generator())),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=list(WRITERS))
+def test_a_full_disk_leaves_the_old_file(writer, tmp_path, capsys):
+    path = tmp_path / "file"
+    writer(path, 1000)
+    before = path.read_bytes()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 1000, hard))  # writes beyond it fail, as on a full disk
+    try:
+        with pytest.raises(SystemExit) as stop:
+            writer(path, 100_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_death_in_the_middle_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    runs.write_text(path, "old")
+
+    def half(f):
+        f.write(b"ne")
+        f.flush()
+        raise KeyboardInterrupt  # like a kill: nothing of what follows happens
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.put(path, half)
+    assert path.read_text() == "old"
+    runs.write_text(path, "new")  # what was left aside is no obstacle
+    assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "no/such/folder", "folder"])
+def test_what_cannot_be_written_is_one_sentence(name, tmp_path, capsys):
+    (tmp_path / "folder.tmp").mkdir()
+    with pytest.raises(SystemExit) as stop:
+        runs.write_text(tmp_path / name, "text")
+    assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scripts_write_only_what_is_renamed(method):
+    text = (ROOT / f"{method}.py").read_text()
+    assert "torch.save" not in text and "write_bytes" not in text and "save_image" not in text
+    assert 'runs.write(Path(args.out, "backbone.pt"), about)' in text
 
 
 # ============ checkpoints ============
 
 
-def checkpoint(step, **settings):
-    return {"method": "m", "settings": settings, "step": step, "weights": torch.ones(3)}
+def small_states():
+    model = small()
+    return {"model": model, "optimizer": torch.optim.AdamW(model.parameters())}
+
+
+def checkpoint(step, states=None, **settings):
+    states = {name: state.state_dict() for name, state in (states or small_states()).items()}
+    return {"method": "m", "settings": settings, "step": step, "result": None, **states}
+
+
+def trained():
+    """Small states after a step, so that the optimiser has averages."""
+    states = small_states()
+    states["model"](torch.ones(4, 4)).sum().backward()
+    states["optimizer"].step()
+    return states
+
+
+def resume(out, method="m", settings=None, states=None, **flags):
+    return runs.resume(out, method, settings or {}, states or small_states(), **flags)
+
+
+def refused(capsys, *words):
+    """A context in which the program must end with exit code 2 and one sentence with these words."""
+
+    @contextlib.contextmanager
+    def context():
+        with pytest.raises(SystemExit) as stop:
+            yield
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, err
+        assert all(word in err for word in words), err
+
+    return context()
 
 
 def test_save_keeps_the_one_before(tmp_path):
@@ -116,16 +347,29 @@ def test_save_keeps_the_one_before(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
 
 
+def test_resume_fills_the_states(tmp_path):
+    states, others = trained(), small_states()
+    runs.save(tmp_path, checkpoint(7, states))
+    assert resume(tmp_path, states=others) == (7, None)
+    assert equal(others["model"].state_dict(), states["model"].state_dict())
+    assert equal(others["optimizer"].state_dict()["state"], states["optimizer"].state_dict()["state"])
+
+
 def test_truncated_checkpoint_falls_back(tmp_path, capsys):
     runs.save(tmp_path, checkpoint(1))
     runs.save(tmp_path, checkpoint(2))
     path = tmp_path / "checkpoint.pt"
     for keep in (0, 10, path.stat().st_size // 2):
         path.write_bytes(path.read_bytes()[:keep])
-        assert runs.resume(tmp_path, "m", {})["step"] == 1
+        assert resume(tmp_path) == (1, None)
         assert "damaged" in capsys.readouterr().err
     path.unlink()  # killed between the two renames of save
-    assert runs.resume(tmp_path, "m", {})["step"] == 1
+    assert resume(tmp_path) == (1, None)
+    for make in (os.mkfifo, os.mkdir):  # neither waits for a writer nor crashes
+        make(path)
+        assert resume(tmp_path) == (1, None)
+        assert "damaged" in capsys.readouterr().err
+        path.rmdir() if path.is_dir() else path.unlink()
 
 
 class Trap:
@@ -138,67 +382,171 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path, monkeypatch, capsys):
     for write in (lambda f: pickle.dump(Trap(), f), lambda f: torch.save({"method": "m", "x": Trap()}, f)):
         with open("checkpoint.pt", "wb") as f:
             write(f)
-        with pytest.raises(SystemExit) as stop:
-            runs.resume(".", "m", {})
-        assert stop.value.code == 2 and "refused" in capsys.readouterr().err
+        with refused(capsys, "refused"):
+            resume(".")
         assert not os.path.exists("trapped")
 
 
 def test_other_settings_and_other_methods_are_refused(tmp_path, capsys):
     runs.save(tmp_path, checkpoint(1, lr=0.1, seed=0))
-    assert runs.resume(tmp_path, "m", {"lr": 0.1, "seed": 0})["step"] == 1
-    for method, settings, words in (
-        ("m", {"lr": 0.2, "seed": 0}, "lr 0.1 -> 0.2"),
-        ("n", {"lr": 0.1, "seed": 0}, "run of m"),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            runs.resume(tmp_path, method, settings)
-        assert stop.value.code == 2 and words in capsys.readouterr().err
-    assert runs.resume(tmp_path, "n", {}, fresh=True) is None
+    assert resume(tmp_path, settings={"lr": 0.1, "seed": 0}) == (1, None)
+    with refused(capsys, "lr 0.1 -> 0.2", "--out", "--fresh"):
+        resume(tmp_path, settings={"lr": 0.2, "seed": 0})
+    with refused(capsys, "epochs None -> 6", "cannot be made longer"):
+        resume(tmp_path, settings={"lr": 0.1, "seed": 0, "epochs": 6})
+    with refused(capsys, "run of m"):
+        resume(tmp_path, "n", {"lr": 0.2, "seed": 0})
+    assert resume(tmp_path, "n", fresh=True) == (0, None)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(tmp_path, capsys):
-    runs.save(tmp_path, checkpoint(1))
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writes beyond it fail, as on a full disk
-    try:
-        with pytest.raises(SystemExit) as stop:
-            runs.save(tmp_path, checkpoint(2) | {"weights": torch.ones(100_000)})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
-    assert runs.load(tmp_path / "checkpoint.pt")["step"] == 1
+def test_other_training_images_are_refused_unless_asked_for(tmp_path, capsys):
+    runs.save(tmp_path, checkpoint(1, images=10, contents="a"))
+    for images, contents, words in ((12, "b", "10 -> 12 images"), (10, "b", "files or labels are others")):
+        settings = {"images": images, "contents": contents}
+        with refused(capsys, words, "--changed-data"):
+            resume(tmp_path, settings=settings)
+        assert resume(tmp_path, settings=settings, changed_data=True) == (1, None)
 
 
-def test_a_log_that_goes_on_drops_what_will_be_made_again(tmp_path):
-    lines = [json.dumps({"step": s, "loss": 1.0}) for s in (0, 10, 20, 30)]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 40, "lo')  # the last one torn by a kill
-    with open(tmp_path / "metrics.jsonl", "a") as f:
-        f.write('\n{"step": 20, "knn20": 50.0}\n')  # the probe at step 20 will be made again
-    runs.Log(tmp_path, "m", 20, 100, 8, 0, "text").record("train", 25, loss=0.5)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 10, 20, 25]
+MALFORMED = {
+    **{f"no {key}": lambda c, key=key: c.pop(key) for key in ("method", "settings", "step", "result", "model", "optimizer")},
+    "settings a list": lambda c: c.update(settings=[1]),
+    "settings None": lambda c: c.update(settings=None),
+    "settings of numbers": lambda c: c.update(settings={1: 2}),
+    **{f"step {step}": lambda c, step=step: c.update(step=step) for step in ("2", -5, 1.5, math.nan, None)},
+    "step a tensor": lambda c: c.update(step=torch.ones(3)),
+    "model of other shapes": lambda c: c["model"].update({"0.weight": torch.ones(7)}),
+    "model empty": lambda c: c.update(model={}),
+    "model a list": lambda c: c.update(model=[1]),
+    "model with more": lambda c: c["model"].update(zebra=torch.ones(1)),
+    "model of numbers": lambda c: c.update(model={1: torch.ones(1)}),
+    "model NaN": lambda c: c["model"]["0.weight"].fill_(math.nan),
+    "optimizer empty": lambda c: c.update(optimizer={}),
+    "optimizer a string": lambda c: c.update(optimizer="adam"),
+    "optimizer of other groups": lambda c: c["optimizer"].update(param_groups=[]),
+    "optimizer of other shapes": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
+}
+
+
+@pytest.mark.parametrize("spoil", MALFORMED.values(), ids=list(MALFORMED))
+def test_a_file_that_is_no_checkpoint_of_ours_is_one_sentence(spoil, tmp_path, capsys):
+    content = checkpoint(2, trained())
+    spoil(content)
+    runs.write(tmp_path / "checkpoint.pt", content)
+    with refused(capsys, "checkpoint.pt"):
+        resume(tmp_path)
+
+
+def test_flipped_bits_raise_one_kind_of_error(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    runs.write(path, checkpoint(1))
+    whole, wrong = path.read_bytes(), 0
+    start = whole.index(b"data.pkl")
+    for i in range(start, start + 600, 3):
+        path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
+        try:
+            runs.load(path)
+        except (EOFError, SystemExit):
+            wrong += 1
+    assert wrong > 20
 
 
 def test_two_damaged_checkpoints_are_not_a_fresh_start(tmp_path, capsys):
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
         (tmp_path / name).write_bytes(b"PK\3\4 torn")
-    with pytest.raises(SystemExit) as stop:
-        runs.resume(tmp_path, "m", {})
-    assert stop.value.code == 2 and "--fresh" in capsys.readouterr().err
+    with refused(capsys, "--fresh"):
+        resume(tmp_path)
 
 
-def test_a_fresh_start_deletes_only_what_a_run_writes(tmp_path):
-    for name in ("checkpoint.pt", "checkpoint.prev.pt", "metrics.jsonl", "mine.pt", "notes.txt"):
-        (tmp_path / name).write_text("")
-    runs.Log(tmp_path, "m", 0, 100, 8, 0, "text")
-    left = {p.name for p in tmp_path.iterdir() if not p.name.startswith("events.")}
-    assert left == {"metrics.jsonl", "mine.pt", "notes.txt"}
+# ============ the folder ============
+
+OWN = ["checkpoint.prev.pt", "backbone.pt", "backbone.pt.tmp", "features-backbone-shapes-train-0123456789abcdef.pt", "views.png",
+       "metrics.jsonl", "evaluate.json", "reconstructions.png", "neighbours.png", "gradients.png", "swap.png", "schedule.csv",
+       "events.out.tfevents.1700000000.host.123.0.run", "projector_config.pbtxt"]  # fmt: skip
+FOREIGN = ["checkpoint_0199.pth.tar", "checkpoint-best.pt", "checkpoints.pt.zip", "events.out.tfevents.1.other", "events.out.d",
+           "features-backbone-mine.pt", "backbone.pth", "mine.pt", "notes.txt", "myviews.png"]  # fmt: skip
 
 
-def test_a_missing_gpu_is_one_sentence():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a GPU")
-    _, err = forked("byol.py", "--device", "cuda", code=2)
-    assert err.startswith("error: ") and len(err.splitlines()) == 1
+@pytest.mark.parametrize("name", [name for name in OWN if name != "checkpoint.prev.pt"])
+def test_a_first_start_touches_no_file_of_others(name, tmp_path, capsys):
+    (tmp_path / name).write_text("precious")
+    with refused(capsys, name, "--out", "--fresh"):
+        resume(tmp_path)
+    assert (tmp_path / name).read_text() == "precious"
+
+
+def test_other_names_are_nobodys_business(tmp_path):
+    for name in [*FOREIGN, "checkpoint.new.pt", "checkpoint.new.pt.tmp"]:  # the last two: killed while the first was written
+        (tmp_path / name).write_text("precious")
+    assert resume(tmp_path) == (0, None)
+    runs.save(tmp_path, checkpoint(0))
+    assert all((tmp_path / name).read_text() == "precious" for name in FOREIGN)
+
+
+def test_a_fresh_start_deletes_exactly_what_runs_write(tmp_path):
+    for name in ["checkpoint.pt", *OWN, *FOREIGN]:
+        (tmp_path / name).write_text("precious")
+    assert resume(tmp_path, fresh=True) == (0, None)
+    assert sorted(os.listdir(tmp_path)) == sorted([*FOREIGN, "run.lock"])
+
+
+def test_what_a_run_writes_is_what_fresh_deletes(tmp_path):
+    """From the names that a run really leaves: `OWN` lacks none of them."""
+    argv = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--no-amp", "--out", str(tmp_path)]
+    importlib.import_module("byol").main([*argv, "--probes", "knn"])
+    written = {p.name for p in tmp_path.iterdir() if p.is_file()} - {"run.lock"}
+    assert {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= written
+    assert all(runs.OWN.fullmatch(name) for name in written)
+
+
+@pytest.mark.parametrize("out", ["x" * 300, "x/" * 2500, "file/run", "caf\udce9"])
+def test_a_folder_that_cannot_be_made_is_one_sentence(out, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    with refused(capsys, "--out"):
+        resume(f"{tmp_path}/{out}")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "views.png"])
+def test_a_folder_in_the_place_of_a_file_is_one_sentence(name, tmp_path, capsys):
+    (tmp_path / name).mkdir()
+    with refused(capsys, name):
+        resume(tmp_path, fresh=True)
+
+
+def hold(send, out):
+    runs.claim(out)
+    fork_and_wait(send)
+
+
+def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path, capsys):
+    process, worker = forked(hold, tmp_path)
+    with refused(capsys, "another process trains in"):
+        resume(tmp_path)
+    process.kill()
+    process.join()
+    assert resume(tmp_path) == (0, None)  # though what was forked from it still lives
+    os.kill(worker, signal.SIGKILL)
+
+
+# ============ logs ============
+
+
+def test_a_log_that_goes_on_drops_what_will_be_made_again(tmp_path):
+    lines = [json.dumps({"step": s, "loss": 1.0}) for s in (0, 10, 20, 30)]
+    lines += ["[]", "{broken}", '{"loss": 1.0}', "caf\udce9"]  # not lines of ours
+    text = "\n".join(lines) + '\n{"step": 40, "lo\n{"step": 20, "knn20": 50.0}\n'  # one torn by a kill, a probe to be made again
+    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    runs.Log(tmp_path, "m", 20, 100, 8, 0, "text").record("train", 25, loss=0.5)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [0, 10, 20, 25]
+
+
+def test_a_log_on_a_full_disk_is_one_sentence(tmp_path, capsys):
+    log = runs.Log(tmp_path, "m", 0, 100, 8, 0, "text")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        with refused(capsys, "metrics.jsonl"):
+            log.record("train", 5, loss=0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
