@@ -1066,8 +1066,9 @@ def judge(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, 
 def finish(backbone, bank, test, preprocess, device, args, log, method, step):
     """The end of a training run: the probes, OUT/evaluate.json, TensorBoard's embedding projector, and the result line.
     Every process must call it."""
-    pairs = [extract(backbone, s, preprocess, device, workers=args.workers, amp=args.amp) for s in (bank, test)]
-    result = report(pairs, test, preprocess, device, args, log, method, step) if log.rank == 0 else None
+    with common.explained(f"the run is safe: python evaluate.py {args.out} --device cpu repeats its probes"):
+        pairs = [extract(backbone, s, preprocess, device, workers=args.workers, amp=args.amp) for s in (bank, test)]
+        result = report(pairs, test, preprocess, device, args, log, method, step) if log.rank == 0 else None
     common.any_rank(False)  # the others wait here: none leaves while one still works
     return result
 
