@@ -54,10 +54,11 @@ def put(path, fill):
             f.flush()
             os.fsync(f.fileno())
         os.replace(aside, path)
-    except (OSError, RuntimeError) as error:  # torch wraps a full disk in a RuntimeError
+    except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink()
-        fail(f"could not write {path} ({reason(error)}); what was there before is intact")
+        why = reason(error) if isinstance(error, OSError) else "no space left, it seems"  # torch hides the reason
+        fail(f"could not write {path} ({why}); what was there before is intact")
 
 
 def write(path, content):
