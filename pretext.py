@@ -180,6 +180,8 @@ def parse_args(argv=None):
     p.add_argument("--head", type=int, help="hidden width of the head, of the tasks that have a hidden layer")
     p.add_argument("--copies", type=int, default=8, help="exemplar: distorted copies of each image")
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
+    p.add_argument("--normalise", default="embedding", choices=("embedding", "batch"), help="exemplar: what gets unit length: "
+                   "each embedding, or, as in the authors' code, each of their dimensions over the batch")  # fmt: skip
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
     p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel")
     p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK[recipe].get(known.task, {})).items() if k != "views"})
@@ -290,14 +292,14 @@ class Gather(torch.autograd.Function):
 class Exemplar(nn.Module):
     """Which of the others are copies of this image? `accuracy`: share of copies whose nearest other is of the same image.
 
-    The copies of an image are all grey or all coloured (p = 0.66), and standardised. The paper's code normalises embeddings
-    across the batch, not each for itself, so that squared distances, and with them the margin, depend on the batch; here each
-    has unit length.
+    The copies of an image are all grey or all coloured (p = 0.66), and standardised. With `--normalise batch`, as in the authors'
+    code, squared distances, and with them what the margin means, depend on the size of the batch.
     """
 
     def __init__(self, f, args):
         super().__init__()
         self.margin, self.copies, self.sees = args.margin, args.copies, {"standardise": True}
+        self.of_batch = args.normalise == "batch"
         self.head = nn.Linear(f.dim, args.embedding)
 
     def chance(self, n):
@@ -315,16 +317,20 @@ class Exemplar(nn.Module):
     def forward(self, f, views, grey):
         z = self.head(f(self.inputs(views, grey)))
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1)  # [B * copies, E]
+            z = z.float() if self.of_batch else F.normalize(z.float(), dim=1)  # [B * copies, E]
             rank, every = 0, z
             if dist.is_initialized():  # gradients flow back to the process that made a candidate
                 rank, every = dist.get_rank(), Gather.apply(z)
-            row = torch.arange(len(every), device=z.device)
-            mine = row[rank * len(z) : (rank + 1) * len(z), None]
+            row, share = torch.arange(len(every), device=z.device), slice(rank * len(z), (rank + 1) * len(z))
+            if self.of_batch:
+                every = F.normalize(every, dim=0)
+                z = every[share]
+            mine = row[share, None]
             own = mine // self.copies == row // self.copies  # [A, N]
             place, other = mine % self.copies, row[: self.copies - 1]
             copies = mine - place + other + (other >= place)  # [A, copies - 1]
-            d = 2 - 2 * z @ every.T
+            squares = z.square().sum(1, keepdim=True) + every.square().sum(1) if self.of_batch else 2
+            d = squares - 2 * z @ every.T
             nearest = d.detach().masked_fill(mine == row, math.inf).argmin(1, keepdim=True)
             return semi_hard(d, own, copies, self.margin), own.gather(1, nearest).float().mean()
 
