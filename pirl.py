@@ -3,7 +3,7 @@ https://arxiv.org/abs/1912.01991).
 
 A pretext task asks which transformation t an image went through, so its features must keep t. PIRL asks for the opposite: image I
 and transformed image I^t are to have the same representation, and another one than other images. t cuts nine patches out
-and puts them in any order (or turns the image). What both are told from is a bank of the features that images had before.
+and puts them in any order (or turns the image). Both are compared with a bank of the features that images had before.
 
     I    one crop                         -> phi -> f ---------------- f(v_I) ---.
                                                                                   |  lambda L(m_I, g(v_I^t))
@@ -12,28 +12,19 @@ and puts them in any order (or turns the image). What both are told from is a ba
                            bank M [n, D], old row m_I and N others ---------------'
                                   m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2-normalise)
 
-    differences          paper                        official code (VISSL)      here
-    loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce cross-entropy leaves the
-                         row - sum log(1 - h)         constant Z; or cross-      sum out
+    differences          paper                        official code (VISSL)      here (more in docs/pirl.md)
+    loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce constant-z is the code's,
+                         row - sum log(1 - h)         constant Z; or cross-      --nce cross-entropy its other one
                                                       entropy
     h of other rows      denominator not spelled out  -                          over the own row and the N, as of the own
     negatives            N for each image             N for each image and term  N for the whole batch, both terms and all
                                                                                  processes; --per-sample: for each image
-    own row among them   left out                     stays                      left out
-    bank at start        -                            uniform, then unit         the same
-    bank is written      -                            in the forward pass        after the step
-    order of patches     any of 9!                    the same                   the same
     colours              -                            jitter; posterize, sharp-  jitter and grey, of the image and of each
                                                       ness, solarize, auto-      patch for itself
                                                       contrast; grey; of the
                                                       image and of each patch
     flip                 -                            of each patch              of the crop that patches are cut from
     rotation             by 0, 90, 180, 270 degrees   none is public             of a square crop of its own, by any of four
-    learning rate        -                            by the epoch               by the step
-    BatchNorm            -                            of one GPU's images; of    the same
-                                                      its patches
-    last batch           -                            -                          dropped: its rows wait for the next epoch
-    initial weights      -                            -                          torchvision's (He, fan-out), torch's for heads
     linear probe         -                            crops and flips            un-augmented frozen features (evaluate.py)
     small images         -                            -                          recipes and geometry below; 3x3 stem under 64 px
     precision            -                            fp32                       bf16 autocast; L2, loss and bank in fp32

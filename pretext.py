@@ -6,7 +6,7 @@ Doersch et al. 2015 (relative patch location) and Zhang, Isola, Efros 2016 (colo
 
 Ask of an unlabelled image a question whose answer is known because we made it: how was it turned, which patch was where,
 what colour was it. The answers are of no use; what a network must see to give them is. The study's finding: which network
-asks matters as much as which question.
+is asked matters as much as which question.
 
     rotation      image -> 4 turns                          -> f -> linear -> which turn
     exemplar      image -> 8 distorted copies               -> f -> linear -> L2 -> triplets: own copies near, others far
@@ -14,28 +14,18 @@ asks matters as much as which question.
     relative      image -> 3 x 3 patches -> each f -> linear -> one of the 8 beside the middle one -> MLP -> which of 8 places
     colorization  lightness              -> f's last map    -> deconvolution -> which of 313 colours, at every fourth pixel
 
-    differences            paper                       official code               here
-    rotation: crop         random                      inception, random resizing  inception, bilinear (ImageNet); recipes below
-    colour: brightness     -                           is added                    is multiplied, as torchvision's
-    exemplar: grey         -                           before the distortions      after them, for all copies or none
-    exemplar: unit length  of each embedding           across the batch            of each embedding: a triplet compares images
-    exemplar: evaluated    -                           not standardised            standardised, as it was trained
+    differences            paper                       official code               here (more in docs/pretext.md)
+    exemplar: unit length  -                           of each dimension, over     of each embedding: a triplet compares images;
+                                                       the batch                   --normalise batch is the code's
     exemplar: triplets     of the batch                of one device's images      anchors of one process, candidates of all
     patches: grey          each for itself, p = 2/3    whole image, p = 0.66       each for itself, p = 2/3 (--colour)
-    patches: short cuts    grey and standardising      the same                    the same, not enough: --colour drop closes them
     patches: head          -                           5e-4 of L2, 5 x the trunk's the trunk's decay
-    jigsaw: permutations   100, largest Hamming        a file of 100               made, greedy, from the identity: mean 8.08
-    jigsaw: orders a step  -                           8, the same for all images  the same
-    pretext accuracy       of validation images        central patches, all orders the views of training, of test images
     colorization (Zhang)   5 nearest bins              10 of 313 in a file         5; bins from the gamut of sRGB: 313
-      prior                ImageNet's                  in a file                   of 2,000 training images, smoothed, sigma 5
-      optimiser            Adam                        Adam, L2 1e-3, crop 176     AdamW, crop of --size
+      optimiser            Adam                        Adam, beta_2 .99, L2 1e-3   AdamW, beta_2 .999, decoupled decay 1e-3
       network              VGG-like                    the same, dilated           any backbone here but a VGG; a deconvolution
-    initial weights        -                           Glorot                      He (fan-out)
     BatchNorm              -                           momentum 0.01, eps 1e-3     torch's: 0.1, 1e-5
     weight decay           L2, convolutions            not the RevNet's root       all weights of 2 or more dimensions
     linear probe           L-BFGS; SGD for 520 epochs  SGD, random crops           both, on features of plain images (evaluate.py)
-    small images           -                           -                           recipes and geometry below
     precision              -                           -                           bf16 autocast; losses in fp32
 
 Measured with this file (k-NN: 20 neighbours; of the random network, after training; more in results/README.md):
