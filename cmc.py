@@ -218,7 +218,7 @@ class CMC(nn.Module):
         pairs = list(itertools.combinations(range(len(self.g)), 2))  # full graph: L_F
         if graph == "core":  # L_C: those with V1
             pairs = [(i, j) for i, j in pairs if i == 0]
-        self.directions = [direction for i, j in pairs for direction in ((i, j), (j, i))]  # (view, whose bank it is told in)
+        self.directions = [direction for i, j in pairs for direction in ((i, j), (j, i))]  # (view, the view whose bank scores it)
         self.register_buffer("bank", F.normalize(torch.rand(len(self.g), n, dim) - 0.5, dim=2))  # [M, n, D], fp32
         self.register_buffer("Z", torch.zeros(len(self.directions)))
 

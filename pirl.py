@@ -214,7 +214,7 @@ class Jigsaw(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Quarter turns, all four alike often; g: a linear layer."""
+    """Quarter turns, all four equally likely; g: a linear layer."""
 
     def __init__(self, width, dim):
         super().__init__()
@@ -267,7 +267,7 @@ def against_bank(v, bank, index, negatives, temperature):
 def paper_form(own, others, n=None, Z=None):
     """-log h(own) - sum log(1 - h(other)), h: the softmax over own and other rows (PIRL, eq. 3 and 4).
 
-    1 - h is small, and not to be had from h, for the greatest of the others alone: it is what all rows but that one have.
+    1 - h loses all digits where h is near 1, which only the greatest of the others can be: so it is the share of all other rows.
     """
     top, at = others.max(-1, keepdim=True)
     others = others.scatter(-1, at, -math.inf)

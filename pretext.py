@@ -262,8 +262,8 @@ def semi_hard(d, own, copies, margin):
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
-    process must call both."""
+    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
+    made it. Every process must call both."""
 
     @staticmethod
     def forward(ctx, z):
@@ -293,7 +293,7 @@ class Exemplar(nn.Module):
         self.head = nn.Linear(f.dim, args.embedding)
 
     def chance(self, n):
-        # Of equal vectors the negative is as far as p, and of unrelated ones the nearest beyond p hardly farther.
+        # Of equal vectors the negative is as far as p, and of unrelated ones the nearest beyond p is little farther.
         return self.margin, 100 * (self.copies - 1) / (n * self.copies - 1)
 
     def draw(self, n, g):

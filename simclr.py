@@ -199,8 +199,8 @@ class NTXent(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
-    process must call both."""
+    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
+    made it. Every process must call both."""
 
     @staticmethod
     def forward(ctx, z):
