@@ -316,17 +316,20 @@ def test_other_settings_are_refused(unbroken):
     assert "lr" in err and "-> 0.123" in err and "--fresh" in err and len(err.splitlines()) == 1
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path, monkeypatch):
-    """The loss is infinite from the first checkpoint on: that of epoch 1, the only one there may be."""
-    out, saved, save, loss = tmp_path / "run", [], runs.save, byol.regression_loss
+@pytest.mark.parametrize(("what", "step"), [("loss", 4), ("network", 6)])
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(what, step, tmp_path, monkeypatch):
+    """The loss is infinite from the first checkpoint on, or the last step of epoch 2 ruins the weights, which no loss shows: the
+    checkpoint of epoch 1 is the only one there may be."""
+    out, saved, save, loss, rate = tmp_path / "run", [], runs.save, byol.regression_loss, common.cosine
     monkeypatch.setattr(common, "catch_signals", list)
     monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
     monkeypatch.setattr(evaluate, "online", lambda *_: {})
     monkeypatch.setattr(runs, "save", lambda *a: [saved.append(copy.deepcopy(a[1])), save(*a)])
-    monkeypatch.setattr(byol, "regression_loss", lambda p, z: loss(p, z) * (math.inf if saved else 1))
+    monkeypatch.setattr(byol, "regression_loss", lambda p, z: loss(p, z) * (math.inf if saved and what == "loss" else 1))
+    monkeypatch.setattr(common, "cosine", lambda k, *a: math.inf if (k, what) == (5, "network") else rate(k, *a))
     with pytest.raises(SystemExit) as stopped:
         byol.main([*SMALL[1:], "--no-amp", "--eval-every", "0", "--out", str(out)])
-    assert "not finite at step 4" in stopped.value.code and "--no-amp" in stopped.value.code
+    assert f"the {what} is not finite at step {step}" in stopped.value.code and "--no-amp" in stopped.value.code
     found = runs.load(out / "checkpoint.pt")
     assert len(saved) == 1 and found["step"] == 3 and equal(found["model"], saved[0]["model"])
     backbone = runs.load(out / "backbone.pt")["state_dict"]
