@@ -8,19 +8,14 @@ no gradient flows into it, and the predictor exists on one side only; together t
                                    |  minimise |n(p1) - n(z2)|^2, and the same with the views exchanged
     view 2 -> f' -> g' ---> z2 ---'   (n: L2-normalise)        f', g'  <-  tau f', g' + (1 - tau) f, g
 
-    differences       paper                       official code               here
+    differences       paper                       official code               here (more in docs/byol.md)
     target at start   -                           another random draw         copy of the online network
     linear head       after training              trained along, on sg(f)     after training (evaluate.py)
-    random crop       Inception crop, bicubic     one draw, clipped           torchvision's ten tries, bicubic
+    random crop       Inception crop, bicubic     one draw, clipped: mean     torchvision's ten tries: .43
+                                                  area .52 of 500 x 375 px
+    resizing          -                           bicubic, no antialiasing    bicubic, antialiased; test images bilinear
     brightness        -                           added, U(-.4, .4)           multiplied, U(.6, 1.4), as torchvision
-    contrast          -                           around each channel's mean  around the grey mean, as torchvision
-    saturation        -                           factor on HSV's S           blend with grey, as torchvision
-    blur's border     -                           zeros                       reflected, as torchvision
-    target BatchNorm  -                           batch statistics, own       the same
-                                                  running averages
-    batches           -                           shuffle buffer, endless     one permutation an epoch, tail dropped
     initial weights   -                           truncated normal, fan-in    torchvision's (He, fan-out), torch's
-    running variance  -                           biased, zero-debiased       torch's, unbiased
     linear probe      80 epochs, crops and flips  the same                    un-augmented frozen features, 100 epochs
     small images      -                           imagenette at 128 px only   recipes below; 3x3 stem under 64 px
     precision         -                           fp32                        bf16 autocast, loss and EMA in fp32

@@ -1,33 +1,23 @@
 """CMC: Contrastive Multiview Coding (Tian, Krishnan and Isola, 2019, https://arxiv.org/abs/1906.05849).
 
 Colour channels are views: lightness L and colour ab of one image have in common what is in it. Each view has a network and a
-bank of its own, which remembers a feature of every image. A feature of one view must be told its image's row from those of
-others in the bank of the other view, so that it keeps what the views share. The representation is all of them, joined.
+bank of its own, which remembers a feature of every image. A feature of one view must pick its image's row out of others
+in the bank of the other view, so that it keeps what the views share. The representation is all of them, joined.
 
     image -> crop, flip -> Lab -.-> L  -> f1 -> g1 -> z1 -- its row among K others of bank 2: -log h, both ways
                                 '-> ab -> f2 -> g2 -> z2 -- its row among K others of bank 1
                     row i of bank 1 <- n(m row + (1 - m) z1), of bank 2 with z2, after the step       (n: L2-normalise)
 
-    differences          paper                        official code              here
+    differences          paper                        official code              here (more in docs/cmc.md)
     views                Lab, YDbDr; NYU: L, ab,      Lab, YCbCr; YDbDr in       Lab, YDbDr, and L, a, b as three (--split)
                          depth, normals, classes      PyContrast
-    conversion           -                            skimage, in the loader,    a batch on the device, in fp32, by the backbone
-                                                      of 8-bit crops
     loss                 NCE                          NCE, softmax               both (--contrast)
     negatives            K from the bank              K for each image, the      K for the whole batch and all processes
                                                       same in both banks         and banks
-    own row among them   -                            stays                      left out
-    constants Z          -                            one for each direction,    the same, in the checkpoint
-                                                      of the first batch
-    bank at start        -                            uniform, about unit        uniform, then unit
-    ResNets              half the width for a view,   half the width but for     half the width everywhere: resnet50_lab is v1,
-                         the usual, twice             the first convolution      resnet50_w2_lab v2; v3 is not here
+    ResNets              half the width for a view,   half the width but for     half the width everywhere: resnet50_lab is v1;
+                         the usual (66.2), twice      the first convolution      resnet50_w2_lab v2, 47.0 M; v3 is not here
     AlexNet              half of it for a view        the same                   not here
-    learning rate        -                            x 0.1 when epoch > 120,    --drop-at, the same epochs
-                                                      counted from 1
     weight decay         -                            on all parameters          not on biases and BatchNorm
-    last batch           -                            smaller                    dropped: its rows wait for the next epoch
-    initial weights      -                            He, fan-out                He (fan-out), torch's for g
     linear probe         lr 30, 60 epochs, crops,     the same                   un-augmented frozen features, joined, 100
                          by layer                                                epochs (evaluate.py)
     small images         STL-10 at 64 px              tau 0.1                    recipes below; 3x3 stem under 64 px
@@ -230,7 +220,7 @@ class CMC(nn.Module):
         pairs = list(itertools.combinations(range(len(self.g)), 2))  # full graph: L_F
         if graph == "core":  # L_C: those with V1
             pairs = [(i, j) for i, j in pairs if i == 0]
-        self.directions = [direction for i, j in pairs for direction in ((i, j), (j, i))]  # (view, whose bank it is told in)
+        self.directions = [direction for i, j in pairs for direction in ((i, j), (j, i))]  # (view, the view whose bank scores it)
         self.register_buffer("bank", F.normalize(torch.rand(len(self.g), n, dim) - 0.5, dim=2))  # [M, n, D], fp32
         self.register_buffer("Z", torch.zeros(len(self.directions)))
 

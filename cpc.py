@@ -1,38 +1,32 @@
 """CPC: Contrastive Predictive Coding (van den Oord et al., 2018, https://arxiv.org/abs/1807.03748), and CPC v2: Data-Efficient
 Image Recognition with Contrastive Predictive Coding (Henaff et al., 2019, https://arxiv.org/abs/1905.09272).
 
-An image is cut into a grid of overlapping patches. From what lies above, foretell the features of the patches further down:
-not their pixels, but which of all patches of the batch is the right one. What can be foretold from afar is what a whole
-object or texture has in common, and a patch's own noise is not.
+An image is cut into a grid of overlapping patches. From the rows above, predict the features of patches further down: not their
+pixels, but which of all patches of the batch is the right one. What can be predicted from afar is what a whole object or
+texture has in common; a patch's own noise cannot.
 
     image -> G x G patches -> f (g_enc) -> z [G, G] --> g (g_ar), rows up to i -> c_ij -> W_k c_ij = z^_(i+k,j)
                                             |                                                     |
                                             '--> z_(i+k,j) and all other patches of the batch ----'  cross-entropy of z^.z
     v2: also upwards, to the left and to the right, over the grid turned by 90, 180 and 270 degrees
 
-    differences          paper                          reference (see below)   here
+    differences          paper                          reference (see below)   here (more in docs/cpc.md)
     f of v1              ResNet-101 v2 without norm,    pre-activation, 3       ResNet-50 v2, 4 stages, biases for norm,
                          3 stages, 1024-d               stages, 1024-d          residual functions from 0 (Fixup), 2048-d
     f of v2              ResNet-161, 4096-d; also       -                       ResNet-50; layer norm over the map of a patch
                          ResNet-50; layer norm
-    g of v1              "PixelCNN-style"               4 gated layers, own     the same: sees rows above, and 4 columns
-                                                        row is seen             to either side of its own row
-    g of v2              -                              5 residual blocks       the same
+    g of v1              "PixelCNN-style"               4 gated layers of z's   256 channels (--context-width) between 1x1 layers;
+                                                        width; 1x1 residual in  no residual in the vertical stack, one in every
+                                                        the vertical stack      horizontal layer; the same rows and columns seen
     negatives            other places and images        v1: 16 drawn,           all targets of the batch, of all processes
                                                         v2: all of the batch
-    first row foretold   -                              i + 2 (v1), i + 3 (v2)  the first that shares no pixel with row i,
-                                                                                which is the same (--skip)
-    steps                v1: up to 5                    v1: 5, v2: 1            the same; the mean over steps and directions
-    targets              v1: z                          v2: 1x1 to 64           the same (--target-dim)
     predictions          -                              v2: times 0.1           times 0.1 in both; W_k without bias
-    directions of v2     4                              -                       one g for all, W_k for each
-    crop                 256 (v2: 260) of 300 px        -                       the same share of each side, made square; flips
     patches of v1        60 of 64 px at random, padded  STL-10: whole           as the paper; mid-grey around; whole at 32 px
     patches of v2        AutoAugment, elastic, shear,   -                       colours (Szegedy's) .8 and grey .25 only
                          histogram, colours .8,
                          grey .25
-    optimiser            Adam; v2: beta_1 .8, clipped   v1: Adam                AdamW, beta_1 .9, clipped in v2; cosine
-    averaged weights     v2: Polyak, .9999              -                       none
+    optimiser            Adam; v2: beta_1 .8, clipped,  v1: Adam                AdamW, beta_1 .9, clipped in v2; cosine; no
+                         Polyak average .9999                                   average of the weights
     representation       v1: mean of z; v2: classifier  -                       mean of z over the grid (evaluate.py), of grey
                          a place, logits averaged                               images if trained on those
     small images         -                              v1: STL-10              recipes below; grids for 32, 64 and 96 px
@@ -86,7 +80,7 @@ V2 = dict(context="rows", directions=4, target_dim=64, border=0)
 COLOURS = dict(patch_jitter=0.8, patch_grey=0.25)  # v2, appendix
 RECIPES = {
     # Quick on a CPU, so unlike the paper: a small network, a high learning rate, crops of any scale, few patches, and every
-    # one of them in other colours, or light and colour are all that is foretold (docs/cpc.md).
+    # one of them in other colours, or light and colour are all that is predicted (docs/cpc.md).
     "shapes": dict(
         arch="resnet10_16_ln", size=32, epochs=8, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
         warmup_epochs=1.0, clip=0.0, v=2, patch=12, stride=5, steps=2, context_width=32, **V2, patch_jitter=1.0, patch_grey=0.5,
@@ -190,8 +184,8 @@ def parse_args(argv=None):
     p.add_argument("--context", choices=CONTEXTS, help="g, the network that sums up rows: of v1 or of v2")
     p.add_argument("--context-width", type=int, help="channels within g")
     p.add_argument("--directions", type=int, choices=TURNS, help="down; and up; and to both sides")
-    p.add_argument("--skip", type=int, help="rows between the context's and the first one foretold (default: all that overlap)")
-    p.add_argument("--steps", type=int, help="K, rows that are foretold after those; far ones are harder")
+    p.add_argument("--skip", type=int, help="rows between the context's and the first one predicted (default: all that overlap)")
+    p.add_argument("--steps", type=int, help="K, rows that are predicted after those; far ones are harder")
     p.add_argument("--target-dim", type=int, help="z is brought to this width before it is compared (0: as it is, v1)")
     p.set_defaults(**{k: v for k, v in recipe_of(recipe, known.v).items() if k != "views"})
     args = training.parse(p, METHOD, argv)
@@ -212,7 +206,7 @@ def parse_args(argv=None):
         args.skip = math.ceil(args.patch / args.stride) - 1
     common.at_least(0, args, "skip")
     if args.steps > (most := rows - 1 - args.skip):
-        left = f"{max(most, 0)} of {rows} rows are left to foretell after the first and --skip {args.skip}"
+        left = f"{max(most, 0)} of {rows} rows are left to predict after the first and --skip {args.skip}"
         common.fail(f"--steps {args.steps}: {left}")
     if 2 * args.border > args.patch - 4:
         common.fail(f"--border {args.border}: it leaves less than 4 px of a patch of {args.patch} px")
@@ -321,8 +315,8 @@ def tell_apart(p, targets, labels):
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
-    process must call both."""
+    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
+    made it. Every process must call both."""
 
     @staticmethod
     def forward(ctx, z):
@@ -366,7 +360,7 @@ class CPC(nn.Module):
         return F.pad(data.augment(x, self.change, g), [border] * 4)
 
     def predictions(self, z):
-        """For each direction and step (p [B, n, D], place [n]): what is foretold of the patches at `place`, counted row by row
+        """For each direction and step (p [B, n, D], place [n]): what is predicted of the patches at `place`, counted row by row
         in the grid z [B, C, G, G]."""
         c = self.g(torch.cat([z.rot90(turn, (2, 3)) for turn in self.turns]))  # rows to come are always below
         grid, found = torch.arange(self.rows**2, device=z.device).view(self.rows, -1), []
@@ -445,7 +439,7 @@ def main(argv=None):
     say(backbones.describe(model.f, args.arch, args.patch))
     ahead = f"{1 + args.skip} to {args.steps + args.skip} rows on" if args.steps > 1 else f"{1 + args.skip} rows on"
     say(
-        f"v{args.v}: {model.rows} x {model.rows} patches of {args.patch} px, one every {args.stride}; foretold {ahead}, "
+        f"v{args.v}: {model.rows} x {model.rows} patches of {args.patch} px, one every {args.stride}; predicted {ahead}, "
         f"{args.directions} directions"
     )
     say(
@@ -454,8 +448,8 @@ def main(argv=None):
     say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up")
     say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
     candidates = world * per_pass * model.rows**2
-    foretold = sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
-    say(f"{foretold} predictions a pass and process, {candidates} candidates: logits of {foretold * candidates * 4 / 1e6:.1f} MB")
+    asked = sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
+    say(f"{asked} predictions a pass and process, {candidates} candidates: logits of {asked * candidates * 4 / 1e6:.1f} MB")
     say(f"loss of equal logits ln(N) = {math.log(candidates):.2f}")
     if args.dry_run:
         return

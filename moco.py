@@ -1,32 +1,25 @@
 """MoCo: Momentum Contrast (He et al., 2019, https://arxiv.org/abs/1911.05722), and MoCo v2 (Chen et al., 2020,
 https://arxiv.org/abs/2003.04297).
 
-One view of an image is a query, the other a key. The query must be told by its cosine with its own key among K keys of
-other images. Those come from a queue of the last batches, so that their number has nothing to do with the size of a batch;
-and the network that makes keys is a slow average of the other one, so that keys of different age can be compared.
+One view of an image is a query, the other a key. By its cosine the query must pick its own key out of K + 1: the others are keys
+of other images, from a queue of the last batches, so that their number has nothing to do with the size of a batch; and
+the network that makes keys is a slow average of the other one, so that keys of different age can be compared.
 
     view 1 -> f -> g -> q ----.                                          f', g'  <-  m f', g' + (1 - m) f, g
                               |-- cross-entropy of q.k among q.k and q.queue, over tau; no gradient into k and queue
     view 2 -> f' -> g' -> k --'   (q, k: L2-normalised)
                      |_ after the step into the queue, in place of the oldest
 
-    differences          paper                     official code                here
+    differences          paper                     official code                here (more in docs/moco.md)
     shuffled BatchNorm   keys, over the GPUs       the same; order drawn by     the same; every process draws the same order;
                                                    rank 0 and sent              --bn-splits does it within one process
                                                                                 (the authors' CIFAR-10 demo)
-    key's average        after the step            before the key's forward,    before the key's forward
-                                                   the first moves nothing
-    queue at start       -                         random unit vectors          the same
     symmetric loss       no                        no; demo: optional, summed   --symmetric, summed; 2 B keys enter the queue
     learning rate        v1 steps, v2 cosine       by the epoch (demo's cosine  by the epoch, counted from 0;
                                                    counts from 1)               --warmup-epochs, 0 in the papers' recipes
-    weight decay         -                         on every tensor              on every tensor
     grey, jitter in v1   -                         grey first                   jitter, then grey
     blur                 v2: sigma U(.1, 2)        Pillow's box filters         a true Gaussian
     batch in passes      -                         -                            --accumulate: all passes see one queue
-    initial weights      -                         torchvision's; demo: torch's the same; torchvision's at 32 px, too
-                                                   for its first convolution
-    last batch           -                         dropped                      dropped
     k-NN monitor         -                         demo: 200-NN on q, T 0.1     embedding_knn200 (the demo's), knn20 of f
     linear probe         lr 30, 100 epochs, crops  the same                     un-augmented frozen features (evaluate.py)
     small images         -                         demo: CIFAR-10 at 32 px      recipes below; 3x3 stem under 64 px
@@ -164,7 +157,7 @@ def parse_args(argv=None):
     # MoCo
     p.add_argument("--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults")
     p.add_argument("--mlp", action=argparse.BooleanOptionalAction, help="g: two layers with a ReLU, or one linear layer")
-    p.add_argument("--queue", type=int, help="K, keys of other images that a query is told from")
+    p.add_argument("--queue", type=int, help="K, keys of other images that a query is compared with")
     p.add_argument("--momentum", type=float, help="m of the key network's average; keys of very different age if too low")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")

@@ -3,7 +3,7 @@ https://arxiv.org/abs/1912.01991).
 
 A pretext task asks which transformation t an image went through, so its features must keep t. PIRL asks for the opposite: image I
 and transformed image I^t are to have the same representation, and another one than other images. t cuts nine patches out
-and puts them in any order (or turns the image). What both are told from is a bank of the features that images had before.
+and puts them in any order (or turns the image). Both are compared with a bank of the features that images had before.
 
     I    one crop                         -> phi -> f ---------------- f(v_I) ---.
                                                                                   |  lambda L(m_I, g(v_I^t))
@@ -12,28 +12,19 @@ and puts them in any order (or turns the image). What both are told from is a ba
                            bank M [n, D], old row m_I and N others ---------------'
                                   m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2-normalise)
 
-    differences          paper                        official code (VISSL)      here
-    loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce cross-entropy leaves the
-                         row - sum log(1 - h)         constant Z; or cross-      sum out
+    differences          paper                        official code (VISSL)      here (more in docs/pirl.md)
+    loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce constant-z is the code's,
+                         row - sum log(1 - h)         constant Z; or cross-      --nce cross-entropy its other one
                                                       entropy
     h of other rows      denominator not spelled out  -                          over the own row and the N, as of the own
     negatives            N for each image             N for each image and term  N for the whole batch, both terms and all
                                                                                  processes; --per-sample: for each image
-    own row among them   left out                     stays                      left out
-    bank at start        -                            uniform, then unit         the same
-    bank is written      -                            in the forward pass        after the step
-    order of patches     any of 9!                    the same                   the same
     colours              -                            jitter; posterize, sharp-  jitter and grey, of the image and of each
                                                       ness, solarize, auto-      patch for itself
                                                       contrast; grey; of the
                                                       image and of each patch
     flip                 -                            of each patch              of the crop that patches are cut from
     rotation             by 0, 90, 180, 270 degrees   none is public             of a square crop of its own, by any of four
-    learning rate        -                            by the epoch               by the step
-    BatchNorm            -                            of one GPU's images; of    the same
-                                                      its patches
-    last batch           -                            -                          dropped: its rows wait for the next epoch
-    initial weights      -                            -                          torchvision's (He, fan-out), torch's for heads
     linear probe         -                            crops and flips            un-augmented frozen features (evaluate.py)
     small images         -                            -                          recipes and geometry below; 3x3 stem under 64 px
     precision            -                            fp32                       bf16 autocast; L2, loss and bank in fp32
@@ -155,7 +146,7 @@ def parse_args(argv=None):
     # PIRL
     p.add_argument("--transform", choices=("jigsaw", "rotation"), help="t, what the representation must not depend on")
     p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: I alone, 1: I^t alone")
-    p.add_argument("--nce", choices=FORMS, help="L: paper: -log h - sum log(1 - h) (eq. 4); cross-entropy: -log h alone")
+    p.add_argument("--nce", choices=FORMS, help="L: eq. 4; its first part, -log h, alone; InstDisc's NCE with constant Z (code)")
     p.add_argument("--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory")
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
@@ -168,8 +159,9 @@ def parse_args(argv=None):
     for flag, value in (("--lambda", args.lam), ("--bank-momentum", args.bank_momentum)):
         if not 0 <= value <= 1:
             common.fail(f"{flag} {value:g}: it must be between 0 and 1")
-    if not 0 < args.temperature < math.inf:
-        common.fail(f"--temperature {args.temperature:g}: it must be above 0")
+    least = 0.02 if args.nce == "constant-z" else 0.0  # its exp(s / tau) does not fit a float below that
+    if not least < args.temperature < math.inf:
+        common.fail(f"--temperature {args.temperature:g}: with --nce {args.nce} it must be above {least:g}")
     if args.transform == "jigsaw":
         puzzle_grid(args.size)
     return args
@@ -224,7 +216,7 @@ class Jigsaw(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Quarter turns, all four alike often; g: a linear layer."""
+    """Quarter turns, all four equally likely; g: a linear layer."""
 
     def __init__(self, width, dim):
         super().__init__()
@@ -271,11 +263,13 @@ def against_bank(v, bank, index, negatives, temperature):
     return (v * bank[index][:, None]).sum(2) / temperature, others
 
 
-def paper_form(own, others):
-    """-log h(own) - sum log(1 - h(other)), h: the softmax over own and other rows (PIRL, eq. 3 and 4); own [...], others
-    [..., N] -> [...].
+# The forms of L take s / tau of own rows [...] and of others [..., N], n, the rows of the bank, and Z, and give [...].
 
-    1 - h is small, and not to be had from h, for the greatest of the others alone: it is what all rows but that one have.
+
+def paper_form(own, others, n=None, Z=None):
+    """-log h(own) - sum log(1 - h(other)), h: the softmax over own and other rows (PIRL, eq. 3 and 4).
+
+    1 - h loses all digits where h is near 1, which only the greatest of the others can be: so it is the share of all other rows.
     """
     top, at = others.max(-1, keepdim=True)
     others = others.scatter(-1, at, -math.inf)
@@ -285,24 +279,34 @@ def paper_form(own, others):
     return (total + hit)[..., 0] - own - torch.log1p(-(others - total).exp()).sum(-1)
 
 
-def cross_entropy(own, others):
-    """-log h(own) alone; shapes as above."""
+def cross_entropy(own, others, n=None, Z=None):
+    """-log h(own) alone."""
     return torch.cat([own[..., None], others], -1).logsumexp(-1) - own
 
 
-FORMS = {"paper": paper_form, "cross-entropy": cross_entropy}
+EPS = torch.finfo(torch.float32).eps  # code, nce_loss.py
 
 
-def expected(nce, K, dim, temperature):
+def constant_z(own, others, n, Z):
+    """InstDisc's NCE, the code's loss: is a row the own one, or one of N drawn with P_n = 1 / n? With P = exp(s / tau) / Z it is
+    the own one with probability P / (P + N P_n). Summed over the N."""
+    noise = others.shape[-1] / n
+    return ((noise + EPS) * Z / own.exp()).log1p() + ((others.exp() / Z + EPS) / noise).log1p().sum(-1)
+
+
+FORMS = {"paper": paper_form, "cross-entropy": cross_entropy, "constant-z": constant_z}
+
+
+def expected(nce, K, n, dim, temperature):
     """The loss while features are unrelated to the bank: a cosine of random unit vectors has variance 1 / D, so that
     E[exp(s / tau)] = exp(1 / (2 D tau^2)). The others' h, of which each is small, add up to 1 - h(own)."""
     others = K * math.exp(1 / (2 * dim * temperature**2))
-    return math.log1p(others) + (others / (1 + others) if nce == "paper" else 0.0)
+    return math.log1p(others) + {"paper": others / (1 + others), "cross-entropy": 0.0, "constant-z": 1 + EPS * n}[nce]
 
 
 class PIRL(nn.Module):
-    """Backbone f, which is the paper's phi, heads head_f and head_g, its f and g, and bank M. `forward((x,), parts, index,
-    negatives)` is the loss (eq. 5) of the images `index`: of views x and of the parts [B, P, 3, s, s] of I^t."""
+    """Backbone f, which is the paper's phi, heads head_f and head_g, its f and g, bank M and, for constant-z, Z. `forward((x,),
+    parts, index, negatives)` is the loss (eq. 5) of the images `index`: of views x and of the parts [B, P, 3, s, s] of I^t."""
 
     def __init__(self, backbone, head_g, n, dim=128, temperature=0.07, lam=0.5, momentum=0.5, nce="paper"):
         super().__init__()
@@ -311,14 +315,18 @@ class PIRL(nn.Module):
         self.f = backbone
         self.head_f, self.head_g = nn.Linear(backbone.dim, dim), head_g
         self.register_buffer("bank", F.normalize(torch.rand(n, dim) - 0.5, dim=1))  # M, fp32
+        self.register_buffer("Z", torch.zeros(()))
 
-    def forward(self, views, parts, index, negatives):
+    def forward(self, views, parts, index, negatives, first=False):
+        """`first`: whether this is the run's first pass, which sets Z. Every process must call it alike."""
         g = self.head_g(self.f(parts.flatten(0, 1)))  # g(v_I^t) [B, D]
         f = self.head_f(self.f(*views))  # f(v_I) [B, D]
         with torch.autocast(f.device.type, enabled=False):
             v = F.normalize(torch.stack([g, f], 1).float(), dim=2)  # [B, 2, D]
             own, others = against_bank(v, self.bank, index, negatives, self.temperature)
-            of_transformed, of_image = self.nce(own, others).mean(0)
+            if first and self.nce is constant_z:
+                self.Z.copy_(self.estimate_Z(own.detach(), others.detach()))
+            of_transformed, of_image = self.nce(own, others, len(self.bank), self.Z).mean(0)
         g, f = v.detach().unbind(1)
         self.seen.append((index, f))
         self.figures = {
@@ -327,6 +335,14 @@ class PIRL(nn.Module):
             "invariance": (g * f).sum(1).mean(),  # cosine of image and transformed image
         }
         return self.lam * of_transformed + (1 - self.lam) * of_image  # eq. 5
+
+    def estimate_Z(self, own, others):
+        """n times the mean of exp(s / tau) over the transformed images of all processes and their K + 1 rows (code)."""
+        e = torch.cat([own[:, :1], others[:, 0]], 1).exp()  # [B, K + 1]
+        total = torch.stack([e.sum(), (e > 0).sum()])  # a row left out counts as nothing
+        if dist.is_initialized():
+            dist.all_reduce(total)
+        return len(self.bank) * total[0] / total[1]
 
     @torch.no_grad()
     def update_bank(self):
@@ -418,7 +434,7 @@ def main(argv=None):
         rows = f"{args.negatives} rows for each image, {per_pass * args.negatives * args.dim * 4 / 1e6:.1f} MB a pass"
     size = model.bank.numel() * 4 / 1e6
     say(f"bank {len(train)} x {args.dim}, {size:.1f} MB a process; {args.nce}, {rows}, at tau {args.temperature:g}")
-    start = expected(args.nce, args.negatives, args.dim, args.temperature)
+    start = expected(args.nce, args.negatives, len(train), args.dim, args.temperature)
     say(f"lambda {args.lam:g}; loss of unrelated vectors {start:.2f}")
     if args.dry_run:
         return
@@ -479,7 +495,7 @@ def main(argv=None):
                 # Gradients are exchanged between processes once an update.
                 with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
                     with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp((x,), parts, index, rows) / args.accumulate
+                        loss = ddp((x,), parts, index, rows, first=step == 0 and micro == 1) / args.accumulate
                     loss.backward()
                 log.loss += loss.detach()
             optimizer.step()

@@ -6,7 +6,7 @@ Doersch et al. 2015 (relative patch location) and Zhang, Isola, Efros 2016 (colo
 
 Ask of an unlabelled image a question whose answer is known because we made it: how was it turned, which patch was where,
 what colour was it. The answers are of no use; what a network must see to give them is. The study's finding: which network
-asks matters as much as which question.
+is asked matters as much as which question.
 
     rotation      image -> 4 turns                          -> f -> linear -> which turn
     exemplar      image -> 8 distorted copies               -> f -> linear -> L2 -> triplets: own copies near, others far
@@ -14,28 +14,18 @@ asks matters as much as which question.
     relative      image -> 3 x 3 patches -> each f -> linear -> one of the 8 beside the middle one -> MLP -> which of 8 places
     colorization  lightness              -> f's last map    -> deconvolution -> which of 313 colours, at every fourth pixel
 
-    differences            paper                       official code               here
-    rotation: crop         random                      inception, random resizing  inception, bilinear (ImageNet); recipes below
-    colour: brightness     -                           is added                    is multiplied, as torchvision's
-    exemplar: grey         -                           before the distortions      after them, for all copies or none
-    exemplar: unit length  of each embedding           across the batch            of each embedding: a triplet compares images
-    exemplar: evaluated    -                           not standardised            standardised, as it was trained
+    differences            paper                       official code               here (more in docs/pretext.md)
+    exemplar: unit length  -                           of each dimension, over     of each embedding: a triplet compares images;
+                                                       the batch                   --normalise batch is the code's
     exemplar: triplets     of the batch                of one device's images      anchors of one process, candidates of all
     patches: grey          each for itself, p = 2/3    whole image, p = 0.66       each for itself, p = 2/3 (--colour)
-    patches: short cuts    grey and standardising      the same                    the same, not enough: --colour drop closes them
     patches: head          -                           5e-4 of L2, 5 x the trunk's the trunk's decay
-    jigsaw: permutations   100, largest Hamming        a file of 100               made, greedy, from the identity: mean 8.08
-    jigsaw: orders a step  -                           8, the same for all images  the same
-    pretext accuracy       of validation images        central patches, all orders the views of training, of test images
     colorization (Zhang)   5 nearest bins              10 of 313 in a file         5; bins from the gamut of sRGB: 313
-      prior                ImageNet's                  in a file                   of 2,000 training images, smoothed, sigma 5
-      optimiser            Adam                        Adam, L2 1e-3, crop 176     AdamW, crop of --size
+      optimiser            Adam                        Adam, beta_2 .99, L2 1e-3   AdamW, beta_2 .999, decoupled decay 1e-3
       network              VGG-like                    the same, dilated           any backbone here but a VGG; a deconvolution
-    initial weights        -                           Glorot                      He (fan-out)
     BatchNorm              -                           momentum 0.01, eps 1e-3     torch's: 0.1, 1e-5
     weight decay           L2, convolutions            not the RevNet's root       all weights of 2 or more dimensions
     linear probe           L-BFGS; SGD for 520 epochs  SGD, random crops           both, on features of plain images (evaluate.py)
-    small images           -                           -                           recipes and geometry below
     precision              -                           -                           bf16 autocast; losses in fp32
 
 Measured with this file (k-NN: 20 neighbours; of the random network, after training; more in results/README.md):
@@ -184,6 +174,8 @@ def parse_args(argv=None):
     p.add_argument("--head", type=int, help="hidden width of the head, of the tasks that have a hidden layer")
     p.add_argument("--copies", type=int, default=8, help="exemplar: distorted copies of each image")
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
+    p.add_argument("--normalise", default="embedding", choices=("embedding", "batch"), help="exemplar: what gets unit length: "
+                   "each embedding, or, as in the authors' code, each of their dimensions over the batch")  # fmt: skip
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
     p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel")
     p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK.get(recipe, {}).get(known.task, {})).items() if k != "views"})
@@ -272,8 +264,8 @@ def semi_hard(d, own, copies, margin):
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
-    process must call both."""
+    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
+    made it. Every process must call both."""
 
     @staticmethod
     def forward(ctx, z):
@@ -292,18 +284,18 @@ class Gather(torch.autograd.Function):
 class Exemplar(nn.Module):
     """Which of the others are copies of this image? `accuracy`: share of copies whose nearest other is of the same image.
 
-    The copies of an image are all grey or all coloured (p = 0.66), and standardised. The paper's code normalises embeddings
-    across the batch, not each for itself, so that squared distances, and with them the margin, depend on the batch; here each
-    has unit length.
+    The copies of an image are all grey or all coloured (p = 0.66), and standardised. With `--normalise batch`, as in the authors'
+    code, squared distances, and with them what the margin means, depend on the size of the batch.
     """
 
     def __init__(self, f, args):
         super().__init__()
         self.margin, self.copies, self.sees = args.margin, args.copies, {"standardise": True}
+        self.of_batch = args.normalise == "batch"
         self.head = nn.Linear(f.dim, args.embedding)
 
     def chance(self, n):
-        # Of equal vectors the negative is as far as p, and of unrelated ones the nearest beyond p hardly farther.
+        # Of equal vectors the negative is as far as p, and of unrelated ones the nearest beyond p is little farther.
         return self.margin, 100 * (self.copies - 1) / (n * self.copies - 1)
 
     def draw(self, n, g):
@@ -317,16 +309,20 @@ class Exemplar(nn.Module):
     def forward(self, f, views, grey):
         z = self.head(f(self.inputs(views, grey)))
         with torch.autocast(z.device.type, enabled=False):
-            z = F.normalize(z.float(), dim=1)  # [B * copies, E]
+            z = z.float() if self.of_batch else F.normalize(z.float(), dim=1)  # [B * copies, E]
             rank, every = 0, z
             if dist.is_initialized():  # gradients flow back to the process that made a candidate
                 rank, every = dist.get_rank(), Gather.apply(z)
-            row = torch.arange(len(every), device=z.device)
-            mine = row[rank * len(z) : (rank + 1) * len(z), None]
+            row, share = torch.arange(len(every), device=z.device), slice(rank * len(z), (rank + 1) * len(z))
+            if self.of_batch:
+                every = F.normalize(every, dim=0)
+                z = every[share]
+            mine = row[share, None]
             own = mine // self.copies == row // self.copies  # [A, N]
             place, other = mine % self.copies, row[: self.copies - 1]
             copies = mine - place + other + (other >= place)  # [A, copies - 1]
-            d = 2 - 2 * z @ every.T
+            squares = z.square().sum(1, keepdim=True) + every.square().sum(1) if self.of_batch else 2
+            d = squares - 2 * z @ every.T
             nearest = d.detach().masked_fill(mine == row, math.inf).argmin(1, keepdim=True)
             return semi_hard(d, own, copies, self.margin), own.gather(1, nearest).float().mean()
 

@@ -11,28 +11,19 @@ the painting with the view. The decoder and the evaluator are thrown away afterw
 
     Names: f as in the paper; its h_D is g and q here, as in byol.py; its g is `decoder`, its h_G is h.
 
-    differences         paper                        official code                   here
+    differences         paper                        official code                   here (more in docs/sage.md)
     target's tau_base   0.9                          0.99                            0.99, BYOL's preset for 300 epochs
     decoder's channels  512 ... 16: 15.6 M           256, 512 ... 32: 11.3 M         the code's, which fit table 9
     1x1 feature of h    2048-d, pooled               256-d, of the projector         pooled; --semantic projector
     weights in L_G      0.1 each, 0.1 on their sum   0.1, 0.1 and 1/30 for each map  the code's
-    distance            a norm; "MSE" in appendix A  mean squared error              the code's
-    decoder's output    -                            tanh                            tanh
-    bottleneck          -                            no norm, no activation          the same
     h frozen            yes                          batch statistics, which move    eval mode: nothing moves
-    h does not load     -                            a warning, and a random h       exit code 2
     input of h          -                            the views as they are           brought to h's own mean and std
-    random h            ResNet-18                    -                               BatchNorm statistics of 512 images
-    start of h          another network              -                               with the same --seed, f's initial weights
-    decoder's rate      Adam 0.048, constant         10 epochs of warm-up, no decay  the code's
+    initial weights     -                            He fan-in; q N(0, 0.01)         torchvision's (He, fan-out), torch's for g, q
     encoder's rate      cosine to 0                  by epoch, warm-up on top        by step, after the warm-up, as BYOL
     LARS                -                            norms added, rate in momentum;  BYOL's; no BatchNorm is adapted
                                                      adapts the shortcuts' BatchNorm
-    heads               two layers, 256-d            biases on both                  BYOL's: none on the second
-    BatchNorm, GPUs     -                            all synchronised but one        all synchronised
     decoder call        fig. 1                       missing                         as figure 1 and its decoder.py say
     linear probe        two layers, centre crops     one layer, crops and flips      one layer, un-augmented features
-    other settings      semi-supervised: -           ImageNet's mean and std there   0.5, as in training
 
 Measured with this file (k-NN: 20 neighbours; protocols, curves and more in results/README.md):
 

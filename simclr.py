@@ -9,24 +9,17 @@ No bank, no second network: with a gradient into both sides, the negatives alone
                           >-- one batch -> f -> g --<                      > each z_i: -log P(its other view | all but
     view 2 of B images --'                           '-- z_B+1 .. z_2B ---'  itself), cosines / tau, softmax (eq. 1)
 
-    differences       paper                     official code                here
+    differences       paper                     official code                here (more in docs/simclr.md)
     loss              mean over the 2B views    sum of the two directions:   mean over the 2B views, so half the step
                                                 twice that                   on what LARS does not adapt
     projector         2 layers                  3 by default                 3, --layers 2
-    its BatchNorm     -                         after every linear, the      the same
-                                                last one without a bias
     weight decay      1e-6                      1e-4 in its commands         1e-4
     learning rate     0.3 x B / 256             0.075 x sqrt(B) in its       0.075 x sqrt(B); --scaling
                                                 command: 4.8 for 4096, too
-    linear head       after training            trained along, on sg(f)      after training (evaluate.py)
-    random crop       Inception crop            TensorFlow's, bicubic        torchvision's ten tries, bicubic
-    contrast          -                         around each channel's mean   around the grey mean, as torchvision
-    saturation        -                         factor on HSV's S            blend with grey, as torchvision
+    random crop       Inception crop            TensorFlow's: mean area .39  torchvision's ten tries: .43
+                                                of 500 x 375 px
+    resizing          -                         bicubic, no antialiasing     bicubic, antialiased; test images bilinear
     blur              -                         one sigma a batch and view   one sigma an image
-    blur's border     -                         zeros                        reflected, as torchvision
-    mean and std      -                         none: [0, 1]                 none but in `shapes`: ImageNet's
-    test images       -                         resized bicubic              bilinear
-    batches           -                         shuffle buffer, endless      one permutation an epoch, tail dropped
     initial weights   -                         truncated normal; blocks     torchvision's (He, fan-out);
                                                 start at 0; g N(0, 0.01)     g N(0, 0.01)
     linear probe      crops and flips           the same                     un-augmented frozen features, 100 epochs
@@ -207,8 +200,8 @@ class NTXent(torch.autograd.Function):
 
 
 class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: what all processes have to say of a row adds up where it was made. Every
-    process must call both."""
+    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
+    made it. Every process must call both."""
 
     @staticmethod
     def forward(ctx, z):

@@ -10,16 +10,14 @@ is no solution. No negatives, no second network. Only the two large views get co
 
     z and the columns of C, the prototypes, are unit vectors
 
-    differences        paper                      official code               here
-    Sinkhorn           exp(C^T Z / epsilon)       the same                    in logarithms: no epsilon overflows
-    scores C^T z       -                          fp16                        fp32
+    differences        paper                      official code               here (more in docs/swav.md)
+    two large crops    -                          areas from .08              from .14, as with small ones; --min-scale .08 .05
     queue              for small batches          a part a process, in files  all of it in each process, in the checkpoint
     ... is filled      -                          from its epoch on           from the start: full when its epoch comes
     optimiser          LARS                       apex's LARC, adapts and     the same; sgd and adamw decay all tensors, too
                                                   decays all tensors
     warm-up            linear                     from 0.3                    from 0
     blur               -                          Pillow's, any width         torchvision's, a tenth of the view
-    deviation of red   -                          0.228 (a slip)              0.228 for imagenet, else 0.229
     BatchNorm          of all GPUs                of groups of 8 GPUs         of all GPUs; on CPUs of each process
     linear probe       100 epochs, crops, flips   the same                    un-augmented frozen features, 100 epochs
     small images       -                          -                           recipes below; 3x3 stem under 64 px
@@ -148,9 +146,12 @@ def parse_args(argv=None):
     # SwAV
     p.add_argument("--small-crops", type=int, help="V, small views besides the two large ones (0: two-crop SwAV)")
     p.add_argument("--small-size", type=int, help="px of the small views")
+    p.add_argument("--min-scale", type=float, nargs=2, metavar=("LARGE", "SMALL"),
+                   help="least share of the image in a large and in a small view (default: the recipe's)")  # fmt: skip
     p.add_argument("--prototypes", type=int, help="K, columns of C; little depends on it while there are several a class")
     p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
     p.add_argument("--epsilon", type=float, help="smoothness of the codes; if the loss stays at ln K, try less")
+    p.add_argument("--sinkhorn-iterations", type=int, default=3, help="rounds of rescaling that make a code")
     p.add_argument("--freeze-epochs", type=float, help="in which the prototypes stay as they are drawn")
     p.add_argument("--queue-length", type=int, help="embeddings of earlier images that join in the codes (0: no queue)")
     p.add_argument("--queue-epoch", type=float, help="from which the queue is used, if it is full by then")
@@ -159,7 +160,7 @@ def parse_args(argv=None):
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
     args = training.parse(p, METHOD, argv)
     common.at_least(1, args, "hidden", "dim")
-    common.at_least(1, args, "small_size", "prototypes")
+    common.at_least(1, args, "small_size", "prototypes", "sinkhorn_iterations")
     common.at_least(0, args, "small_crops", "freeze_epochs", "queue_length", "queue_epoch")
     for name in ("temperature", "epsilon"):
         if not 0 < getattr(args, name) < math.inf:
@@ -172,11 +173,17 @@ def parse_args(argv=None):
 # ============ the method ============
 
 
-def multi_crop(views, number, size):
+def multi_crop(views, number, size, least=None):
     """The two large views of a recipe and `number` small ones of `size` px (sec. 3.2). Where the recipe has none, they are
-    large ones that show less: from 5 % of the image to what those show at least, as the code's."""
+    large ones that show less: from 5 % of the image to what those show at least, as the code's. `least`: the least share of
+    the image in a large and in a small view, in place of the recipe's."""
     small = views[2] if len(views) > 2 else {**views[0], "scale": (0.05, views[0]["scale"][0])}
-    return views[:2] + [{**small, "size": size}] * number
+    views = views[:2] + [{**small, "size": size}] * number
+    lows = [*least[:1] * 2, *least[1:] * number] if least else [view["scale"][0] for view in views]
+    for low, view in zip(lows, views, strict=True):
+        if not 0 < low <= view["scale"][1]:
+            common.fail(f"--min-scale {low:g}: it must be above 0 and at most {view['scale'][1]:g}, the most that the view shows")
+    return [{**view, "scale": (low, view["scale"][1])} for low, view in zip(lows, views, strict=True)]
 
 
 @torch.no_grad()
@@ -206,9 +213,10 @@ def swapped_prediction(S, q, temperature):
 class SwAV(nn.Module):
     """Backbone f, head g, prototypes C; `forward(views)` is the loss of eq. 6, with the codes of the first two views."""
 
-    def __init__(self, backbone, prototypes=3000, hidden=2048, dim=128, temperature=0.1, epsilon=0.05, queue_length=0):
+    def __init__(self, backbone, prototypes=3000, hidden=2048, dim=128, temperature=0.1, epsilon=0.05, queue_length=0,
+                 iterations=3):  # fmt: skip
         super().__init__()
-        self.temperature, self.epsilon = temperature, epsilon
+        self.temperature, self.epsilon, self.iterations = temperature, epsilon, iterations
         self.seen, self.figures = [], {}
         self.f = backbone
         self.g = nn.Sequential(
@@ -246,7 +254,7 @@ class SwAV(nn.Module):
         if queued:
             rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
             S = torch.cat([self.C(self.queue.chunk(world, 1)[rank]), S], 1)  # with the prototypes of today
-        return sinkhorn(S, self.epsilon)[:, -b:]
+        return sinkhorn(S, self.epsilon, self.iterations)[:, -b:]
 
     @torch.no_grad()
     def enqueue(self):
@@ -297,7 +305,7 @@ def main(argv=None):
     say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
-    views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size)
+    views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size, args.min_scale)
     views = [data.view(**{"size": args.size, **v}) for v in views]
     train, bank, test = (
         data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
@@ -319,7 +327,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # the same initial weights in every process
     model = SwAV(
         backbones.build(args.arch, args.size), args.prototypes, args.hidden, args.dim, args.temperature, args.epsilon,
-        args.queue_length,
+        args.queue_length, args.sinkhorn_iterations,
     ).to(device, memory_format=torch.channels_last)  # fmt: skip
     ddp = model
     if world > 1:

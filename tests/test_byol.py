@@ -1,4 +1,6 @@
+import copy
 import json
+import math
 import os
 import random
 import signal
@@ -12,6 +14,8 @@ from torch import nn
 
 import backbones
 import byol
+import common
+import evaluate
 import runs
 
 SMALL = ["byol.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
@@ -312,10 +316,23 @@ def test_other_settings_are_refused(unbroken):
     assert "lr" in err and "-> 0.123" in err and "--fresh" in err and len(err.splitlines()) == 1
 
 
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
-    out = tmp_path / "run"
-    _, err = forked(*SMALL, "--lr", "1e30", "--optimizer", "sgd", "--no-amp", "--out", out, code=1)
-    assert "not finite at step" in err and "--no-amp" in err
-    assert not (out / "checkpoint.pt").exists() or all(
-        v.isfinite().all() for v in runs.load(out / "checkpoint.pt")["model"].values() if v.is_floating_point()
-    )
+@pytest.mark.parametrize(("what", "step"), [("loss", 4), ("network", 6)])
+def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(what, step, tmp_path, monkeypatch):
+    """The loss is infinite from the first checkpoint on, or the last step of epoch 2 ruins the weights, which no loss shows: the
+    checkpoint of epoch 1 is the only one there may be."""
+    out, saved, save, loss, rate = tmp_path / "run", [], runs.save, byol.regression_loss, common.cosine
+    monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
+    monkeypatch.setattr(evaluate, "online", lambda *_: {})
+    monkeypatch.setattr(runs, "save", lambda *a: [saved.append(copy.deepcopy(a[1])), save(*a)])
+    monkeypatch.setattr(byol, "regression_loss", lambda p, z: loss(p, z) * (math.inf if saved and what == "loss" else 1))
+    monkeypatch.setattr(common, "cosine", lambda k, *a: math.inf if (k, what) == (5, "network") else rate(k, *a))
+    with pytest.raises(SystemExit) as stopped:
+        byol.main([*SMALL[1:], "--no-amp", "--eval-every", "0", "--out", str(out)])
+    assert f"the {what} is not finite at step {step}" in stopped.value.code and "--no-amp" in stopped.value.code
+    found = runs.load(out / "checkpoint.pt")
+    assert len(saved) == 1 and found["step"] == 3 and equal(found["model"], saved[0]["model"])
+    backbone = runs.load(out / "backbone.pt")["state_dict"]
+    for state in (found["model"], backbone):
+        assert all(v.isfinite().all() for v in state.values())
+    assert equal(backbone, {k[2:]: v for k, v in found["model"].items() if k.startswith("f.")})

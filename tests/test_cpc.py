@@ -165,7 +165,7 @@ def test_the_loss_falls(flags):
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
-# ============ nothing is seen of what is foretold ============
+# ============ nothing is seen of what is predicted ============
 
 
 @pytest.mark.parametrize("context", cpc.CONTEXTS)
@@ -446,7 +446,7 @@ def test_dry_run_says_what_would_be_done(pictures, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(common, "catch_signals", list)
     cpc.main(flags(2, pictures, tmp_path / "run", "--dry-run", "--batch-size", 64))
     out = capsys.readouterr().out
-    assert "v2: 5 x 5 patches of 4 px, one every 3; foretold 2 to 3 rows on, 4 directions" in out
+    assert "v2: 5 x 5 patches of 4 px, one every 3; predicted 2 to 3 rows on, 4 directions" in out
     assert f"{4 * (15 + 10) * 64} predictions" in out and f"ln(N) = {math.log(64 * 25):.2f}" in out
     assert not (tmp_path / "run").exists()
 

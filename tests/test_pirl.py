@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from conftest import TINY, check_accumulation, check_two_processes, equal, fork,
 import backbones
 import common
 import data
+import evaluate
 import pirl
 import runs
 
@@ -53,6 +55,14 @@ def own_batch(n):
     return *most, torch.randint(48, (n, 21), generator=torch.Generator().manual_seed(5))
 
 
+def nce_model():
+    return tiny_model(nce="constant-z")
+
+
+def first_batch(n):
+    return *own_batch(n), True
+
+
 # ============ the loss ============
 
 
@@ -76,6 +86,54 @@ def test_both_forms_equal_naive_loops(per_sample):
             assert pirl.paper_form(own, others)[b, which].item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("per_sample", [False, True])
+def test_nce_with_a_constant_Z_equals_loops(per_sample):
+    v, bank, index = torch.stack([rows(5), rows(5, seed=2)], 1), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8])
+    negatives = torch.randint(40, (5, 6) if per_sample else (6,), generator=torch.Generator().manual_seed(1))
+    negatives[..., 2] = 7  # once the own row
+    own, others = pirl.against_bank(v, bank, index, negatives, 0.2)
+    e = lambda b, which, j: math.exp(float(v[b, which] @ bank[j]) / 0.2)
+    drawn = [[j for j in (negatives[b] if per_sample else negatives).tolist() if j != i] for b, i in enumerate(index.tolist())]
+    all_e = [e(b, 0, j) for b, i in enumerate(index.tolist()) for j in [i, *drawn[b]]]  # of the transformed images
+    Z = 40 * sum(all_e) / len(all_e)
+    assert len(all_e) < 5 * 7
+    assert pirl.PIRL.estimate_Z(SimpleNamespace(bank=bank), own, others).item() == pytest.approx(Z, rel=1e-5)
+    got = pirl.constant_z(own, others, 40, Z)
+    for b, i in enumerate(index.tolist()):
+        for which in range(2):
+            P = e(b, which, i) / Z
+            expected = -math.log(P / (P + 6 / 40))
+            for j in drawn[b]:
+                P = e(b, which, j) / Z
+                expected -= math.log(6 / 40 / (P + 6 / 40))
+            assert got[b, which].item() == pytest.approx(expected, rel=1e-5)
+    others.requires_grad_()
+    pirl.constant_z(own, others, 40, Z).sum().backward()
+    assert others.grad.isfinite().all() and torch.equal(others.grad == 0, others.detach().isinf())  # own rows
+
+
+def test_nce_has_the_epsilon_of_the_code():
+    """In the denominators, beside N P_n: over all of ImageNet's 32,000 negatives it adds up to 0.15."""
+    n, K, eps, Z = 1_281_167, 32_000, 2.0**-23, 2.84e6
+    own, others = torch.tensor(2.0), torch.linspace(-3, 3, K)
+    P, Pk = math.exp(2) / Z, others.double().exp() / Z
+    expected = -math.log(P / (P + K / n + eps)) - (K / n / (Pk + K / n + eps)).log().sum().item()
+    assert pirl.constant_z(own, others, n, Z).item() == pytest.approx(expected, abs=2e-3)
+
+
+def test_Z_is_that_of_the_first_pass_alone(tmp_path, monkeypatch):
+    seen, forward = [], pirl.PIRL.forward
+    monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
+    monkeypatch.setattr(evaluate, "online", lambda *_: {})
+    monkeypatch.setattr(evaluate, "finish", lambda *_: "done")
+    monkeypatch.setattr(pirl.PIRL, "forward", lambda m, *a, **k: [forward(m, *a, **k), seen.append(m.Z.item())][0])
+    flags = ["--nce", "constant-z", "--accumulate", "2", "--epochs", "1", "--eval-every", "0", "--out", str(tmp_path / "run")]
+    pirl.main([*SMALL[1:], *flags])
+    assert len(seen) == 6 and len({*seen}) == 1 and 48 / math.e < seen[0] < 480  # 0 if it were never set
+    assert runs.load(tmp_path / "run" / "checkpoint.pt")["model"]["Z"] == seen[0]
+
+
 def test_paper_form_holds_and_has_its_gradient_where_h_is_nearly_1():
     """In fp32 1 - h would be 0 here: logits of 30, -30 and, of all others, -40."""
     s = torch.tensor([[-30.0, 30.0, *[-40.0] * 50], [1.0, 2.0, *[0.5] * 50], [30.0, -30.0, *[-40.0] * 50]])
@@ -89,7 +147,7 @@ def test_paper_form_holds_and_has_its_gradient_where_h_is_nearly_1():
     assert torch.allclose(x.grad.double(), y.grad, atol=1e-5)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["paper", "cross-entropy"])
 def test_a_row_left_out_counts_as_nothing(form):
     own, others = torch.tensor([0.3]), torch.tensor([[0.1, -0.2, 0.4]])
     masked = torch.cat([others, torch.tensor([[-math.inf]])], 1).requires_grad_()
@@ -108,6 +166,7 @@ def test_a_row_left_out_counts_as_nothing(form):
         ("paper", 4096, 0.07, 10.12),
         ("paper", 32_000, 0.07, 12.17),
         ("paper", 4096, 0.1, 9.71),
+        ("constant-z", 4096, 0.07, 10.12),
     ],
 )
 def test_the_first_loss_is_what_unrelated_features_give(form, K, temperature, value):
@@ -115,8 +174,9 @@ def test_the_first_loss_is_what_unrelated_features_give(form, K, temperature, va
     v, bank = rows(256, 128).view(128, 2, 128), rows(n, 128, seed=1)
     negatives = torch.randint(n, (K,), generator=torch.Generator().manual_seed(3))
     own, others = pirl.against_bank(v, bank, torch.arange(128), negatives, temperature)
-    assert pirl.FORMS[form](own, others).mean().item() == pytest.approx(value, abs=0.15)
-    assert pirl.expected(form, K, 128, temperature) == pytest.approx(value, abs=0.01)
+    Z = n * math.exp(1 / (2 * 128 * temperature**2))
+    assert pirl.FORMS[form](own, others, n, Z).mean().item() == pytest.approx(value, abs=0.15)
+    assert pirl.expected(form, K, n, 128, temperature) == pytest.approx(value, abs=0.01)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
@@ -246,7 +306,7 @@ def test_the_loss_falls_and_image_and_transformed_image_meet(form):
     model, given, losses, invariance = tiny_model(nce=form, lam=0.5), batch(16), [], []
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for _ in range(25):
-        loss = model(*given)
+        loss = model(*given, first=not losses)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -259,7 +319,7 @@ def test_the_loss_falls_and_image_and_transformed_image_meet(form):
 
 
 @pytest.mark.parametrize(
-    ("build", "given"), [(tiny_model, batch), (tiny_model, own_batch), (rotation_model, rotation_batch)]
+    ("build", "given"), [(tiny_model, batch), (nce_model, first_batch), (rotation_model, rotation_batch)]
 )
 def test_two_processes_give_the_loss_and_gradients_of_one(build, given, tmp_path):
     check_two_processes(build, given, tmp_path, n=8)
@@ -395,6 +455,7 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
         (["--negatives", "64"], "smaller than the 64 training images"),
         (["--negatives", "0"], "--negatives"),
         (["--temperature", "0"], "--temperature"),
+        (["--nce", "constant-z", "--temperature", "0.01"], "--temperature 0.01: with --nce constant-z it must be above 0.02"),
         (["--lambda", "1.5"], "--lambda 1.5: it must be between 0 and 1"),
         (["--lambda", "-0.1"], "between 0 and 1"),
         (["--lambda", "nan"], "--lambda nan"),
@@ -416,5 +477,5 @@ def test_bad_flags(flags, words, tmp_path, monkeypatch, capsys):
 def test_rotation_needs_no_grid_and_dry_run_writes_nothing(tmp_path):
     flags = ["--transform", "rotation", "--size", "16", "--lambda", "0.25", "--dry-run", "--out", tmp_path / "run"]
     printed, _ = forked(*SMALL, *flags)
-    value = pirl.expected("paper", 24, 128, 0.1)
+    value = pirl.expected("paper", 24, 48, 128, 0.1)
     assert f"lambda 0.25; loss of unrelated vectors {value:.2f}; about" in printed and not (tmp_path / "run").exists()

@@ -74,6 +74,12 @@ def test_sinkhorn_takes_several_views_and_half_precision_and_no_gradient():
     assert swav.sinkhorn(S.bfloat16(), 0.05).dtype == torch.float32
 
 
+def test_the_model_does_as_many_rounds_as_it_is_told():
+    S, model = cosines(2, 9, 6), swav.SwAV(backbones.build("resnet10_16", 16), 6, 32, 8, iterations=1)
+    assert torch.equal(model.codes(S, False), swav.sinkhorn(S, 0.05, 1))
+    assert not torch.allclose(swav.sinkhorn(S, 0.05, 1), swav.sinkhorn(S, 0.05), atol=1e-3)
+
+
 # ============ the loss ============
 
 
@@ -322,6 +328,22 @@ def test_any_recipe_takes_small_views():
     assert swav.multi_crop(views, 0, 96) == views[:2] and swav.multi_crop(views, 1, 64)[2]["size"] == 64
 
 
+class Stop(Exception):
+    pass
+
+
+def test_shares_and_rounds_are_those_of_the_flags(tmp_path, monkeypatch):
+    views, rounds, loader = [], [], data.Loader
+    monkeypatch.setattr(common, "catch_signals", list)
+    monkeypatch.setattr(data, "Loader", lambda *a: [views.extend(a[1]), loader(*a)][1])
+    monkeypatch.setattr(swav, "sinkhorn", lambda S, *a: [rounds.append(a[1]), (_ for _ in ()).throw(Stop)][1])
+    flags = ["--min-scale", "0.3", "0.1", "--small-crops", "1", "--sinkhorn-iterations", "7", "--out", str(tmp_path / "run")]
+    with pytest.raises(Stop):
+        swav.main([*SMALL[1:], *flags])
+    assert [v["scale"] for v in views] == [(0.3, 1.0)] * 2 + [(0.1, 0.5)] and rounds == [7]
+    assert swav.parse_args([]).sinkhorn_iterations == 3  # the code's
+
+
 def test_show_has_views_of_both_sizes(tmp_path, capsys):
     flags = dict(method="swav", recipe="shapes", data="shapes", size=None, root="", seed=0, n=2, out=str(tmp_path / "a.png"))
     data.show(Namespace(**flags))
@@ -445,6 +467,9 @@ def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path, start):
         (["--temperature", "0"], "--temperature 0: it must be above 0"),
         (["--epsilon", "-1"], "--epsilon -1: it must be above 0"),
         (["--epsilon", "nan"], "--epsilon nan"),
+        (["--sinkhorn-iterations", "0"], "--sinkhorn-iterations 0: it must be at least 1"),
+        (["--min-scale", "0", "0.1"], "--min-scale 0: it must be above 0"),
+        (["--min-scale", "0.2", "0.6"], "--min-scale 0.6: it must be above 0 and at most 0.5"),
         (["--small-crops", "-1"], "--small-crops"),
         (["--small-crops", "1", "--small-size", "33"], "33: small views must not be larger than the large ones, --size 32"),
         (["--size", "48", "--small-size", "16"], "--size 48: the views are larger than the images of shapes, 32x32 px"),
