@@ -7,9 +7,11 @@ stem becomes a 3x3 convolution of stride 1 without max-pooling (the CIFAR form o
 The second half holds the networks of "Revisiting Self-Supervised Visual Representation Learning" (Kolesnikov et al. 2019,
 https://arxiv.org/abs/1901.09005): ResNet v1 and v2, RevNet and VGG with a widening factor, and any total stride.
 
-Bringing your own takes two lines: any `nn.Module` with an attribute `dim` whose forward returns [B, dim] is a backbone;
-return it from `build` under a name. `stages(x)` (a list of feature maps), `taps(x)` and `channels` are needed only by
-methods that read maps.
+Every other classification network of torchvision is there under its own name, without its head (`Torchvision`).
+
+Bringing your own takes two lines, at the top of `build`: any `nn.Module` with an attribute `dim` whose forward returns
+[B, dim] is a backbone. `stages(x)` (a list of feature maps), `taps(x)` and `channels` are needed only by what reads maps:
+SaGe, colorization and the probe of all depths.
 """
 
 import contextlib
@@ -18,11 +20,12 @@ import functools
 import re
 
 import torch
+import torchvision
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
-from torchvision.models.vgg import cfgs, make_layers
+from torchvision.ops import StochasticDepth
 
 import data
 from common import fail
@@ -40,8 +43,8 @@ RESNETS = {  # name: (block, blocks per stage, channels of the first stage)
     "resnet10_16": (BasicBlock, (1, 1, 1, 1), 16),
     "resnet10_32": (BasicBlock, (1, 1, 1, 1), 32),
 }
-VGGS = {"vgg11_bn": "A", "vgg13_bn": "B", "vgg16_bn": "D", "vgg19_bn": "E"}
-PLAIN = [*RESNETS, *(f"{n}_w2" for n in RESNETS if not n.startswith("resnet10")), *VGGS, "alexnet_bn"]
+PLAIN = [*RESNETS, *(f"{n}_w2" for n in RESNETS if not n.startswith("resnet10"))]
+TORCHVISION = [*sorted(set(torchvision.models.list_models(torchvision.models)) - set(RESNETS)), "alexnet_bn"]
 
 STRIDES = {  # total stride: of root, pool, stages 2, 3, 4. The root gives its own up first, then stages from the end
     32: (2, 2, 2, 2, 2),
@@ -168,36 +171,72 @@ class Split(Backbone):
         return torch.cat(self.parts(x), 1)  # [B, dim]
 
 
-class ConvNet(Backbone):
-    """A plain stack of convolutions under torchvision's name `features`; a stage ends at each max-pooling."""
-
-    def __init__(self, features, dim):
-        super().__init__()
-        self.features = features
-        self.dim = self.channels = dim
-        he(self)
-
-    def maps(self, x):
-        maps = {}
-        for layer in self.features:
-            x = layer(x)
-            if isinstance(layer, nn.MaxPool2d):
-                maps[f"block{len(maps) + 1}"] = x
-        return maps
+# ============ torchvision's ============
 
 
-def alexnet_bn(small):
-    """AlexNet's five convolutions with BatchNorm after each, as the pretext-task papers train it."""
-    layers, inplanes = [], 3
-    stem = (64, 3, 1, 1) if small else (64, 11, 4, 2)
-    plan = [stem, "M", (192, 5, 1, 2), "M", (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1), "M"]
-    for step in plan:
-        if step == "M":
-            layers.append(nn.MaxPool2d(3, 2))
-        else:
-            layers += [nn.Conv2d(inplanes, *step), nn.BatchNorm2d(step[0]), nn.ReLU(inplace=True)]
-            inplanes = step[0]
-    return ConvNet(nn.Sequential(*layers), 256)
+class Torchvision:
+    """What stands before torchvision's own class in a network of its without the head. Key names, initial weights and strides
+    are torchvision's at any px: what is made for 224 px shrinks a small image to one pixel. `only`: px of the one size that
+    it takes, or None."""
+
+    def forward(self, x):
+        if self.only and x.shape[-1] != self.only:
+            fail(f"images of {x.shape[-1]} px: {self.name} was built for {self.only} px and takes no other size")
+        return super().forward(x)  # [B, dim]
+
+    def taps(self, x):
+        """As `Backbone.taps`: "block1", ... are the last maps of each resolution, taken after modules, not inside of them."""
+        modules, maps = [], {}
+        for child, m in list(self.named_children())[:-1]:  # the last is the head
+            if child == "permute" or not self.name.startswith(("vit", "swin")):  # which have tokens, or channels last
+                modules += [*(m if type(m) in (nn.Sequential, nn.ModuleList) else ()), m]
+        keep = lambda module, inputs, y: maps.update({y.shape[2:]: y}) if y.ndim == 4 else None
+        hooks = [m.register_forward_hook(keep) for m in modules if not isinstance(m, (nn.AdaptiveAvgPool2d, nn.Dropout))]
+        try:
+            vector = self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {f"block{i}": y for i, y in enumerate(maps.values(), 1)} | {"pre_logits": vector}
+
+    def stages(self, x):
+        maps = list(self.taps(x).values())[:-1]
+        return maps or fail(f"{self.name} has no feature maps [B, C, H, W], which are asked for here")
+
+
+def of_torchvision(name, size):
+    """How torchvision's network `name` is made and loses its head, that is all that follows the mean of the last map, or the
+    class token; AlexNet and VGG keep fc6 and fc7, and are read at the penultimate layer, as in the papers. (Keywords of its
+    constructor, name of the head, which of the head's layers stay or None.)"""
+    family, whole = re.match("[a-z]+", name)[0], {"aux_logits": False, "init_weights": True}
+    keywords = {"vit": {"image_size": size}, "maxvit": {"input_size": (size, size)}, "inception": whole, "googlenet": whole}
+    heads = dict.fromkeys(("densenet", "efficientnet", "mnasnet", "mobilenet"), "classifier") | {"vit": "heads", "swin": "head"}
+    stay = {"alexnet": slice(0, 6), "vgg": slice(0, 6), "convnext": slice(1, 2), "maxvit": slice(0, 2), "squeezenet": slice(3, 4)}
+    return keywords.get(family, {}), heads.get(family, "classifier" if family in stay else "fc"), stay.get(family)
+
+
+def from_torchvision(name, size):
+    """torchvision's network `name` as a backbone. Dropout and stochastic depth are off: no method here has them, and what they
+    draw is in no checkpoint. "alexnet_bn" has BatchNorm after each convolution: Distilling Localization (sec. 6.2) inserts it
+    into AlexNet and VGG16; whether into fc6 and fc7, too, it does not say."""
+    keywords, head, stay = of_torchvision(name, size)
+    try:
+        net = torchvision.models.get_model("alexnet" if name == "alexnet_bn" else name, weights=None, **keywords)
+        if name == "alexnet_bn":
+            pairs = ((m, nn.BatchNorm2d(m.out_channels)) if isinstance(m, nn.Conv2d) else (m,) for m in net.features)
+            net.features = nn.Sequential(*(layer for pair in pairs for layer in pair))
+        setattr(net, head, getattr(net, head)[stay] if stay else nn.Identity())
+        for m in net.modules():
+            if isinstance(m, (nn.Dropout, StochasticDepth)):
+                m.p = 0.0
+        net.__class__ = type(name, (Torchvision, type(net)), {})
+        net.name, net.only = name, size if name.startswith(("vit", "maxvit")) else None
+        with torch.no_grad():
+            *maps, vector = net.eval().taps(torch.zeros(1, 3, size, size)).values()
+    except (AssertionError, ValueError, RuntimeError) as error:
+        fail(f"images of {size} px: {name} does not take them ({' '.join(str(error).split())[:200]})")
+    net.dim, net.channels = vector.shape[1], (maps or [vector])[-1].shape[1]
+    return net.train()
 
 
 # ============ the networks of "Revisiting Self-Supervised Visual Representation Learning" ============
@@ -432,6 +471,7 @@ STUDY = {  # family: (class, units per stage, channels of the narrowest layer fo
 NORM = re.compile(r"_(ln|nobn)(?=_|$)")  # suffix of a ResNet's name: what takes BatchNorm's place
 NAMES = [
     *PLAIN,
+    "alexnet_bn and each classification network of torchvision, as mobilenet_v3_small, vgg16_bn, vit_b_16",
     f"FAMILY_kK with FAMILY one of {' '.join(STUDY)} and K the widening factor (4 8 12 16 in the study)",
     "FAMILY_kK_minus (v2 and RevNet: no last ReLU)",
     "_ln or _nobn after a ResNet's name (before _sN): layer norm or biases in BatchNorm's place",
@@ -477,16 +517,21 @@ def unsplit(name):
     return (whole, split) if split in SPLITS else (name, None)
 
 
+def parts(name):
+    """(name without suffixes, k, _minus, _ln or _nobn, total stride), each as it is written or None; SPLITS aside."""
+    form = r"(.*?)(?:_k(\d+(?:\.\d+)?))?(_minus)?(_ln|_nobn)?(?:_s(\d+))?"
+    return re.fullmatch(form, unsplit(name)[0], re.DOTALL).groups()
+
+
 def parse(name, size):
     """(name without suffixes, k or None, whether _minus, total stride or None for the usual one) of a backbone's name.
 
     `size`: px of the square input. Bad names end the program with exit code 2 and one sentence.
     """
-    whole, split = unsplit(name)
-    form = r"(.*?)(?:_k(\d+(?:\.\d+)?))?(_minus)?(_ln|_nobn)?(?:_s(\d+))?"
-    base, k, minus, norm, stride = re.fullmatch(form, whole, re.DOTALL).groups()
-    if base not in (STUDY if k else PLAIN) or (minus and not k):
+    split, (base, k, minus, norm, stride) = unsplit(name)[1], parts(name)
+    if base not in (STUDY if k else PLAIN + TORCHVISION) or (minus and not k):
         known = [*PLAIN, *(f"{family}_k{k or 4}" for family in STUDY), *(f"{net}_{s}" for net in RESNETS for s in SPLITS)]
+        known += TORCHVISION
         near = difflib.get_close_matches(name, known, 1, 0.0)[0]
         fail(f"unknown architecture {name!r}; did you mean {near!r}? Known: {', '.join(NAMES)}")
     if split and base.removesuffix("_w2") not in RESNETS:
@@ -495,6 +540,8 @@ def parse(name, size):
         kind, _, narrowest = STUDY[base]
         if not (width := narrowest * float(k)).is_integer() or width == 0:
             fail(f"{name}: its narrowest layers would have {width:g} channels; K must be a multiple of 1/{narrowest}")
+        if float(k) > 128:
+            fail(f"{name}: K above 128 makes tens of billions of parameters")
         if minus and kind not in (ResNetV2, RevNet):
             fail(f"{name}: the last ReLU can be left out (_minus) of ResNet v2 and RevNet only")
     elif stride and base.removesuffix("_w2") not in RESNETS:
@@ -522,7 +569,7 @@ def without_idle(strides, size):
 
 def build(name, size=224):
     """The backbone called `name` for square images of `size` px (for patch methods: patches), freshly initialised from
-    torch's global generator.
+    torch's global generator. Your own: `if name == "mine":` and `return Mine()` as the first two lines.
 
     Names are in NAMES. Without _sN the study's networks take the total stride 32 from 112 px, 16 from 64, 8 from 32, 4 from
     16 and 2 below. An unknown name, a width that is not whole and a size below the stride end the program with exit code 2.
@@ -532,12 +579,10 @@ def build(name, size=224):
         return without_batchnorm(build(name[: norm.start()] + name[norm.end() :], size), norm[1])
     small = size < SMALL
     kernel = 3 if small else 7
-    if size < 32 and base in (*VGGS, "alexnet_bn"):
-        fail(f"--size {size}: {name} halves an image five times and needs 32 px or more")
-    if base in VGGS:
-        return ConvNet(make_layers(cfgs[VGGS[base]], batch_norm=True), 512)
-    if base == "alexnet_bn":
-        return alexnet_bn(small)
+    if base in TORCHVISION and not k:
+        if size < 32:
+            fail(f"images of {size} px: {name} is made for large ones and needs 32 px or more")
+        return from_torchvision(name, size)
     if base in PLAIN:
         block, depths, channels = RESNETS[base.removesuffix("_w2")]
         channels *= 2 if base.endswith("_w2") else 1
@@ -556,25 +601,25 @@ def build(name, size=224):
 
 def describe(net, name, size):
     """One line on what `build` made, for the recipe that a script prints."""
-    base, _, _, stride = parse(name, size)
-    parameters = sum(p.numel() for p in net.parameters()) / 1e6
-    stem = f"below {SMALL} px: 3x3 stem, no max-pool" if size < SMALL and base not in VGGS else "the usual stem"
-    if stride:
+    parameters, (base, k, *_) = sum(p.numel() for p in net.parameters()) / 1e6, parts(name)
+    line = f"{name}, {parameters:.2f} M parameters, {net.dim}-d"
+    if base not in (STUDY if k else PLAIN):  # torchvision's, or your own
+        return line
+    if stride := parse(name, size)[3]:
         px, of = (size // stride, "fc6") if isinstance(net, VGG) else (3 if size < SMALL else 7, "root")
-        stem = f"total stride {stride}, {px}x{px} {of}"
-    return f"{name}, {parameters:.2f} M parameters, {net.dim}-d ({stem})"
+        return f"{line} (total stride {stride}, {px}x{px} {of})"
+    return f"{line} ({f'below {SMALL} px: 3x3 stem, no max-pool' if size < SMALL else 'the usual stem'})"
 
 
 def loading_lines(arch, size, path):
     """Two lines of Python that load an exported backbone; without this repository where torchvision has the network."""
     load = f'net.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
-    stem = "net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()"
-    usual = arch in RESNETS and RESNETS[arch][2] == 64
-    if usual or (arch == "resnet50v1_k4" and size >= 112):
-        name = arch.removesuffix("v1_k4")
-        make = f"import torch, torchvision; net = torchvision.models.{name}(); net.fc = torch.nn.Identity()"
-        return f"{make}; {stem}\n{load}" if size < SMALL else f"{make}\n{load}"
-    if arch in VGGS:
-        make = f"import torch, torchvision; net = torchvision.models.{arch}(); net.classifier = torch.nn.Identity()"
-        return f"{make}\n{load}"
+    stem = "; net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()"
+    name = "resnet50" if arch == "resnet50v1_k4" and size >= 112 else arch
+    if name in TORCHVISION[:-1] or (name in RESNETS and RESNETS[name][2] == 64):
+        keywords, head, stay = of_torchvision(name, size)
+        made = f"torchvision.models.{name}({', '.join(f'{k}={v}' for k, v in keywords.items())})"
+        rest = f"net.{head}[{stay.start}:{stay.stop}]" if stay else "torch.nn.Identity()"
+        stem = stem if name in RESNETS and size < SMALL else ""
+        return f"import torch, torchvision; net = {made}; net.{head} = {rest}{stem}\n{load}"
     return f'import torch, backbones; net = backbones.build("{arch}", {size})\n{load}'

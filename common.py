@@ -189,9 +189,11 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def param_groups(module, weight_decay, **settings):
-    """Weights with decay and LARS adaptation; biases and BatchNorm (ndim < 2, never by name) with neither."""
-    params = [p for p in module.parameters() if p.requires_grad]
-    weights, rest = [p for p in params if p.ndim >= 2], [p for p in params if p.ndim < 2]
+    """Weights with decay and LARS adaptation; all else with neither: biases, norms, scales, class tokens, tables of positions.
+    A weight has two or more dimensions and a name that ends in "weight", as torch calls those of its linear layers,
+    convolutions and attention; what a network holds as a bare parameter under another name is none."""
+    params = [(name.endswith("weight") and p.ndim >= 2, p) for name, p in module.named_parameters() if p.requires_grad]
+    weights, rest = ([p for is_weight, p in params if is_weight == kind] for kind in (True, False))
     weights = {"params": weights, "weight_decay": weight_decay, "adapt": True, **settings}
     return [weights, {"params": rest, "weight_decay": 0.0, "adapt": False, **settings}]
 

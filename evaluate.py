@@ -1125,8 +1125,8 @@ def open_backbone(target, arch, size, seed):
         if not arch:
             common.fail(f"{path} holds a plain state dict; only evaluate.py --arch can say of which network")
         backbone = backbones.build(arch, preprocess["size"])
-        heads = ("fc.", "classifier.")
-        backbone.load_state_dict({k: v for k, v in found.items() if not k.startswith(heads)})
+        heads, own = ("fc.", "classifier.", "head.", "heads.", "AuxLogits.", "aux1.", "aux2."), backbone.state_dict()
+        backbone.load_state_dict({k: v for k, v in found.items() if k in own or not k.startswith(heads)})
         return backbone, preprocess | getattr(backbone, "preprocess", {}), {}, path
     except EOFError as error:
         common.fail(str(error))

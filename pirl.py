@@ -387,7 +387,7 @@ def main(argv=None):
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
     backbone = backbones.build(args.arch, args.size)
-    if args.transform == "jigsaw" and isinstance(backbone, (backbones.VGG, backbones.ConvNet)):
+    if args.transform == "jigsaw" and isinstance(backbone, (backbones.VGG, backbones.Torchvision)):
         common.fail(f"--arch {args.arch}: the patches are too small for it; ResNets and RevNets take them")
     head_g = Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)
     model = PIRL(

@@ -350,9 +350,17 @@ def geometry(size):
 
 
 def trunk_name(args):
-    """--arch, with the total stride that the task wants where the name does not say one."""
-    stride = geometry(args.size)[2] if args.task in PATCHES else 8 if args.task == "colorization" else 0
-    return args.arch if not stride or re.search(r"_s\d+$", args.arch) else f"{args.arch}_s{stride}"
+    """--arch, with the total stride that the task wants where the name does not say one. On patches of 32 px and more a VGG
+    keeps all its poolings (code); networks that are not in the study's form keep their own strides on any."""
+    base, k, *_, stride = backbones.parts(args.arch)
+    if stride or args.task not in (*PATCHES, "colorization"):
+        return args.arch
+    if args.task == "colorization":
+        return f"{args.arch}_s8"
+    stride = geometry(args.size)[2]
+    if base not in (backbones.STUDY if k else backbones.PLAIN):
+        return args.arch
+    return f"{args.arch}_s{32 if base.startswith('vgg') and stride == 8 else stride}"
 
 
 def draw_patches(n, cell, patch, colour, g):

@@ -239,6 +239,8 @@ def build_decoder(backbone, size, dim, width, pool):
     with torch.no_grad():
         channels, side = backbone.eval().stages(torch.zeros(1, 3, size, size))[-1].shape[1:3]
     backbone.train()
+    if channels != backbone.dim:
+        common.fail(f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; SaGe needs the map's mean")
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
         common.fail(

@@ -463,7 +463,7 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
         (["--transform", "colour"], "invalid choice: 'colour'"),
         (["--nce", "softmax"], "invalid choice: 'softmax'"),
         (["--arch", "resnet10_17"], "did you mean 'resnet10_16'"),
-        (["--arch", "vgg11_bn"], "too small for it"),
+        (["--arch", "squeezenet1_1"], "too small for it"),
     ],
 )
 def test_bad_flags(flags, words, tmp_path, monkeypatch, capsys):
