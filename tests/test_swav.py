@@ -322,14 +322,6 @@ def test_any_recipe_takes_small_views():
     assert swav.multi_crop(views, 0, 96) == views[:2] and swav.multi_crop(views, 1, 64)[2]["size"] == 64
 
 
-def test_show_has_views_of_both_sizes(tmp_path, capsys):
-    flags = dict(method="swav", recipe="shapes", data="shapes", size=None, root="", seed=0, n=2, out=str(tmp_path / "a.png"))
-    data.show(Namespace(**flags))
-    count = len(swav.RECIPES["shapes"]["views"])
-    assert f"view {count}" in capsys.readouterr().out and count > 2
-    assert data.decode(tmp_path / "a.png").shape[1] == 3 * ((count + 2) * 34 + 2)  # image, views and mask, of 32 px each
-
-
 # ============ whole runs ============
 
 QUEUED = ["--queue-length", "32", "--queue-epoch", "2", "--freeze-epochs", "1.3", "--prototypes", "20", "--eval-every", "0"]
