@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from argparse import Namespace
 
 import pytest
 import torch
@@ -320,6 +319,12 @@ def test_any_recipe_takes_small_views():
     assert views[:2] == large and views[2:] == [{**large[0], "size": 20, "scale": (0.05, 0.14)}] * 4
     views = swav.RECIPES["imagenet"]["views"]
     assert swav.multi_crop(views, 0, 96) == views[:2] and swav.multi_crop(views, 1, 64)[2]["size"] == 64
+
+
+def test_show_has_views_of_both_sizes(tmp_path, capsys):
+    data.main(["show", "shapes", "--method", "swav", "--n", "2", "--out", str(tmp_path / "a.png")])
+    count = len(swav.RECIPES["shapes"]["views"])
+    assert f"view {count}, mask" in capsys.readouterr().out and count > 2
 
 
 # ============ whole runs ============
