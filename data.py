@@ -215,7 +215,7 @@ def decode(path, said=None):
     except UnidentifiedImageError:
         raise OSError("no image, or none of a kind that Pillow reads, such as a TIFF of more channels") from None
     except Exception as error:  # decoders raise whatever they like (SyntaxError for a broken PNG)
-        raise OSError(str(error) or type(error).__name__) from error
+        raise OSError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 @functools.lru_cache(maxsize=8)
@@ -1010,7 +1010,8 @@ def check(args):
         found = list(tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None))
     bad = [sentence for said in found for key, sentence in said.items() if key != WARNING]
     odd = [said[WARNING] for said in found if WARNING in said]
-    print(*bad, *odd, sep="\n")
+    for sentence in bad + odd:
+        print(sentence)
     print(f"{len(files)} images, {len(bad)} do not decode" + (f", {len(odd)} are of 16 bits but flat" if odd else ""))
     return 1 if bad else 0
 
