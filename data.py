@@ -103,8 +103,8 @@ class Images:
 
     def contents(self):
         """Changes when any pixel or label does."""
-        digest = hashlib.sha1(self.images.cpu().numpy())
-        digest.update(b"" if self.labels is None else self.labels.numpy())
+        digest = hashlib.sha1(self.images.cpu().contiguous().numpy())
+        digest.update(b"" if self.labels is None else self.labels.contiguous().numpy())
         return digest.hexdigest()
 
     fingerprint = contents
@@ -160,7 +160,7 @@ class Files:
         most, evenly spread, as a network disk is slow to tell), and not when the folder is copied to another place."""
         digest = hashlib.sha1(f"{labels_of(self).tolist()} {getattr(self.items, 'indices', '')}".encode())
         if isinstance(self.items, list):
-            names = [path.removeprefix(str(self.base)) for path, _ in self.items]
+            names = [path.removeprefix(str(self.base)).lstrip(os.sep) for path, _ in self.items]
             sizes = [size_and_time(path)[0] for path, _ in self.items[:: math.ceil(len(self) / 10_000)]]
             digest.update(f"{names} {sizes}".encode())
         return digest.hexdigest()
@@ -183,9 +183,9 @@ def decode(path, said=None):
     """The image in a file as uint8 [3, H, W]: by torchvision, and by Pillow what that one cannot read.
 
     Of an animation, and of the several pictures of a camera's JPEG, it is the first. OSError with the reason for whatever is
-    no image, and for what would lose something unseen: a TIFF of several pages, or of more than 3 channels (4 with alpha);
-    more than 8 bits a channel, but in a PNG. If the values of a PNG of 16 bits lie within a twelfth of the scale (of a camera
-    of 12 bits, say), said[WARNING] tells so.
+    no image, for more than 178,956,970 pixels, and for what would lose something unseen: a TIFF of several pages, or of more
+    than 3 channels (4 with alpha); more than 8 bits a channel, but in a PNG. If the values of a PNG of 16 bits lie within a
+    twelfth of the scale (of a camera of 12 bits, say), said[WARNING] tells so.
     """
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would let us wait for ever

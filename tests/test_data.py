@@ -25,7 +25,16 @@ import shapes as drawing
 from shapes import draw_shapes
 
 REAL = os.environ.get("TEST_DATA")
-drawing.draw_shapes = functools.lru_cache(maxsize=4)(draw_shapes)  # the same 10,000 images, whatever part a test takes
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_shapes():
+    """500 training images and 100 test images, drawn once: the first of those that users get."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "draw_shapes", functools.cache(lambda n, *rest: draw_shapes(n // 20, *rest)))
+        data._load.cache_clear()
+        yield
+    data._load.cache_clear()
 
 
 def images(n=6, size=32, seed=0):
@@ -574,11 +583,13 @@ def read_anew(folder, **kwargs):
     return data.load(str(folder), **kwargs)
 
 
-def test_contents_stay_when_a_folder_is_copied_and_change_with_its_images(folder, tmp_path):
+def test_contents_stay_when_a_folder_is_copied_and_change_with_its_images(folder, tmp_path, monkeypatch):
     before = read_anew(folder).contents()
     shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)  # other places, other times
     copy = tmp_path / "elsewhere" / "copy"
     assert read_anew(copy).contents() == before == read_anew(f"{copy}/").contents()
+    monkeypatch.chdir(copy)
+    assert read_anew(".").contents() == read_anew("../copy").contents() == before
     one, two, other = copy / "class0" / "000.jpg", copy / "class0" / "002.jpg", copy / "class1" / "000.jpg"
     swap = tmp_path / "swap"
 
@@ -624,7 +635,8 @@ def test_contents_look_at_ten_thousand_files_at_most(monkeypatch):
     items = [(f"/x/{i}.jpg", 0) for i in range(25_001)]
     before = data.Files("many", items, ["a"], "/x").contents()
     assert 8_000 < len(asked) <= 10_000 and asked[0] == "/x/0.jpg" and "/x/249" in asked[-1]
-    assert data.Files("many", items[:-1], ["a"], "/x").contents() != before  # names are compared all the same
+    items[1] = ("/x/other.jpg", 0)
+    assert data.Files("many", items, ["a"], "/x").contents() != before  # names are compared all the same
 
 
 # ============ shares of the labels ============
