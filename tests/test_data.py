@@ -963,7 +963,7 @@ SEES = {  # rows between "image" and "mask": their names, and how many px the pi
     ("pirl", "--transform", "rotation"): (["I", "I^t"], 32),
     ("pretext",): (["view", "rotation"], 2 * (32 + 2) + 2),
     ("pretext", "--task", "exemplar"): (["view", "exemplar"], 3 * (32 + 2) + 2),
-    ("pretext", "--task", "jigsaw"): (["view", "jigsaw"], 3 * (8 + 2) + 2),
+    ("pretext", "--task", "jigsaw", "--permutations", "4"): (["view", "jigsaw"], 3 * (8 + 2) + 2),
     ("pretext", "--task", "relative"): (["view", "relative"], 3 * (8 + 2) + 2),
     ("pretext", "--task", "colorization"): (["view", "colorization"], 32),
     ("sage",): (["view 1", "view 2"], 32),
