@@ -1,7 +1,7 @@
 """Data: named sets and folders, views of images for training, plain images for the probes.
 
-    python data.py show shapes            a PNG of images and of their views, as the network sees them
-    python data.py check DIR              lists the images that do not decode
+    python data.py show shapes --method cmc     a PNG of images and of what a method's network sees of them
+    python data.py check DIR                    lists the images that do not decode
 
 Two paths, one augmentation code. Small sets live in memory as one uint8 tensor on the training device and a batch is
 an index: no workers, no Python per image. Folders are decoded by workers, which also cut the random crops (uint8, at
@@ -14,28 +14,34 @@ and copied to the device, so that no step waits for the device to learn how many
 
 import argparse
 import collections
+import contextlib
 import difflib
 import functools
+import glob
 import hashlib
-import importlib
+import importlib.util
 import math
 import os
 import signal
+import stat
+import sys
+import types
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image, read_file
+from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tvf
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import shapes
-from common import fail
+from common import at_least, fail
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
@@ -51,7 +57,10 @@ BY_FILE = {  # name: (class, arguments of the training split, of the test split)
     "cars": (datasets.StanfordCars, {"split": "train"}, {"split": "test"}),
     "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
 }
+BY_SCIPY = ("imagenet", "flowers102", "cars", "svhn")  # torchvision reads their labels with it
 NAMES = ["shapes", "shapes-hard", "shapes-natural", *IN_MEMORY, *BY_FILE]
+# Pillow refuses an image of more than 178,956,970 pixels by its header; of more than half as many it would only warn.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 LARGE = 200_000  # images from which on a folder gets the recipe of the paper
@@ -80,9 +89,17 @@ def generator(*key):
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
+def first_rank():
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
 # ============ data sets ============
-# Both kinds have: len(), name, classes (names, or None), fingerprint(), `masks` ([N, H, W] uint8, or None), and key(i),
-# the name of image i: its path below the set's folder without the suffix, or its number in the set.
+# Both kinds have: len(), name, classes (names, or None), `masks` ([N, H, W] uint8, or None), and key(i), the name of image i:
+# its path below the set's folder without the suffix, or its number in the set. Also fingerprint(), a string that changes with
+# the data, for the caches of features and masks; and contents(), for resume: the same wherever the set lies.
+
+
+WARNING, WARNED = "warning", []  # key of `Files.report`; what has been said of it
 
 
 class Images:
@@ -99,38 +116,50 @@ class Images:
         return self.keys[i] if self.keys else f"{i:06d}"
 
     def contents(self):
-        return self.fingerprint()
-
-    def fingerprint(self):
-        """Changes when any pixel or label does; the cache of features asks for it."""
-        digest = hashlib.sha1(self.images.cpu().numpy().tobytes())
-        digest.update(b"" if self.labels is None else self.labels.numpy().tobytes())
+        """Changes when any pixel or label does."""
+        digest = hashlib.sha1(self.images.cpu().contiguous().numpy())
+        digest.update(b"" if self.labels is None else self.labels.contiguous().numpy())
         return digest.hexdigest()
+
+    fingerprint = contents
 
 
 class Files:
     """A set read image by image: `items` is a list of (path, label), all below `base`, or one of torchvision's data sets.
 
     `read(i)` gives (uint8 [3, H, W], label), with label -1 where there is none, and raises OSError for a file that does
-    not decode.
+    not decode; in a dictionary `said` it leaves what else there is to say (`report`).
     """
 
     masks = None
 
     def __init__(self, name, items, classes=None, base="/"):
         self.name, self.items, self.classes, self.base = name, items, classes, base
+        self.bad = set()  # places of those that do not decode, as far as known
 
     def __len__(self):
         return len(self.items)
 
-    def read(self, i):
+    def read(self, i, said=None):
         try:
             item, label = self.items[i]
             if isinstance(item, Image.Image):
                 return tvf.pil_to_tensor(item.convert("RGB")), int(label)
-            return decode(item), label
-        except Exception as error:  # decoders raise whatever they like (SyntaxError for a broken PNG)
+            return decode(item, said), label
+        except Exception as error:  # torchvision's sets, too, decode, and raise what they like
             raise OSError(f"{self.path(i)}: {error}") from error
+
+    def report(self, said, instead):
+        """Say what workers found, {place: why that image does not decode; WARNING: a sentence}: each file that does not decode
+        once; the warning, if it is the process's first. Above 1 % of the set, and more than one, stop."""
+        if (sentence := said.pop(WARNING, None)) and not WARNED and first_rank():
+            WARNED.append(sentence)
+            tqdm.write(f"warning: {sentence}")
+        for i in sorted(said.keys() - self.bad):
+            self.bad.add(i)
+            tqdm.write(f"warning: {said[i]}: it does not decode; {instead} ({len(self.bad)} so far)")
+        if len(self.bad) > max(1, len(self) // 100):
+            fail(f"{len(self.bad)} of {len(self)} images do not decode, more than 1 %: python data.py check lists them")
 
     def path(self, i):
         return self.items[i][0] if isinstance(self.items, list) else f"image {i} of {self.name}"
@@ -141,44 +170,87 @@ class Files:
         return f"{self.items.indices[i] if isinstance(self.items, Subset) else i:06d}"
 
     def contents(self):
-        return self.fingerprint()
-
-    def fingerprint(self):
-        digest = hashlib.sha1(f"{self.name} {len(self)}".encode())
-        for path, label in self.items if isinstance(self.items, list) else []:
-            stat = os.stat(path)
-            digest.update(f"{path} {label} {stat.st_size} {stat.st_mtime_ns}".encode())
-        digest.update(str(getattr(self.items, "indices", "")).encode())  # which ones, of one of torchvision's sets
+        """Changes when images are added, removed, moved between classes or exchanged (for files of another size: of 10,000 at
+        most, evenly spread, as a network disk is slow to tell), and not when the folder is copied to another place."""
+        digest = hashlib.sha1(f"{labels_of(self).tolist()} {getattr(self.items, 'indices', '')}".encode())
+        if isinstance(self.items, list):
+            names = [path.removeprefix(str(self.base)).lstrip(os.sep) for path, _ in self.items]
+            sizes = [size_and_time(path)[0] for path, _ in self.items[:: math.ceil(len(self) / 10_000)]]
+            digest.update(f"{names} {sizes}".encode())
         return digest.hexdigest()
 
+    def fingerprint(self):
+        """Also changes when any file was written."""
+        items = self.items if isinstance(self.items, list) else []
+        return hashlib.sha1(f"{self.contents()} {[size_and_time(path) for path, _ in items]}".encode()).hexdigest()
 
-def decode(path):
-    """The image in a file as uint8 [3, H, W]; torchvision's decoder, and Pillow for what that one cannot read."""
+
+def size_and_time(path):
     try:
-        image = decode_image(read_file(str(path)), ImageReadMode.RGB)
-        if image.dtype == torch.uint16:  # a PNG of 16 bits
-            image = (image.int() // 257).byte()
-        if image.ndim == 3:  # an animated GIF has four
-            return image
-    except RuntimeError:
-        pass
-    with Image.open(path) as image:
-        if image.mode[0] in "IF":
-            raise OSError(f"{path}: more than 8 bits a channel, which Pillow would clip to white")
-        return tvf.pil_to_tensor(image.convert("RGB"))
+        found = os.stat(path)
+        return found.st_size, found.st_mtime_ns
+    except OSError:  # a link that leads nowhere
+        return -1, -1
+
+
+def decode(path, said=None):
+    """The image in a file as uint8 [3, H, W]: by torchvision, and by Pillow what that one cannot read.
+
+    Of an animation, and of the several pictures of a camera's JPEG, it is the first. OSError with the reason for whatever is
+    no image, for more than 178,956,970 pixels, and for what would lose something unseen: a TIFF of several pages, or of more
+    than 3 channels (4 with alpha); more than 8 bits a channel, but in a PNG. If the values of a PNG of 16 bits lie within a
+    twelfth of the scale (of a camera of 12 bits, say), said[WARNING] tells so.
+    """
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a FIFO would let us wait for ever
+            raise OSError("not a regular file")
+        with open(path, "rb") as f, Image.open(f) as image:  # reads the header alone, and refuses decompression bombs by it
+            if image.format == "TIFF":
+                channels = image.tag_v2.get(277, 1)
+                if image.n_frames > 1:
+                    raise OSError(f"{image.n_frames} pages, of which only the first would be seen")
+                if channels > len(image.getbands()) or image.mode == "RGBX":
+                    raise OSError(f"{channels} channels, of which only three would be seen")
+            elif image.format != "GIF":  # of which torchvision decodes every frame
+                f.seek(0)
+                with contextlib.suppress(RuntimeError):
+                    x = decode_image(torch.frombuffer(bytearray(f.read()), dtype=torch.uint8), ImageReadMode.RGB)
+                    if x.dtype == torch.uint16:
+                        x = x.int()
+                        low, high = (int(v) for v in x.aminmax())
+                        if said is not None and high - low <= 65535 / 12:
+                            said[WARNING] = (f"{path}: 16 bits a channel, and all values lie from {low} to {high} of 65535: "
+                                             "images that are nearly one grey to a network should be rescaled first")  # fmt: skip
+                        x = (x // 257).byte()
+                    return x
+            if image.mode[0] in "IF":
+                raise OSError("more than 8 bits a channel, which Pillow would clip to white")
+            return tvf.pil_to_tensor(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise OSError("no image, or none of a kind that Pillow reads, such as a TIFF of more channels") from None
+    except Exception as error:  # decoders raise whatever they like (SyntaxError for a broken PNG)
+        raise OSError(getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 @functools.lru_cache(maxsize=8)
 def list_folder(folder):
-    """All images below `folder` as sorted (path, label) and the class names.
+    """All images below `folder` as sorted (path, label) and the class names. Links are followed; each folder counts once.
 
     The classes are the names of the first folders on the way down; without at least two such folders holding every
     image there are none, and every label is -1.
     """
-    paths = sorted(
-        Path(base, f) for base, _, files in os.walk(folder, followlinks=True) for f in files
-        if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")
-    )  # fmt: skip
+    paths, known, starts = [], set(), [folder]
+    for start in starts:  # first what lies below the folder itself, then what its links lead to
+        for base, folders, files in os.walk(start):
+            found = os.stat(base)
+            if (found.st_dev, found.st_ino) in known:  # by a link that closes a loop, or by a second one
+                folders.clear()
+                continue
+            known.add((found.st_dev, found.st_ino))
+            paths += [Path(base, f) for f in files if Path(f).suffix.lower() in SUFFIXES and not f.startswith(".")]
+            folders.sort()
+            starts += [link for f in folders if os.path.islink(link := os.path.join(base, f))]
+    paths.sort()
     tops = [p.relative_to(folder).parts[0] if p.parent != Path(folder) else None for p in paths]
     classes = sorted(set(tops) - {None})
     if None in tops or len(classes) < 2:
@@ -194,7 +266,7 @@ def stem(path, folder):
 
 def named(folder):
     """{name: path} of the images below `folder`."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):  # which is False, too, for what the system refuses to look at: a name too long, a loop
         fail(f"{folder}: no such folder")
     return {stem(path, folder): path for path, _ in list_folder(folder)[0]}
 
@@ -212,12 +284,12 @@ def load_folder(folder, split, name):
     """A tree of images. `train/` and `val/` or `test/` are used when there. With classes but neither of the last two,
     every tenth image is the probes' test set; it is trained on all the same, without its label."""
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         near = difflib.get_close_matches(str(folder), NAMES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else f". Named sets: {', '.join(NAMES)}"
         fail(f"--data {folder}: neither a named set nor a folder{hint}")
-    held_out = next((d for d in ("val", "test") if (folder / d).is_dir()), None)
-    train = folder / "train" if (folder / "train").is_dir() else folder
+    held_out = next((d for d in ("val", "test") if os.path.isdir(folder / d)), None)
+    train = folder / "train" if os.path.isdir(folder / "train") else folder
     items, classes = list_folder(train)
     if not items:
         fail(f"no images in {train} (looked for {' '.join(sorted(SUFFIXES))})")
@@ -258,19 +330,31 @@ def _load(name, root, split, device, limit, seed, memory):
         images, labels, masks = shapes.draw_shapes(n, 32, list_seed, name == "shapes-hard", name == "shapes-natural")
         return subset(Images(name, images.to(device), labels, shapes.CLASSES, masks), limit, seed)
     own = Path(root, name)
-    if name in NAMES and (own / "train").is_dir():
+    if name == "imagenet" and not os.path.isdir(own / "train") and glob.glob(f"{glob.escape(root)}/train/n*/"):
+        own = Path(root)  # as people have it; its classes in order of their folders are ImageNet's
+    if name in NAMES and os.path.isdir(own / "train"):
         files = load_folder(own, split, name)
         return in_memory(files, device, limit, seed) if memory or name in IN_MEMORY else subset(files, limit, seed)
     if name in IN_MEMORY:
         return subset(load_small(name, root, split, device), limit, seed)
     if name in BY_FILE:
         cls, train, test = BY_FILE[name]
+        if name in BY_SCIPY and not importlib.util.find_spec("scipy"):
+            fail(f"{name} is not in {root} as folders, and torchvision reads its files with scipy, which is not installed: "
+                 f"pip install scipy, or {layout(name, root)}")  # fmt: skip
         download = {} if name in ("imagenet", "cars") else {"download": True}
         made = first_rank_first(lambda: cls(root, **(test if split == "test" else train), **download), name, root)
         base = getattr(made, "split_folder", "/")  # of ImageNet, whose items are files
         return subset(Files(name, getattr(made, "samples", made), getattr(made, "classes", []), base), limit, seed)
     files = load_folder(name, split, None)
     return in_memory(files, device, limit, seed) if memory else subset(files, limit, seed)
+
+
+def layout(name, root):
+    """The folders that serve as a named set, in words."""
+    if name == "imagenet":
+        return f"lay the images out as {root}/train/n*/*.JPEG and {root}/val/n*/*.JPEG"
+    return f"lay the images out as {root}/{name}/train/CLASS/* and {root}/{name}/test/CLASS/*"
 
 
 def load_small(name, root, split, device):
@@ -295,33 +379,27 @@ def first_rank_first(make, name, root):
             torch.distributed.barrier()
             return make() if made is None else made
         return make()
-    except (RuntimeError, OSError, ImportError) as error:  # torchvision reads the annotations of some sets with scipy
-        reason = str(error).splitlines()[0]
-        fail(
-            f"{name} is not in {root} and could not be fetched ({reason}); a folder of images {root}/{name}/train will do"
-        )
+    except (RuntimeError, OSError) as error:
+        fail(f"{name} is not in {root} and could not be fetched ({str(error).splitlines()[0]}); or {layout(name, root)}")
 
 
 def in_memory(files, device, limit=0, seed=0):
     """Decode `files`, which must all have one size, into a set in memory. Those that do not decode are left out."""
-    files, images, labels, keys, bad = subset(files, limit, seed), [], [], [], []
+    files, images, labels, keys, said = subset(files, limit, seed), [], [], [], {}
     for i in range(len(files)):
         try:
-            image, label = files.read(i)
+            image, label = files.read(i, said)
         except OSError as error:
-            bad.append(str(error))
+            said[i] = str(error)
             continue
         images.append(image)
         labels.append(label)
         keys.append(files.key(i))
         if image.shape != images[0].shape:
             fail(f"{files.path(i)} has another size than the first image, so they do not fit one tensor in memory")
-    if len(bad) > max(1, len(files) // 100) or not images:
-        fail(f"{len(bad)} of {len(files)} images do not decode, more than 1 %: python data.py check lists them")
-    if bad:
-        print(
-            f"warning: left out {len(bad)} of {len(files)} images that do not decode; the first: {bad[0]}", flush=True
-        )
+    files.report(said, "it is left out")
+    if not images:
+        fail(f"no image of {files.name} decodes")
     labels = torch.tensor(labels) if files.classes else None
     return Images(files.name, torch.stack(images).to(device), labels, files.classes, keys=keys)
 
@@ -404,7 +482,7 @@ def read_masks(folder, data, size=64):
     object is. Masks of any size will do: they are resized (and so may be squashed, as a relative place is all they tell).
     Images without a mask are named; up to 1 % of them (files that do not decode have none) get an empty one, more end the
     program."""
-    if not Path(folder).is_dir():
+    if not os.path.isdir(folder):
         fail(f"--masks {folder}: no such folder")
     files, keys = named(folder), keys_of(data)
     if missing := [key for key in keys if key not in files]:
@@ -412,7 +490,7 @@ def read_masks(folder, data, size=64):
         sentence += ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         if len(missing) > max(1, len(keys) // 100):
             fail(sentence)
-        if not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if first_rank():
             print(f"warning: {sentence}", flush=True)
 
     def read(key):
@@ -436,10 +514,12 @@ def read_masks(folder, data, size=64):
 
 def sample_boxes(n, height, width, scale, ratio, g):
     """`n` crops (top, left, height, width) [n, 4], distributed as torchvision's RandomResizedCrop: area U(scale) of the
-    image, log-uniform aspect ratio (None: the image's own, so that the resize squashes it); of ten tries the first that
-    fits, else the largest central crop of allowed ratio."""
-    ratio = ratio or (width / height, width / height)
-    area = height * width * (scale[0] + (scale[1] - scale[0]) * torch.rand(n, 10, generator=g))
+    image, log-uniform aspect ratio (None: the image's own, so that the resize squashes it; "square": 1, and the area is a
+    share of the largest square's, so that it always fits); of ten tries the first that fits, else the largest central crop
+    of allowed ratio."""
+    whole = min(height, width) ** 2 if ratio == "square" else height * width
+    ratio = (1.0, 1.0) if ratio == "square" else ratio or (width / height, width / height)
+    area = whole * (scale[0] + (scale[1] - scale[0]) * torch.rand(n, 10, generator=g))
     low, high = math.log(ratio[0]), math.log(ratio[1])
     aspect = torch.exp(low + (high - low) * torch.rand(n, 10, generator=g))
     w, h = (area * aspect).sqrt().round(), (area / aspect).sqrt().round()
@@ -681,9 +761,10 @@ def view(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic",
          blend="none"):  # fmt: skip
     """The numbers of one view; the scripts spell out those that their paper sets.
 
-    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop (ratio None: the image's own). jitter:
-    strengths of brightness, contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip, jitter_p,
-    grey, blur, solarize, paste: probabilities. blend: of the pasted object's edge, a key of BLENDS.
+    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop (ratio None: the image's own; "square": 1,
+    with scale as a share of the largest square). jitter: strengths of brightness, contrast, saturation, hue. sigma: range of
+    the blur's standard deviation in px. flip, jitter_p, grey, blur, solarize, paste: probabilities. blend: of the pasted
+    object's edge, a key of BLENDS.
     """
     return dict(size=size, scale=scale, ratio=ratio, interpolation=interpolation, flip=flip, jitter=jitter,
                 jitter_p=jitter_p, grey=grey, blur=blur, sigma=sigma, solarize=solarize, mean=mean, std=std,
@@ -706,7 +787,6 @@ class Loader:
         self.data, self.views, self.batch_size, self.seed, self.grounds = data, views, batch_size, seed, grounds
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.steps = len(data) // (batch_size * world)
-        self.bad = set()
         if isinstance(data, Files):
             self.batches = _Batches()
             self.loader = DataLoader(
@@ -736,22 +816,10 @@ class Loader:
             yield from ((index, None) for index in order[start:].to(self.device))
             return
         self.batches.keys = [[(epoch, i) for i in batch] for batch in order[start:].tolist()]
-        for index, crops, bad in self.loader:
-            self.report(bad)
+        for index, crops, said in self.loader:
+            self.data.report(said, "another image takes its place")
             crops = [c.to(self.device, non_blocking=True).float().div_(255) for c in crops]
             yield index.to(self.device, non_blocking=True), crops
-
-    def report(self, bad):
-        """Name each file that did not decode once; above 1 % of the set, and more than one, stop."""
-        for i in set(bad) - self.bad:
-            self.bad.add(i)
-            tqdm.write(
-                f"warning: {self.data.path(i)} does not decode; another image took its place ({len(self.bad)} so far)"
-            )
-        if len(self.bad) > max(1, len(self.data) // 100):
-            fail(
-                f"{len(self.bad)} of {len(self.data)} images do not decode, more than 1 %: python data.py check lists them"
-            )
 
 
 def outlive_signals(_):
@@ -790,32 +858,29 @@ class Crops(Dataset):
 
     def __getitem__(self, key):
         epoch, index = key
-        g, at, bad = generator(self.seed, "crop", epoch, index), index, []
+        g, at, said = generator(self.seed, "crop", epoch, index), index, {}
         image = torch.zeros(3, 8, 8, dtype=torch.uint8)  # only if twenty images in a row are broken
         for _ in range(20):
             try:
-                image, _ = self.files.read(at)
+                image, _ = self.files.read(at, said)
                 break
-            except OSError:
-                bad.append(at)
+            except OSError as error:
+                said[at] = str(error)
                 at = int(torch.randint(len(self.files), (), generator=g))
         if self.alpha is not None:
             mask = tvf.resize(self.alpha[at, None], list(image.shape[1:]), antialias=True)
         crops = [random_crop(torch.cat([image, mask]) if view["paste"] else image, view, g) for view in self.views]
-        return index, crops, bad
+        return index, crops, said
 
     @staticmethod
     def collate(samples):
-        index, crops, bad = zip(*samples, strict=True)
-        return (
-            torch.tensor(index),
-            [torch.stack(view) for view in zip(*crops, strict=True)],
-            [i for b in bad for i in b],
-        )
+        numbers, images, said = zip(*samples, strict=True)
+        images = [torch.stack(view) for view in zip(*images, strict=True)]
+        return torch.tensor(numbers), images, dict(collections.ChainMap(*said))
 
 
 class Plain(Dataset):
-    """Images of a folder without augmentation, for the probes; a broken one is black and keeps its place."""
+    """Images of a folder without augmentation, for the probes; a broken one is black, has no label and keeps its place."""
 
     def __init__(self, files, size, interpolation):
         self.files, self.size, self.interpolation = files, size, interpolation
@@ -824,15 +889,18 @@ class Plain(Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
+        said = {}
         try:
-            image, label = self.files.read(index)
-        except OSError:
-            return torch.zeros(3, self.size, self.size, dtype=torch.uint8), -1
-        return fit(image, self.size, self.interpolation), label
+            image, label = self.files.read(index, said)
+        except OSError as error:
+            said[index] = str(error)
+            return -1, [torch.zeros(3, self.size, self.size, dtype=torch.uint8)], said
+        return label, [fit(image, self.size, self.interpolation)], said
 
 
 def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=None):
-    """Plain images in order: yields (x normalised [b, 3, S, S] on the device, labels [b] on the CPU, -1 for none)."""
+    """Plain images in order: yields (x normalised [b, 3, S, S] on the device, labels [b] on the CPU, -1 for none). Files that do
+    not decode are black, are named, and above 1 % end the program, as in training."""
     size, interpolation = preprocess["size"], preprocess["interpolation"]
     indices = torch.arange(len(data)) if indices is None else indices
     if isinstance(data, Images):
@@ -843,8 +911,11 @@ def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=N
         return
     plain = Subset(Plain(data, size, interpolation), indices.tolist())
     pin = torch.device(device).type == "cuda"
-    loader = DataLoader(plain, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=outlive_signals)
-    for x, labels in loader:
+    loader = DataLoader(
+        plain, batch_size, collate_fn=Crops.collate, num_workers=workers, pin_memory=pin, worker_init_fn=outlive_signals
+    )
+    for labels, (x,), said in loader:
+        data.report(said, "a black one without a label takes its place")
         x = x.to(device, non_blocking=True).float().div_(255)
         yield normalise(x, preprocess["mean"], preprocess["std"]), labels
 
@@ -862,35 +933,79 @@ def picture(batches_, views, n=8):
     return make_grid(torch.cat(rows).clamp(0, 1).cpu(), nrow=n, padding=2, pad_value=1)
 
 
-def show(args):
-    if not (Path(__file__).parent / f"{args.method}.py").is_file():
-        fail(f"--method {args.method}: there is no {args.method}.py")
-    recipe = importlib.import_module(args.method).RECIPES[args.recipe or recipe_for(args.data)]
-    size = args.size or recipe["size"]
-    views = [view(**{"size": size, **v}) for v in recipe["views"]]
-    dataset = load(args.data, args.root, "train")
-    g = generator(args.seed, "show")
-    index = torch.randperm(len(dataset), generator=g)[: args.n]
-    if isinstance(dataset, Files):
-        images = [dataset.read(i)[0] for i in index.tolist()]
-        crops = [torch.stack([random_crop(x, v, g) for x in images]) / 255 for v in views]
-    else:
-        images = dataset.images[index]
-        crops = [random_crops(images, v, g) for v in views]
-    plain = normalise(torch.stack([fit(x, size) for x in images]) / 255)
-    rows = [plain, *(augment(crop, v, g) for crop, v in zip(crops, views, strict=True))]
-    grid = picture(rows, [view(size), *views], len(images))
+def tiles(x, n):
+    """The k pictures of each of n images, [n * k, 3, s, s], as one square each: [n, 3, S, S]."""
+    k = len(x) // n
+    return x if k == 1 else torch.stack([make_grid(part, math.ceil(k**0.5), pad_value=1) for part in x.chunk(n)])
+
+
+def views_of(script, flags):
+    """The views that a method's script asks a Loader for."""
+    if hasattr(script, "views_of"):
+        return script.views_of(flags)
+    recipe = script.recipe_of(flags.recipe, flags.v) if hasattr(script, "recipe_of") else script.RECIPES[flags.recipe]
+    views = recipe["views"]
+    if script.METHOD == "swav":
+        views = script.multi_crop(views, flags.small_crops, flags.small_size)
+    if script.METHOD == "instdisc":
+        views = [script.augmented(v, flags.augment) | {"paste": flags.copy_paste, "blend": flags.blend} for v in views]
+    views = [view(**{"size": flags.size, **v}) for v in views]
+    if script.METHOD == "pirl":
+        jigsaw = flags.transform == "jigsaw"
+        views[1] = (views[1] | {"size": 3 * script.puzzle_grid(flags.size)[0]} if jigsaw else views[0]) | script.UNCOLOURED
+    return views
+
+
+def seen(script, flags, xs, views, g):
+    """What a method's network sees of the batches `xs` of views, {caption: [N, 3, s, s] in [0, 1]}: the views, or what the
+    script makes of them."""
+    rgb = lambda x, v: x * torch.tensor(v["std"]).view(3, 1, 1) + torch.tensor(v["mean"]).view(3, 1, 1)
+    rows, n, x = {f"view {i}": rgb(x, v) for i, (x, v) in enumerate(zip(xs, views, strict=True), 1)}, len(xs[0]), xs[0]
+    f = types.SimpleNamespace(dim=1, channels=1)  # in the place of a backbone
+    if script.METHOD == "cmc":
+        (convert, mean, std), groups = importlib.import_module("backbones").SPLITS[flags.split]
+        names = iter(("Y", "Db", "Dr") if flags.split == "ydbdr" else ("L", "a", "b"))
+        for j, group in enumerate(normalise(convert(x), mean, std).split(groups, 1), 1):
+            rows |= {f"V{j}: {next(names)}": (c / 2 + 0.5).expand(-1, 3, -1, -1) for c in group.split(1, 1)}
+    elif script.METHOD == "cpc":
+        rows["patches"] = tiles(script.CPC(f, flags).patches(x, (flags.seed,)) / 2 + 0.5, n)
+    elif script.METHOD == "pirl":
+        head = script.Jigsaw(1, 1, flags.size) if flags.transform == "jigsaw" else script.Rotation(1, 1)
+        parts = head.transform(xs[1], *head.draw(n, g)).flatten(0, 1)
+        rows = {"I": rows["view 1"], "I^t": tiles(rgb(augment(parts, views[0], g), views[0]), n)}
+    elif script.METHOD == "pretext":
+        prior = [torch.ones(len(script.ab_bins()))] if flags.task == "colorization" else []
+        task = script.TASKS[flags.task](f, flags, *prior)
+        x = task.inputs(xs, *task.draw(n, g))
+        x = x / (4 if task.sees.get("standardise") else 2) + 0.5  # +- two standard deviations, or [-1, 1]
+        rows = {"view": rows["view 1"], flags.task: tiles(x, n)}
+    return rows
+
+
+def show(args, rest):
+    folder = Path(__file__).parent
+    methods = sorted(path.stem for path in folder.glob("*.py") if "\nRECIPES = " in path.read_text())
+    if args.method not in methods:
+        fail(f"--method {args.method}: it must be one of {', '.join(methods)}")
+    script, evaluate, runs = (importlib.import_module(name) for name in (args.method, "evaluate", "runs"))
+    flags = script.parse_args(["--data", args.data, *rest])
+    at_least(1, args, "n", most=64)
+    at_least(8, flags, "size", most=1024)
+    dataset, views = load(flags.data, flags.root, limit=flags.limit, seed=flags.seed), views_of(script, flags)
+    n = min(args.n, len(dataset))
+    alpha, grounds = script.objects(flags, dataset, "cpu", print) if views[0]["paste"] else (None, None)
+    index, xs = next(Loader(dataset, views, n, flags.seed, alpha=alpha, grounds=grounds).epoch(0))
+    plain, _ = next(batches(dataset, view(flags.size, mean=(0, 0, 0), std=(1, 1, 1)), n, indices=index))
+    rows = {"image": plain, **seen(script, flags, xs, views, generator(flags.seed, "show"))}
     if dataset.masks is not None:
-        masks = F.interpolate(dataset.masks[index][:, None].float(), (size, size)).expand(-1, 3, -1, -1)
-        grid = torch.cat([grid, make_grid(masks, nrow=len(images), padding=2, pad_value=1)[:, 2:]], 1)
-    zoom = max(1, round(96 / size))
-    save_image(F.interpolate(grid[None], scale_factor=zoom, mode="nearest"), args.out)
-    names = ["images", *(f"view {i + 1}" for i in range(len(views)))] + ["masks"] * (dataset.masks is not None)
-    print(f"{args.out}: rows from the top: {', '.join(names)}; views as in {args.method}.py")
+        rows["mask"] = tvf.resize(dataset.masks[index][:, None].float(), [flags.size] * 2).expand(-1, 3, -1, -1)
+    figure = evaluate.figure([(name, 2 * x.clamp(0, 1) - 1, None, None) for name, x in rows.items()])
+    runs.write_picture(args.out, figure)
+    print(f"{args.out}: {n} images of {dataset.name} and what the network of {args.method}.py sees: {', '.join(rows)}")
 
 
 def check(args):
-    if not Path(args.folder).is_dir():
+    if not os.path.isdir(args.folder):
         fail(f"{args.folder}: no such folder")
     items, _ = list_folder(args.folder)
     if not items:
@@ -898,30 +1013,35 @@ def check(args):
     files = Files(args.folder, items)
 
     def problem(i):
+        said = {}
         try:
-            files.read(i)
+            files.read(i, said)
         except OSError as error:
-            return str(error)
+            said[i] = str(error)
+        return said
 
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
-        bad = [e for e in tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None) if e]
-    for error in bad:
-        print(error)
-    print(f"{len(files)} images, {len(bad)} do not decode")
+        found = list(tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None))
+    bad = [sentence for said in found for key, sentence in said.items() if key != WARNING]
+    odd = [said[WARNING] for said in found if WARNING in said]
+    for sentence in bad + odd:
+        print(sentence)
+    print(f"{len(files)} images, {len(bad)} do not decode" + (f", {len(odd)} are of 16 bits but flat" if odd else ""))
     return 1 if bad else 0
 
 
-def main():
+def main(argv=None):
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
-    s = commands.add_parser("show", help="write a PNG of images and of their views")
+    s = commands.add_parser(
+        "show", help="write a PNG of images and of what a network sees of them", allow_abbrev=False,
+        epilog="All other flags are the script's: --recipe, --size, --seed, --root; of pretext.py --task, of cmc.py --split, ...",
+    )  # fmt: skip
     s.add_argument("data", help=f"a folder, or one of {', '.join(NAMES)}")
     s.add_argument("--method", default="byol", help="the script whose views to show")
-    s.add_argument("--recipe", help="of that script (default: by data)")
-    s.add_argument("--size", type=int, help="px (default: the recipe's)")
-    s.add_argument("--root", default="datasets", help="where named sets live")
     s.add_argument("--n", type=int, default=10, help="how many images")
-    s.add_argument("--seed", type=int, default=0, help="which images and views")
     s.add_argument("--out", default="show.png", help="the file to write")
     s.set_defaults(run=show)
     c = commands.add_parser(
@@ -929,9 +1049,13 @@ def main():
     )
     c.add_argument("folder")
     c.set_defaults(run=check)
-    args = p.parse_args()
-    return args.run(args)
+    args, rest = p.parse_known_args(argv)
+    if args.run is show:
+        return show(args, rest)
+    return check(args) if not rest else p.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    import data  # the scripts import this file, too: its classes must be the same
+
+    raise SystemExit(data.main())

@@ -446,11 +446,10 @@ def learning_rate(step, total, lr, warmup, schedule):
 def augmented(view, upto):
     """The view of a recipe with table 1's augmentations up to and including `upto`."""
     level, view = TABLE_1.index(upto), dict(view)
-    square = {"ratio": (1.0, 1.0)}
     view |= {"grey": 0.0} if level < 5 else {}
     view |= {"jitter_p": 0.0} if level < 4 else {}
-    view |= {"scale": ((224 / 256) ** 2,) * 2} | square if level < 3 else {}  # a crop of 224 px from 256
-    view |= {"scale": (1.0, 1.0)} | square if level < 2 else {}  # the largest central square
+    view |= {"scale": ((224 / 256) ** 2,) * 2, "ratio": "square"} if level < 3 else {}  # 224 px of a short side of 256
+    view |= {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if level < 2 else {}  # the largest central square
     view |= {"flip": 0.0} if level < 1 else {}
     return view
 

@@ -1,9 +1,17 @@
+import functools
+import importlib
 import json
 import os
+import shutil
+import signal
+import socket
+import struct
+import zlib
 
 import pytest
 import torch
-from conftest import forked, run, write_images
+from conftest import run, write_images
+from PIL import Image
 from torchvision.io import write_png
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as T
@@ -11,9 +19,22 @@ from torchvision.transforms.v2 import functional as tvf
 
 import byol
 import data
+import evaluate
+import instdisc
+import shapes as drawing
 from shapes import draw_shapes
 
 REAL = os.environ.get("TEST_DATA")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_shapes():
+    """500 training images and 100 test images, drawn once: the first of those that users get."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawing, "draw_shapes", functools.cache(lambda n, *rest: draw_shapes(n // 20, *rest)))
+        data._load.cache_clear()
+        yield
+    data._load.cache_clear()
 
 
 def images(n=6, size=32, seed=0):
@@ -177,8 +198,8 @@ def test_an_image_that_takes_anothers_place_brings_its_own_mask(folder):
     with open(files.items[2][0], "wb") as f:
         f.write(b"broken")
     alpha = torch.arange(64, dtype=torch.uint8)[:, None, None].expand(64, 4, 4).contiguous()
-    index, (crop,), bad = data.Crops(files, [data.view(16, paste=1.0)], 0, alpha)[0, 2]
-    assert index == 2 and bad == [2] and crop.shape == (4, 16, 16)
+    index, (crop,), said = data.Crops(files, [data.view(16, paste=1.0)], 0, alpha)[0, 2]
+    assert index == 2 and list(said) == [2] and crop.shape == (4, 16, 16)
     assert (crop[3] == crop[3, 0, 0]).all() and crop[3, 0, 0] != 2
 
 
@@ -302,6 +323,129 @@ def test_an_epoch_visits_every_image_once_over_all_ranks(shapes):
     assert sorted(index.tolist()) == list(range(40))
 
 
+def test_each_image_of_a_batch_has_its_own_flip(tmp_path):
+    x = torch.zeros(64, 3, 8, 8, dtype=torch.uint8)
+    x[..., :4] = 200
+    view = data.view(8, scale=(1.0, 1.0), ratio=None, mean=(0, 0, 0), std=(1, 1, 1))
+    for i in range(64):
+        write_png(x[i], str(tmp_path / f"{i}.png"))
+    for dataset in (data.Images("x", x), data.load(str(tmp_path))):
+        _, (made,) = next(data.Loader(dataset, [view], 64, 0).epoch(0))
+        assert 18 < (made[:, 0, 0, 0] < 0.5).sum() < 46  # of 64 fair coins, outside with probability 0.0003
+
+
+def test_each_image_of_a_batch_has_its_own_blur():
+    x = torch.zeros(50, 3, 31, 31)
+    x[:, :, 15, 15] = 1
+    view = data.view(64, blur=1.0, sigma=(0.5, 2.0), mean=(0, 0, 0), std=(1, 1, 1))  # of 7 taps
+    peaks = data.augment(x, view, data.generator(0))[:, 0, 15, 15]
+    assert len(peaks.unique()) > 45 and peaks.max() > 3 * peaks.min()
+
+
+def test_each_image_of_a_batch_has_its_own_order_and_strengths_of_jitter(monkeypatch):
+    given = []
+    monkeypatch.setattr(data, "jitter", lambda x, factors, order: given.append((factors, order)) or x)
+    view = data.view(8, jitter=(0.1, 0.2, 0.3, 0.4), jitter_p=0.9)
+    data.augment(torch.zeros(4000, 3, 1, 1), view, data.generator(0))
+    ((factors, order),) = given
+    orders, count = order[order[:, 0] != 4].unique(dim=0, return_counts=True)
+    assert len(orders) == 24 and (count - 150).abs().max() < 60  # of 3,600 images
+    assert (orders.sort(1).values == torch.arange(4)).all()
+    for column, strength in enumerate((0.1, 0.2, 0.3, 0.4)):
+        values = factors[:, column] - int(column < 3)  # three around 1, the hue's shift around 0
+        assert -strength <= values.min() < -0.95 * strength and 0.95 * strength < values.max() <= strength
+        assert abs((values > 0).float().mean() - 0.5) < 0.04
+    assert factors.T.corrcoef().fill_diagonal_(0).abs().max() < 0.1
+
+
+def test_contrast_and_saturation_are_what_the_view_says():
+    x = torch.rand(20, 1, 8, 8, generator=data.generator(0)).expand(-1, 3, -1, -1)  # no colour, so nothing to saturate
+    pixels = dict(mean=(0, 0, 0), std=(1, 1, 1), jitter_p=1.0)
+    made = [data.augment(x.clone(), data.view(8, jitter=each, **pixels), data.generator(0)) for each in
+            ((0, 0.5, 0, 0), (0, 0, 0.5, 0))]  # fmt: skip
+    assert (made[0] - x).abs().amax((1, 2, 3)).min() > 1e-3 and torch.allclose(made[1], x, atol=1e-3)
+
+
+def test_noise_is_another_for_each_step_rank_epoch_and_seed(tmp_path):
+    """Of one image many times over whatever differs is noise: of colours in both paths, and of crops in memory."""
+    one = torch.randint(0, 256, (3, 12, 12), generator=data.generator(0), dtype=torch.uint8)
+    for i in range(16):
+        write_png(one, str(tmp_path / f"{i:02d}.png"))
+    whole = dict(scale=(1.0, 1.0), ratio=None, flip=0.0)
+    colours, crops = data.view(12, jitter=(0.4,) * 4, jitter_p=1.0, **whole), data.view(12)
+    memory = data.Images("x", one.expand(16, -1, -1, -1).contiguous())
+    for dataset, view in ((memory, colours), (data.load(str(tmp_path)), colours), (memory, crops)):
+        def first(seed=0, epoch=0, rank=0, step=0, dataset=dataset, view=view):
+            return next(data.Loader(dataset, [view], 4, seed, rank, 2).epoch(epoch, step))[1][0]
+
+        made = torch.stack([first(), first(seed=1), first(epoch=1), first(rank=1), first(step=1)])
+        assert torch.equal(made[0], first())
+        assert (made.flatten(2)[:, None] - made.flatten(2)).abs().sum((2, 3)).fill_diagonal_(1).min() > 0.1
+        assert len(made.flatten(0, 1).flatten(1).unique(dim=0)) == 20  # nor do two images of a batch get the same
+
+
+def test_the_order_depends_on_the_seed(folder):
+    for dataset in both_paths(folder):
+        orders = [torch.cat([i for i, _ in loader(dataset, seed=seed).epoch(0)]).tolist() for seed in (0, 1)]
+        assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+
+
+def test_crops_of_a_folder_follow_scale_epoch_and_seed(tmp_path):
+    ramp = torch.arange(64, dtype=torch.uint8)[None, :, None] * 4
+    write_png(ramp.expand(3, 64, 64).contiguous(), str(tmp_path / "a.png"))
+    files = data.load(str(tmp_path))
+
+    def crop(seed, epoch, **view):
+        return data.Crops(files, [data.view(64, ratio=(1.0, 1.0), interpolation="bilinear", **view)], seed)[epoch, 0][1][0]
+
+    for scale, side in ((0.04, 0.2), (0.25, 0.5), (1.0, 1.0)):
+        made = [crop(0, epoch, scale=(scale, scale)) for epoch in range(4)]
+        for x in made:
+            assert abs((int(x.max()) - int(x.min())) / 252 - side) < 0.03  # how much of the ramp is seen
+    made = [crop(seed, epoch, scale=(0.1, 0.5)) for seed, epoch in ((0, 0), (0, 1), (0, 2), (1, 0))]
+    assert len(torch.stack(made).flatten(1).unique(dim=0)) == 4 and torch.equal(made[0], crop(0, 0, scale=(0.1, 0.5)))
+
+
+# ============ DiLo's crop of 224 px from a short side of 256 ============
+
+
+@pytest.mark.parametrize("height_width", [(256, 256), (375, 500), (500, 300), (96, 320)])
+def test_a_square_window_of_the_short_side_lies_anywhere(height_width):
+    height, width = height_width
+    view = instdisc.augmented({"scale": (0.2, 1.0)}, "crop")
+    side = round(min(height, width) * 224 / 256)
+    boxes = data.sample_boxes(4000, height, width, view["scale"], view["ratio"], data.generator(0))
+    assert (boxes[:, 2:] == side).all()
+    for free, place in ((height - side, boxes[:, 0]), (width - side, boxes[:, 1])):  # uniform on 0, ..., free
+        assert place.min() == 0 and place.max() == free
+        assert abs(place.mean() - free / 2) < 0.02 * free + 0.5 and len(place.unique()) == free + 1
+
+
+def test_other_levels_of_table_1_crop_as_torchvision_does():
+    for level, scale, ratio in (("none", (1.0, 1.0), (1.0, 1.0)), ("scale", (0.2, 1.0), (3 / 4, 4 / 3))):
+        view = data.view(8, **instdisc.augmented({"scale": (0.2, 1.0)}, level))
+        assert (view["scale"], view["ratio"]) == (scale, ratio)
+    assert data.sample_boxes(1, 375, 500, (1.0, 1.0), (1.0, 1.0), data.generator(0)).tolist() == [[0, 62, 375, 375]]
+
+
+def test_the_window_of_the_short_side_in_memory_and_from_folders(tmp_path):
+    """Red tells the row and green the column of a pixel: where a crop begins, and how much it holds."""
+    height, width, side = 48, 80, 42
+    image = torch.zeros(3, height, width, dtype=torch.uint8)
+    image[0], image[1] = torch.arange(height)[:, None], torch.arange(width)
+    for i in range(32):
+        write_png(image, str(tmp_path / f"{i:02d}.png"))
+    view = data.view(side, **instdisc.augmented({"interpolation": "bilinear"}, "crop"), mean=(0, 0, 0), std=(1, 1, 1))
+    view["flip"] = 0.0
+    for dataset in (data.Images("x", image.expand(32, -1, -1, -1).contiguous()), data.load(str(tmp_path))):
+        _, (x,) = next(data.Loader(dataset, [view], 32, 0).epoch(0))
+        x = (x * 255).round().long()
+        assert x.shape[2:] == (side, side)
+        assert torch.equal(x[:, 0, -1] - x[:, 0, 0], torch.full((32, side), side - 1))  # not squashed
+        assert torch.equal(x[:, 1, :, -1] - x[:, 1, :, 0], torch.full((32, side), side - 1))
+        assert x[:, 0, 0, 0].unique().numel() > 4 and x[:, 1, 0, 0].unique().numel() > 15
+
+
 def test_workers_change_nothing(folder):
     dataset = data.load(str(folder), limit=40)
     for (i, xs), (j, ys) in zip(loader(dataset).epoch(1), loader(dataset, workers=2).epoch(1), strict=True):
@@ -339,8 +483,6 @@ def test_shapes_are_deterministic_balanced_and_masked():
 
 def test_the_background_of_shapes_does_not_tell_the_class():
     """Mean colour outside the mask, classified by 20-NN: chance is 10 %."""
-    import evaluate
-
     def background(n, seed):
         images, labels, masks = draw_shapes(n, seed=seed)
         outside = ~masks.bool()[:, None]
@@ -348,6 +490,57 @@ def test_the_background_of_shapes_does_not_tell_the_class():
 
     train, test = background(4000, 0), background(1000, 1)
     assert evaluate.knn(*train, *test, ks=(20,))[20][0] < 15
+
+
+def test_test_images_of_shapes_are_none_of_the_training_images():
+    train, test = (data.load("shapes", split=split).images.flatten(1) for split in ("train", "test"))
+    assert len({bytes(x.numpy()) for x in train} & {bytes(x.numpy()) for x in test}) == 0
+
+
+def test_the_background_of_hard_shapes_wears_the_pattern_of_a_random_class(monkeypatch):
+    monkeypatch.setattr(drawing, "pattern", lambda k, x, y, phase: torch.full_like(x, (k - 4.5) / 25))  # a level for each
+    (soft, labels, masks), (hard, again, _) = (draw_shapes(1000, hard=hard) for hard in (False, True))
+    assert torch.equal(labels, again)
+    outside = ~masks.bool()[:, None].expand(-1, 3, -1, -1) & (soft > 60) & (soft < 200)
+    level = torch.stack([(h[m] / s[m]).median() for h, s, m in zip(hard.float(), soft.float(), outside, strict=True)])
+    kinds = (((level - 0.75) / 0.5 - 0.5) * 13 / 32 * 25 + 4.5).round()  # canvas * 0.75 to canvas * 1.25
+    assert set(kinds.tolist()) == set(range(10))
+    assert abs((kinds == labels).float().mean() - 0.1) < 0.04
+
+
+def test_imagenet_as_people_have_it(tmp_path, monkeypatch, capsys):
+    """DIR/train/n*/ and DIR/val/n*/, with no scipy, archive of labels or meta.bin."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    names = ["n01440764", "n01443537", "n15075141"]
+    for root in (tmp_path / "bare", tmp_path / "below" / "imagenet"):
+        for split, each in (("train", 4), ("val", 2)):
+            for i in range(3 * each):
+                file = root / split / names[i % 3] / f"{i}.JPEG"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_png(torch.full((3, 8, 8), i, dtype=torch.uint8), str(file))
+    for root in (tmp_path / "bare", tmp_path / "below"):
+        train, test = (data.load("imagenet", root, split) for split in ("pretrain", "test"))
+        assert train.name == "imagenet" and train.classes == names == test.classes
+        assert data.labels_of(train).tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(test) == 6
+        assert data.labels_of(test).tolist() == [0, 0, 1, 1, 2, 2] and train.key(0) == "n01440764/0"
+    (tmp_path / "other" / "train" / "cats").mkdir(parents=True)  # another set's folder
+    with pytest.raises(SystemExit) as stop:
+        data.load("imagenet", tmp_path / "other")
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and "scipy" in err and f"{tmp_path}/other/train/n*/*.JPEG" in err
+
+
+@pytest.mark.parametrize("name", ["flowers102", "cars", "svhn"])
+def test_sets_that_torchvision_reads_with_scipy_say_so(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setitem(data.BY_FILE, name, (lambda *_, **__: pytest.fail("it would be downloaded first"), {}, {}))
+    with pytest.raises(SystemExit) as stop:
+        data.load(name, tmp_path)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and len(err.splitlines()) == 1
+    assert "pip install scipy" in err and f"{tmp_path}/{name}/train/CLASS/*" in err
+    write_images(tmp_path / name / "train", 4), write_images(tmp_path / name / "test", 4)
+    assert len(data.load(name, tmp_path)) == 4  # and that does
 
 
 def test_train_val_folders_and_held_out_tenth(tmp_path):
@@ -380,6 +573,70 @@ def test_fingerprints_change_with_the_data(folder):
     before = files.fingerprint()
     next(folder.rglob("*.jpg")).write_bytes(b"changed")
     assert files.fingerprint() != before
+    again = files.fingerprint()
+    os.utime(next(folder.rglob("*.jpg")), ns=(1, 1))  # other content may have the same size
+    assert files.fingerprint() != again
+
+
+def read_anew(folder, **kwargs):
+    data.list_folder.cache_clear(), data._load.cache_clear()
+    return data.load(str(folder), **kwargs)
+
+
+def test_contents_stay_when_a_folder_is_copied_and_change_with_its_images(folder, tmp_path, monkeypatch):
+    before = read_anew(folder).contents()
+    shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)  # other places, other times
+    copy = tmp_path / "elsewhere" / "copy"
+    assert read_anew(copy).contents() == before == read_anew(f"{copy}/").contents()
+    monkeypatch.chdir(copy)
+    assert read_anew(".").contents() == read_anew("../copy").contents() == before
+    one, two, other = copy / "class0" / "000.jpg", copy / "class0" / "002.jpg", copy / "class1" / "000.jpg"
+    swap = tmp_path / "swap"
+
+    def exchange():
+        one.rename(swap), two.rename(one), swap.rename(two)
+
+    for change, back in (
+        (lambda: shutil.copy(one, copy / "class0" / "more.jpg"), lambda: (copy / "class0" / "more.jpg").unlink()),  # added
+        (lambda: one.rename(swap), lambda: swap.rename(one)),  # removed
+        (lambda: one.rename(other), lambda: other.rename(one)),  # moved to another class
+        (exchange, exchange),
+        (lambda: (shutil.copy(one, swap), one.write_bytes(b"x")), lambda: shutil.move(swap, one)),  # replaced
+        (lambda: one.rename(one.with_name("renamed.jpg")), lambda: one.with_name("renamed.jpg").rename(one)),
+    ):
+        change()
+        assert read_anew(copy).contents() != before
+        back()
+        assert read_anew(copy).contents() == before
+    assert read_anew(copy, limit=40).contents() != read_anew(copy, limit=40, seed=1).contents()
+
+
+def test_contents_of_sets_in_memory_and_of_torchvisions(tmp_path):
+    for i in range(8):
+        for place in ("a", "b"):
+            (tmp_path / place / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
+            write_png(torch.full((3, 4, 4), i, dtype=torch.uint8), str(tmp_path / place / f"c{i % 2}" / f"{i}.png"))
+    a, b = (read_anew(tmp_path / place, memory=True) for place in ("a", "b"))
+    assert a.contents() == b.contents()
+    (tmp_path / "b" / "c0" / "0.png").rename(tmp_path / "b" / "c1" / "0.png")
+    assert read_anew(tmp_path / "b", memory=True).contents() != a.contents()
+    for change in ("images", "labels"):
+        parts = {"images": a.images.clone(), "labels": a.labels.clone()}
+        parts[change].view(-1)[-1] += 1
+        assert data.Images("x", **parts).contents() != a.contents() == data.Images("x", a.images, a.labels).contents()
+    lazy = [data.Files("lazy", Lazy("labels", labels)) for labels in ([3, 1, 4, 1], [3, 1, 4, 1], [3, 1, 1, 4])]
+    assert lazy[0].contents() == lazy[1].contents() != lazy[2].contents()
+    assert data.pick(lazy[0], torch.tensor([1])).contents() != data.pick(lazy[0], torch.tensor([3])).contents()
+
+
+def test_contents_look_at_ten_thousand_files_at_most(monkeypatch):
+    asked = []
+    monkeypatch.setattr(data, "size_and_time", lambda path: (asked.append(path), (1, 2))[1])
+    items = [(f"/x/{i}.jpg", 0) for i in range(25_001)]
+    before = data.Files("many", items, ["a"], "/x").contents()
+    assert 8_000 < len(asked) <= 10_000 and asked[0] == "/x/0.jpg" and "/x/249" in asked[-1]
+    items[1] = ("/x/other.jpg", 0)
+    assert data.Files("many", items, ["a"], "/x").contents() != before  # names are compared all the same
 
 
 # ============ shares of the labels ============
@@ -452,20 +709,311 @@ def test_official_lists_name_images_of_a_folder(tmp_path, capsys, shapes):
 # ============ commands and bad input ============
 
 
+def chunk(kind, content=b""):
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def write_bomb(path):
+    """30,000 x 30,000 px, black: a PNG of 110 KB that asks for 2.7 GB."""
+    rows = zlib.compressobj(9)
+    line = bytes(1 + 30_000 // 8)
+    packed = b"".join(rows.compress(line * 1000) for _ in range(30)) + rows.flush()
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND"))
+
+
+def write_socket(path):
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(path))
+
+
+ODD = {  # how to make what is no image, and what is said of it
+    "fifo": (os.mkfifo, "not a regular file"),
+    "socket": (write_socket, "not a regular file"),
+    "folder": (lambda path: path.mkdir(), "not a regular file"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "No such file"),
+    "itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
+    "zero": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
+    "empty": (lambda path: path.touch(), "no image"),
+    "bomb": (write_bomb, "decompression bomb"),
+}
+
+
+@pytest.fixture
+def no_wait():
+    """An open that waits for a writer ends after ten seconds."""
+    def late(*_):
+        raise TimeoutError("it waited")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(10)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_what_is_no_image_is_refused_without_a_wait(kind, tmp_path, monkeypatch, no_wait):
+    make, words = ODD[kind]
+    monkeypatch.chdir(tmp_path)  # the name of a socket may have 107 letters
+    make(data.Path("odd.png"))
+    monkeypatch.setattr(data, "decode_image", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(OSError, match=words):
+        data.decode(tmp_path / "odd.png")
+    with pytest.raises(OSError, match=words) as error:
+        data.Files("x", [(str(tmp_path / "odd.png"), 0)]).read(0)
+    assert str(error.value).startswith(str(tmp_path))
+
+
+def test_odd_files_are_named_and_counted_everywhere(tmp_path, monkeypatch, capsys, no_wait):
+    monkeypatch.chdir(tmp_path)
+    for i in range(300):
+        place = tmp_path / "images" / f"c{i % 2}" / f"{i:03d}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_png(torch.full((3, 8, 8), i % 200, dtype=torch.uint8), str(place))
+    odd = [data.Path("images", "c0", f"{kind}.png") for kind in ("fifo", "bomb", "dangling")]
+    for path in odd:
+        ODD[path.stem][0](path)
+    (tmp_path / "images" / "c1" / "folder.png").mkdir()
+    files = read_anew("images")
+    files.contents(), files.fingerprint()
+    assert len(files) == 303
+    preprocess = data.view(8)
+    for _ in range(2):
+        seen = torch.cat([index for index, _ in data.Loader(files, [data.view(8)], 101, 0).epoch(0)])
+        assert sorted(seen.tolist()) == list(range(303))
+        found = list(data.batches(files, preprocess, 100))
+    out = capsys.readouterr().out  # training names each once, and the probes' reader need not say it again
+    assert all(out.count(f"warning: {path}") == 1 for path in odd) and "(3 so far)" in out
+    x, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    bad = [i for i in range(303) if files.path(i) in map(str, odd)]
+    assert (labels == -1).nonzero()[:, 0].tolist() == bad
+    black = data.normalise(torch.zeros(3, 3, 8, 8))
+    assert torch.equal(x[bad], black)
+    memory = read_anew("images", memory=True)
+    out = capsys.readouterr().out
+    assert len(memory) == 300 and all(out.count(str(path)) == 1 for path in odd) and "left out" in out
+    assert data.main(["check", "images"]) == 1
+    out = capsys.readouterr().out
+    assert "303 images, 3 do not decode" in out and all(str(path) in out for path in odd)
+    for _ in data.batches(read_anew("images"), preprocess, 100):  # evaluate.py, by itself
+        pass
+    out = capsys.readouterr().out
+    assert all(out.count(f"warning: {path}") == 1 for path in odd)
+
+
+def test_a_folder_of_which_half_does_not_decode_ends_a_probe(folder, capsys):
+    for bad in sorted(folder.rglob("*.jpg"))[::2]:
+        bad.write_bytes(b"not an image")
+    with pytest.raises(SystemExit) as stop:
+        evaluate.extract(torch.nn.Flatten(), data.load(str(folder)), data.view(8), torch.device("cpu"))
+    assert stop.value.code == 2 and "32 of 64 images do not decode" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "bomb", "empty"])
+def test_a_mask_that_is_no_image_is_a_sentence(kind, tmp_path, capsys, no_wait):
+    write_images(tmp_path / "images", 4)
+    dataset = data.load(str(tmp_path / "images"))
+    for i in range(4):
+        path = tmp_path / "masks" / f"{dataset.key(i)}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_png(torch.full((1, 5, 7), i, dtype=torch.uint8), str(path))
+    path.unlink()
+    ODD[kind][0](path)
+    if kind == "folder":  # is no file of a mask; so one of four lacks
+        assert (data.read_masks(tmp_path / "masks", dataset)[3] == 0).all()
+        return
+    with pytest.raises(SystemExit) as stop:
+        data.read_masks(tmp_path / "masks", dataset)
+    assert stop.value.code == 2 and f"{path} is not a mask that can be read" in capsys.readouterr().err
+
+
+def test_each_folder_counts_once_however_many_links_lead_to_it(folder, tmp_path, no_wait):
+    write_images(tmp_path / "other", 6, classes=1)
+    names = [(data.Path(p).relative_to(folder), label) for p, label in read_anew(folder).items]
+    (folder / "class0" / "a").symlink_to(folder, target_is_directory=True)  # one loop, then two
+    assert [(data.Path(p).relative_to(folder), label) for p, label in read_anew(folder).items] == names
+    (folder / "class1" / "b").symlink_to(folder, target_is_directory=True)
+    (folder / "a link before the folder").symlink_to(folder / "class1", target_is_directory=True)
+    found = read_anew(folder)
+    assert [(data.Path(p).relative_to(folder), label) for p, label in found.items] == names
+    (folder / "class2").symlink_to(tmp_path / "other", target_is_directory=True)  # a link out of the folder is followed
+    (folder / "class3").symlink_to(tmp_path / "other", target_is_directory=True)  # and once
+    found = read_anew(folder)
+    assert found.classes == ["class0", "class1", "class2"] and len(found) == 70
+
+
+def test_names_need_not_be_utf8(tmp_path, capsys):
+    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
+    for i in range(64):
+        path = os.path.join(folder, os.fsdecode(b"\xe9%d" % (i % 2)), f"{i:02d}.png")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "wb") as f:  # torchvision's writer takes no such name
+            Image.new("RGB", (8, 8), (i, 0, 0)).save(f, "PNG")
+    files = read_anew(folder)
+    assert len(files.contents()) == len(files.fingerprint()) == 40
+    assert len(list(data.Loader(files, [data.view(8)], 16, 0).epoch(0))) == 4
+    with open(files.items[0][0], "wb") as f:
+        f.write(b"broken")
+    assert data.main(["check", folder]) == 1
+    assert "caf\\udce9" in capsys.readouterr().out
+    data.main(["show", folder, "--n", "2", "--size", "8", "--recipe", "shapes", "--out", f"{folder}/a.png"])
+    assert os.path.getsize(f"{folder}/a.png") > 100
+    for place in (folder + "none", folder + "/none"):
+        with pytest.raises(SystemExit) as stop:
+            data.load(place)
+        assert stop.value.code == 2 and "neither a named set nor a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x/" * 2500, "itself", "none"])
+def test_a_name_that_the_system_refuses_to_look_at_is_a_sentence(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data.Path("itself").symlink_to("itself")
+    for call in (
+        lambda: data.load(name),
+        lambda: data.load("imagenet", name),
+        lambda: data.read_masks(name, data.Images("x", torch.zeros(1, 3, 2, 2))),
+        lambda: data.named(name),
+        lambda: data.main(["check", name]),
+        lambda: data.main(["show", "shapes", "--out", f"{name}/a.png", "--n", "1"]),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            call()
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
+
+
+# ============ channels and pages ============
+
+
+def pictures(n):
+    return [Image.new("RGB", (9, 7), (40 * i, 50, 60)) for i in range(n)]
+
+
+def test_pages_and_channels_that_would_be_lost_are_refused(tmp_path):
+    first, *more = pictures(12)
+    first.save(tmp_path / "pages.tif", save_all=True, append_images=more)
+    Image.new("RGBX", (9, 7)).save(tmp_path / "infrared.tif")
+    for name, words in (("pages", "12 pages"), ("infrared", "4 channels")):
+        with pytest.raises(OSError, match=words):
+            data.decode(tmp_path / f"{name}.tif")
+    for mode in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
+        Image.new("RGB", (9, 7), (204, 204, 204)).convert(mode).save(tmp_path / "one.tif")
+        assert data.decode(tmp_path / "one.tif").float().sub(204).abs().max() <= 1, mode
+    Image.new("CMYK", (9, 7)).save(tmp_path / "ink.jpg")  # there are some in ImageNet
+    assert (data.decode(tmp_path / "ink.jpg") > 250).all()
+
+
+def test_of_an_animation_the_first_frame_is_the_image(tmp_path):
+    first, *more = pictures(5)
+    for name in ("a.gif", "b.webp", "c.png", "d.mpo"):
+        first.save(tmp_path / name, save_all=True, append_images=more, lossless=True)
+        with Image.open(tmp_path / name) as image:
+            assert image.n_frames > 1
+        expected = torch.tensor([0, 50, 60], dtype=torch.uint8)[:, None, None].expand(3, 7, 9)
+        assert (data.decode(tmp_path / name).int() - expected.int()).abs().max() <= 3, name
+
+
+def write_deep(path, most):
+    Image.fromarray(torch.linspace(0, most, 64).view(8, 8).numpy().astype("uint16")).save(path)
+
+
+def test_16_bits_of_which_a_twelfth_is_used_are_warned_of_once(tmp_path, monkeypatch, capsys):
+    for i in range(24):
+        write_deep(tmp_path / f"{i:02d}.png", 4095)  # what a camera of 12 bits writes
+    files = read_anew(tmp_path)
+    for workers in (0, 2):
+        monkeypatch.setattr(data, "WARNED", [])
+        for _ in range(2):
+            list(data.Loader(files, [data.view(8)], 8, 0, workers=workers).epoch(0))
+            list(data.batches(files, data.view(8), 8, workers=workers))
+        out = capsys.readouterr().out
+        assert out.count("warning") == 1 and "from 0 to 4095 of 65535" in out and "do not decode" not in out
+    monkeypatch.setattr(data, "WARNED", [])
+    read_anew(tmp_path, memory=True)
+    assert capsys.readouterr().out.count("warning") == 1
+    assert data.main(["check", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("from 0 to 4095 of 65535") == 24 and "24 images, 0 do not decode, 24 " in out
+    for i in range(24):
+        write_deep(tmp_path / f"{i:02d}.png", 6000 if i else 65535)
+    assert (data.decode(tmp_path / "00.png")[0, -1, -1], data.decode(tmp_path / "01.png")[0, -1, -1]) == (255, 23)
+    data.main(["check", str(tmp_path)])
+    assert capsys.readouterr().out == "24 images, 0 do not decode\n"
+
+
+# ============ show and check ============
+
+
 def test_check_lists_what_does_not_decode(folder):
     bad = next(folder.rglob("*.jpg"))
     bad.write_bytes(bad.read_bytes()[:20])
     out, _ = run("data.py", "check", folder, code=1)
     assert str(bad) in out and "64 images, 1 do not decode" in out
-    _, err = forked("data.py", "check", folder / "none", code=2)
-    assert err.startswith("error: ") and len(err.splitlines()) == 1
 
 
-def test_show_writes_a_picture(folder, tmp_path):
-    for what, size in (("shapes", 32), (folder, 48)):
-        out, _ = forked("data.py", "show", what, "--n", 4, "--size", size, "--out", tmp_path / "show.png")
-        picture = data.decode(tmp_path / "show.png")
-        assert picture.float().std() > 10 and "view 2" in out
+SEES = {  # rows between "image" and "mask": their names, and how many px the pictures of the last have
+    ("byol",): (["view 1", "view 2"], 32),
+    ("instdisc", "--augment", "crop", "--copy-paste", "1", "--masks", "exact", "--limit", "64"): (["view 1"], 32),
+    ("moco", "--v", "1"): (["view 1", "view 2"], 32),
+    ("cmc",): (["view 1", "V1: L", "V2: a", "V2: b"], 32),
+    ("cmc", "--split", "ydbdr"): (["view 1", "V1: Y", "V2: Db", "V2: Dr"], 32),
+    ("cpc",): (["view 1", "patches"], 5 * (12 + 2) + 2),  # a grid of 5 x 5
+    ("pirl",): (["I", "I^t"], 3 * (10 + 2) + 2),
+    ("pirl", "--transform", "rotation"): (["I", "I^t"], 32),
+    ("pretext",): (["view", "rotation"], 2 * (32 + 2) + 2),
+    ("pretext", "--task", "exemplar"): (["view", "exemplar"], 3 * (32 + 2) + 2),
+    ("pretext", "--task", "jigsaw", "--permutations", "4"): (["view", "jigsaw"], 3 * (8 + 2) + 2),
+    ("pretext", "--task", "relative"): (["view", "relative"], 3 * (8 + 2) + 2),
+    ("pretext", "--task", "colorization"): (["view", "colorization"], 32),
+    ("sage",): (["view 1", "view 2"], 32),
+    ("simclr",): (["view 1", "view 2"], 32),
+    ("swav",): ([f"view {i}" for i in (1, 2, 3, 4)], 16),
+}
+
+
+@pytest.mark.parametrize("flags", SEES, ids=" ".join)
+def test_show_captions_what_a_network_sees(flags, tmp_path, monkeypatch, capsys):
+    rows, figure = [], evaluate.figure
+    monkeypatch.setattr(evaluate, "figure", lambda given: rows.extend(given) or figure(given))
+    data.main(["show", "shapes", "--method", *flags, "--n", "3", "--out", str(tmp_path / "a.png")])
+    names, side = SEES[flags]
+    assert [name for name, *_ in rows] == ["image", *names, "mask"] and ", ".join(names) in capsys.readouterr().out
+    assert rows[-2][1].shape == (3, 3, side, side)
+    assert all(-1 <= x.min() < x.max() <= 1 and x.std() > 0.05 for _, x, *_ in rows)
+    assert data.decode(tmp_path / "a.png").shape[1] > 96 * len(rows)
+    if flags[0] == "cmc":  # as the networks of backbones.Split get it
+        split = importlib.import_module("backbones").build(f"resnet10_16_{flags[-1] if len(flags) > 1 else 'lab'}", 32)
+        channels = torch.cat(split.views((rows[1][1] + 1) / 2), 1)
+        made = torch.stack([x[:, 0] for _, x, *_ in rows[2:-1]], 1)
+        assert torch.allclose(made, channels.clamp(-1, 1), atol=1e-4)
+
+
+def test_show_of_a_folder_and_what_it_refuses(folder, tmp_path, capsys):
+    out = str(tmp_path / "a.png")
+    data.main(["show", str(folder), "--n", "4", "--size", "48", "--recipe", "shapes", "--out", out])
+    assert data.decode(out).float().std() > 10 and "view 2" in capsys.readouterr().out
+    first = data.decode(out)
+    data.main(["show", str(folder), "--n", "4", "--size", "48", "--recipe", "shapes", "--seed", "1", "--out", out])
+    assert data.decode(out).shape != first.shape or not torch.equal(data.decode(out), first)
+    for words in (
+        ["shapes", "--method", "nope"], ["shapes", "--method", "../byol"], ["shapes", "--method", "data"],
+        ["shapes", "--method", "tests/conftest"], ["shapes", "--n", "0"], ["shapes", "--n", "1000"],
+        ["shapes", "--size", "4"], ["shapes", "--size", "1000000"], [str(folder / "none")],
+        ["shapes", "--out", str(tmp_path / "none" / "a.png")],
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stop:
+            data.main(["show", *words])
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1, words
+    for bad in sorted(folder.rglob("*.jpg"))[::2]:
+        bad.write_bytes(b"not an image")
+    with pytest.raises(SystemExit) as stop:
+        data.main(["show", str(folder), "--out", out])
+    assert stop.value.code == 2 and "do not decode" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        data.main(["check", str(folder), "--n", "3"])
+    assert stop.value.code == 2
 
 
 def test_one_corrupt_image_is_replaced_under_its_own_index(folder, capsys):
