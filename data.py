@@ -946,7 +946,7 @@ def views_of(script, flags):
     recipe = script.recipe_of(flags.recipe, flags.v) if hasattr(script, "recipe_of") else script.RECIPES[flags.recipe]
     views = recipe["views"]
     if script.METHOD == "swav":
-        views = script.multi_crop(views, flags.small_crops, flags.small_size)
+        views = script.multi_crop(views, flags.small_crops, flags.small_size, flags.min_scale)
     if script.METHOD == "instdisc":
         views = [script.augmented(v, flags.augment) | {"paste": flags.copy_paste, "blend": flags.blend} for v in views]
     views = [view(**{"size": flags.size, **v}) for v in views]
