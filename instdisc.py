@@ -418,14 +418,14 @@ def quiet_crops(train, maps, usable, n, size, device):
 
 
 def objects(args, train, device, say):
-    """(alpha uint8 [n, h, w] on the CPU, grounds uint8 [G, 3, S, S] on the device or None) for data.Loader."""
+    """(alpha uint8 [n, h, w] on the CPU, grounds uint8 [G, 3, S, S] on the device or None, cut uint8 [n] on the CPU or None)
+    for data.Loader."""
     maps = open_maps(args, train, device).cpu()
-    alpha, unusable = saliency.pasteable(maps, soft=args.soft_masks)
+    alpha, cut, area, unusable = saliency.pasteable(maps, soft=args.soft_masks)
     if unusable.all():
         common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
-    share = alpha.sum((1, 2), dtype=torch.long)[~unusable].float().mean() / (255 * alpha[0].numel())
     say(
-        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * share:.0f} % of their "
+        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * area[~unusable].mean():.0f} % of their "
         f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted; "
         f"{alpha.numel() / 1e6:.0f} MB a process"
     )
@@ -434,7 +434,7 @@ def objects(args, train, device, say):
         grounds = textures(1000, args.size, args.seed).to(device)
     elif args.background == "images":
         grounds = quiet_crops(train, maps, ~unusable, 1000, args.size, device)
-    return alpha, grounds
+    return alpha, grounds, cut
 
 
 def learning_rate(step, total, lr, warmup, schedule):

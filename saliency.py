@@ -459,25 +459,26 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
     return torch.cat(out)
 
 
-def pasteable(maps, soft=False, threshold=None, least=0.05, most=0.9, chunk=1024):
-    """What to paste an image by: (alpha uint8 [N, h, w], unusable bool [N]), from maps float in [0, 1] or uint8 in 0..255.
+def pasteable(maps, soft=False, chunk=1024):
+    """What to paste images by, from maps uint8 [N, h, w]: (alpha uint8 [N, h, w], cut uint8 [N], area [N], unusable [N]).
 
-    Hard: 255 where the map reaches `threshold` (by default twice its own mean, the usual threshold of saliency maps, but
-    no more than half its maximum, as large objects would be lost), else 0. Soft: the map itself, from 0 to 255. Unusable:
-    the hard mask covers less than `least` or more than `most` of the image, or the map has one value; alpha is then 255
-    everywhere, and a paste keeps the image.
+    Hard: alpha are the maps, and the object is where a map reaches its cut (`data.masks_at`): twice its own mean, the usual
+    threshold of saliency maps, but no more than half its maximum, as large objects would be lost. It covers the share
+    `area` of the image. Soft: cut is None, alpha the map stretched to 0..255. Unusable (bool): the object covers less than
+    5 % or more than 90 % of the image, or the map has one value; it is then all of the image, which a paste keeps as it is.
     """
-    alphas, unusables = torch.empty_like(maps, dtype=torch.uint8), []
+    level, alphas, cuts, areas, unusables = torch.arange(256) / 255, torch.empty_like(maps) if soft else maps, [], [], []
     for part, alpha in zip(maps.split(chunk), alphas.split(chunk), strict=True):
-        m = part.float() / (255 if part.dtype == torch.uint8 else 1)
+        m = part.float() / 255
         high = m.amax((1, 2))
-        cut = torch.minimum(2 * m.mean((1, 2)), high / 2) if threshold is None else torch.full_like(high, threshold)
-        hard = m >= torch.minimum(cut, high)[:, None, None]
-        area = hard.float().mean((1, 2))
-        unusable = (area < least) | (area > most) | (high == m.amin((1, 2)))
-        alpha.copy_(scaled(m).mul_(255).round_() if soft else hard * 255).masked_fill_(unusable[:, None, None], 255)
-        unusables.append(unusable)
-    return alphas, torch.cat(unusables)
+        cut = torch.minimum(2 * m.mean((1, 2)), high / 2)
+        area = (m >= cut[:, None, None]).float().mean((1, 2))
+        unusable = (area < 0.05) | (area > 0.9) | (high == m.amin((1, 2)))
+        if soft:
+            alpha.copy_(scaled(m).mul_(255).round_()).masked_fill_(unusable[:, None, None], 255)
+        cuts.append(torch.searchsorted(level.to(cut.device), cut).to(torch.uint8).masked_fill_(unusable, 0))
+        areas.append(area), unusables.append(unusable)
+    return alphas, None if soft else torch.cat(cuts), torch.cat(areas), torch.cat(unusables)
 
 
 class Squashed(Dataset):
