@@ -356,12 +356,9 @@ def open_maps(args, train, device):
     maps = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(EOFError):  # a damaged file is made again
-            maps = runs.load(file)["maps"] if file.exists() else None
-        if maps is None:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                common.fail(f"--root {args.root}, where saliency maps are kept: {runs.reason(error)}")
+            maps = runs.load(file).get("maps") if file.exists() else None
+        if not torch.is_tensor(maps) or maps.shape[:1] != (len(train),):
+            saliency.make_folder(file.parent)
             maps = saliency.of(train, args.masks, device).cpu()
             runs.write(file, {"maps": maps})
     common.any_rank(False)  # the others wait here
@@ -424,8 +421,9 @@ def objects(args, train, device, say):
     alpha, cut, area, unusable = saliency.pasteable(maps, soft=args.soft_masks)
     if unusable.all():
         common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
+    share = 100 * area[~unusable].mean()
     say(
-        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * area[~unusable].mean():.0f} % of their "
+        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {share:.0f} % of their "
         f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted; "
         f"{alpha.numel() / 1e6:.0f} MB a process"
     )
