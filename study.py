@@ -111,8 +111,11 @@ def parse_args(argv):
         common.fail("study.py starts the processes itself: say --processes N, and python instead of torchrun")
     if "--data" not in given:  # one set for all tasks, and one that has an answer to rotation's question
         flags = ["--data", "shapes-natural", *flags]
-    args = importlib.import_module("pretext").parse_args(["--task", own.tasks[0], *flags])
-    archs, widths, budget = GRIDS[args.recipe]
+    parse = importlib.import_module("pretext").parse_args
+    recipe = parse(["--task", own.tasks[0], *flags]).recipe
+    archs, widths, budget = GRIDS[recipe if recipe in GRIDS else "cifar10"]
+    budget = [str(word) for pair in budget.items() if pair[0] not in given for word in pair]
+    args = parse(["--task", own.tasks[0], *budget, *flags])
     own.archs, own.widths = own.archs or archs, own.widths or widths
     for name in ("tasks", "archs", "widths", "seeds"):  # each once
         setattr(own, name, list(dict.fromkeys(getattr(own, name))))
@@ -124,8 +127,7 @@ def parse_args(argv):
     with torch.device("meta"):
         for family, width in itertools.product(own.archs, () if own.show else own.widths):
             backbones.build(arch_name(family, width), 224)
-    own.flags = [str(word) for pair in budget.items() if pair[0] not in given for word in pair]
-    own.flags += [word for word in flags if word != "--fresh"]
+    own.flags = [*budget, *(word for word in flags if word != "--fresh")]
     if own.figure not in (*args.probes, "lbfgs"):  # that, with the study's own penalty, only evaluate.py fits
         own.flags += ["--probes", *args.probes, own.figure]
     return own, args

@@ -457,8 +457,8 @@ def test_what_is_broken_or_cannot_be_written_is_a_sentence(tmp_path, capfd):
     for spoil, sentence in (
         (lambda: None, f"could not write {tmp_path}/study.csv"),
         (lambda: (path / "metrics.jsonl").write_text("{"), f"{path}/metrics.jsonl cannot be read"),
-        (lambda: (path / "evaluate.json").write_text("{"), f"{path}/evaluate.json cannot be read"),
         (lambda: study.beside(path, "json").write_text("[]"), f"{path}.json holds no JSON object"),
+        (lambda: (path / "evaluate.json").write_text("{"), f"{path}/evaluate.json cannot be read"),
     ):
         spoil()
         with pytest.raises(SystemExit) as stopped:
