@@ -165,8 +165,8 @@ def parse_args(argv=None):
     p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")
     # Distilling Localization
     p.add_argument("--copy-paste", type=float, default=0.0, help="share of views whose object is pasted; 0.5 in the paper")
-    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks")
-    p.add_argument("--soft-masks", action="store_true", help="paste by the saliency itself, not by its threshold")
+    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder: masks or maps of any size")
+    p.add_argument("--soft-masks", action="store_true", help="paste by the saliency itself; else where it is twice its mean")
     p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="what is pasted on")
     p.add_argument("--blend", default="none", choices=data.BLENDS, help="of the pasted object's edge; mix: half of them")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})

@@ -390,7 +390,7 @@ def test_finds_a_disc_and_a_batch_is_its_images(method):
 
 @pytest.mark.parametrize("method", saliency.METHODS)
 def test_finds_drawn_objects(method):
-    images, _, masks = shapes.draw_shapes(64, seed=5)
+    images, _, masks = shapes.draw_shapes(32, seed=5)
     m = saliency.maps(images, method)
     r = saliency.score(m, masks > 0)
     # By chance: a map that knows nothing has the objects' share of the image as its precision.
