@@ -668,12 +668,16 @@ def score(maps, truths):
 
 
 def matched(folder, keys):
-    """The files of a folder for images `keys`, in their order; names what does not match and ends the program."""
+    """The masks or maps in a folder for images `keys`, in their order, uint8 [h, w]; names what does not match or decode and
+    ends the program."""
     files = data.named(folder)
     if odd := [k for k in keys if k not in files]:
         some = ", ".join(odd[:10]) + (", ..." if len(odd) > 10 else "")
         common.fail(f"{len(odd)} of {len(keys)} images have nothing of their name in {folder}: {some}")
-    return [files[k] for k in keys]
+    try:
+        return [data.decode(path := files[k])[0] for k in keys]
+    except OSError as error:
+        common.fail(f"{path}: {error}")
 
 
 def score_command(argv):
@@ -701,11 +705,8 @@ def score_command(argv):
     keys = list(images)[: args.limit or None]
     if not keys:
         common.fail(f"no images in {args.images}")
-    try:
-        truths = [data.decode(path)[0] > 128 for path in matched(args.masks, keys)]
-        saved = [data.decode(path)[:1].float() / 255 for path in matched(args.maps, keys)] if args.maps else None
-    except OSError as error:
-        common.fail(str(error))
+    truths = [grey > 128 for grey in matched(args.masks, keys)]
+    saved = [grey[None] / 255 for grey in matched(args.maps, keys)] if args.maps else None
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     dataset = data.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
     side = first_side(dataset)
