@@ -272,7 +272,7 @@ def run_all(todo, stop, at_once=1):
     process. A signal is passed on to all that run and ends this program once they have ended, with exit code 85; so does one
     that stopped a run alone. A failure of one stops the others in the same way, and is this program's.
     """
-    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) == signal.SIG_DFL:  # ignored under nohup
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
     running, passed, failure, total, began = [], 0, None, len(todo), time.monotonic()
     try:
