@@ -204,11 +204,12 @@ def test_a_dry_run_lists_the_commands_and_writes_nothing(toy, capfd):
     assert len(printed) == 6 and not toy.exists()
 
 
-def test_processes_are_torchruns(toy, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(ablate, "TABLES", {"toy": {"ratio": ("", ("linear",), [("half", (1.0,), "--ratio 0.5")])}})
-    ablate.main(["toy", "--processes", "2", "--out", str(toy)])
-    assert lines(toy / "seed0/half/starts") == ["2", "2"]
+def test_processes_are_torchruns(toy):
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # as in conftest.start
+    words, shown = ablate.command("toy", ["--out", toy], 2)
+    assert words == [*how, str(toy.parent / "toy.py"), "--out", str(toy)]
+    assert shown == f"torchrun --standalone --nproc_per_node=2 toy.py --out {toy}"
+    assert ablate.command("toy", [])[0] == [sys.executable, str(toy.parent / "toy.py")]
 
 
 def test_a_row_that_fails_stops_with_its_exit_code_and_command(toy, capfd):
