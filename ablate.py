@@ -13,7 +13,6 @@ prints the tables, the paper's figures beside ours, and writes OUT/TABLE.json.
 """
 
 import argparse
-import contextlib
 import difflib
 import functools
 import importlib
@@ -22,15 +21,21 @@ import json
 import os
 import re
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
+
+import torch
 
 import byol
 import common
 import data
 import evaluate
+import instdisc
 import runs
 import saliency
 
@@ -104,7 +109,8 @@ TABLES = {
             ("GS", (0.557, 0.173, 57.8), "--copy-paste 0.5 --masks gs"),
             ("MC", (0.627, 0.186, 58.1), "--copy-paste 0.5 --masks mc"),
             ("RBD", (0.630, 0.144, 59.3), RBD),
-            ("exact masks", (0.805, 0.056, 62.9), "--copy-paste 0.5 --masks exact"),
+            ("learned: BASNet", (0.805, 0.056, 62.9), "--copy-paste 0.5 --masks {learned}"),
+            ("exact masks", (None, None, None), "--copy-paste 0.5 --masks {exact}"),
         ]),
         "ratio": ("DiLo, table 2b", ("linear",), [
             ("baseline", (56.5,), NO_PASTE),
@@ -142,10 +148,11 @@ FIGURES = {
 READ = {
     "sage": "paper: ResNet-50, 100 epochs of ImageNet, and a ResNet-18 where a row names an evaluator; top-1 and top-5 are the "
             "perceptual test's, of recovered images",
-    "instdisc": "paper: ResNet-50, 200 epochs of ImageNet; F_beta and MAE are of the masks, on DUT-OMRON, and beside exact masks "
-                "stand a network's, BASNet. Ours from energy on in per cent: of the class gradient's energy what is inside the "
-                "object (other: inside another image's object); of images, those with its maximum there; of objects, those that "
-                "the linear probe names on another's ground; of these images, those nearer to the object's than to the ground's",
+    "instdisc": "paper: ResNet-50, 200 epochs of ImageNet. F_beta (the largest over the thresholds) and MAE are of the saliency: "
+                "the paper's on DUT-OMRON, ours on the training images, where their true masks are known. Ours from energy on in "
+                "per cent: of the class gradient's energy what is inside the object (other: inside another image's object); of "
+                "images, those with its maximum there; of objects, those that the linear probe names on another's ground; of "
+                "these images, those nearer to the object's than to the ground's",
 }
 DIGITS = {"MSE": 4, "F_beta": 3, "MAE": 3}  # else 1
 MASKED = ("localisation", "swap")  # probes of data whose masks are known
@@ -169,13 +176,21 @@ def values(method, args):
 # ============ from tables to runs ============
 
 
-def fill(method, args):
-    """The rows of TABLES[method] as they are for these args: {table: [(name, the paper's figures, flags as words or None)]}."""
-    words, split = values(method, args), lambda flags: None if flags is None else shlex.split(flags)
+def fill(method, args, learned=None, exact="exact"):
+    """The rows of TABLES[method] as they are for these args: {table: [(name, the paper's figures, flags as words or None)]}.
+    learned, exact: masks of a saliency network, without which it has no row, and true ones."""
+    words = values(method, args) | {"learned": learned and shlex.quote(str(learned)), "exact": shlex.quote(str(exact))}
+    split = lambda flags: None if flags is None else shlex.split(flags.format(**words))
+    left_out = lambda flags: not learned and "{learned}" in (flags or "")
     return {
-        table: [(name.format(**words), paper, split(flags and flags.format(**words))) for name, paper, flags in rows]
+        table: [(name.format(**words), paper, split(flags)) for name, paper, flags in rows if not left_out(flags)]
         for table, (_, _, rows) in TABLES[method].items()
     }
+
+
+def settings_of(parse, words):
+    """What a row is, without how it was said."""
+    return {k: v for k, v in vars(parse(words)).items() if k not in ("given", "why")}
 
 
 def folders(parse, flags, tables):
@@ -183,7 +198,7 @@ def folders(parse, flags, tables):
     first, found = [], {}
     for name, _, own in itertools.chain(*tables.values()):
         if own is not None:
-            settings = vars(parse([*flags, *own]))
+            settings = settings_of(parse, [*flags, *own])
             found[name] = next((folder for s, folder in first if s == settings), re.sub(r"[^\w.]+", "-", name).strip("-"))
             first.append((settings, found[name]))
     return found
@@ -199,6 +214,8 @@ def parse_args(argv):
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="every row with each of them")
     p.add_argument("--processes", type=int, default=1, help="of each run, started by torchrun")
     p.add_argument("--out", help="folder of all runs (default: runs/METHOD-DATA-ablation)")
+    p.add_argument("--learned-masks", help="folder: a saliency network's, of the training images, for its row of DiLo's table 2a")
+    p.add_argument("--true-masks", help="folder: drawn ones, of the training images, for F_beta, MAE and the row of exact masks")
     p.add_argument("--dry-run", action="store_true", help="list the commands and stop")
     own, own.flags = p.parse_known_args(argv[len(words) :])
     if not words:
@@ -216,7 +233,11 @@ def parse_args(argv):
         common.fail("ablate.py starts the processes itself: say --processes N, and python instead of torchrun")
     own.parse = importlib.import_module(own.method).parse_args
     args = own.parse(own.flags)
-    own.tables, own.rows = list(dict.fromkeys(chosen)) or list(TABLES[own.method]), fill(own.method, args)
+    own.tables = list(dict.fromkeys(chosen)) or list(TABLES[own.method])
+    own.rows = fill(own.method, args, own.learned_masks, own.true_masks or "exact")
+    for name in ("learned_masks", "true_masks"):
+        if (folder := getattr(own, name)) and not Path(folder).is_dir():
+            common.fail(f"--{name.replace('_', '-')} {folder}: no such folder")
     for name, _, flags in itertools.chain(*(own.rows[table] for table in own.tables)):
         if clash := given & set(flags or ()) - STARTS.get(own.method, set()):
             common.fail(f"{min(clash)}: the row {name!r} sets it; leave it out, or choose tables without that row")
@@ -224,55 +245,127 @@ def parse_args(argv):
     return own, args
 
 
-def call(script, words, own, stop, processes=1):
-    """Run `python SCRIPT.py WORDS` to its end, and return that command. A signal is passed on to it, and ends this program
-    once it has ended; so does a failure of it."""
+# ============ running them ============
+# ablate.py, study.py and compare.py start all that they start here.
+
+
+def command(script, words, processes=1):
+    """(the words that start it, the same as a user types it)"""
     launcher, shown = [sys.executable], "python"
     if processes > 1:
         how = ["--standalone", f"--nproc_per_node={processes}"]
         launcher, shown = [*launcher, "-m", "torch.distributed.run", *how], f"torchrun {' '.join(how)}"
     words = [str(word) for word in words]
-    print(shown := f"{shown} {script}.py {shlex.join(words)}", flush=True)
-    if own.dry_run:
-        return shown
-    # In a session of its own: a Ctrl-C of the terminal reaches it only from here, and as a signal that torchrun passes on.
-    child = subprocess.Popen([*launcher, importlib.import_module(script).__file__, *words], start_new_session=True)
-    passed = 0
+    return [*launcher, importlib.import_module(script).__file__, *words], f"{shown} {script}.py {shlex.join(words)}"
+
+
+def start(words, **kwargs):
+    """The process ends when this one does, even by SIGKILL, as END_WITH_PARENT names whose end is to be its own. It has a
+    session of its own: a Ctrl-C of the terminal reaches it only from here, and as a signal that torchrun passes on."""
+    env = {**kwargs.pop("env", os.environ), "END_WITH_PARENT": str(os.getpid())}
+    return subprocess.Popen(words, env=env, start_new_session=True, **kwargs)
+
+
+def run_all(todo, stop, at_once=1):
+    """Run jobs, `at_once` at a time. `job.start()` gives a process; after it, `job.end(exit code, whether all is to stop)`
+    gives a sentence if this program fails with it, and `job.done()` what there is to say, or None if it needs another
+    process. A signal is passed on to all that run and ends this program once they have ended, with exit code 85; so does one
+    that stopped a run alone. A failure of one stops the others in the same way, and is this program's.
+    """
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as it is under nohup
+        signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
+    running, passed, failure, total, began = [], 0, None, len(todo), time.monotonic()
     try:
-        while child.poll() is None:
-            if passed < len(stop):
-                child.terminate()
+        while running or (todo and not stop and not failure):
+            while todo and len(running) < at_once and not stop and not failure:
+                running.append((todo[0], todo.pop(0).start()))
+            if passed < len(stop) + bool(failure):
                 passed += 1
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(0.2)
-    except KeyboardInterrupt:  # the third signal
-        child.terminate()
-        raise
+                for _, child in running:
+                    child.terminate()
+            for job, child in [pair for pair in running if pair[1].poll() is not None]:
+                running.remove((job, child))
+                stop += [saliency.STOPPED] * (child.returncode == saliency.STOPPED and not stop)
+                if sentence := job.end(child.returncode, bool(stop or failure)):
+                    code = child.returncode or 1
+                    failure = failure or (code if code > 0 else 128 - code, sentence)
+                elif (said := job.done()) is None:
+                    todo.insert(0, job)
+                elif said:
+                    ended = total - len(todo) - len(running)
+                    left = (time.monotonic() - began) / 60 / ended * (total - ended)
+                    print(f"{said} ({ended} of {total}; about {left:.0f} min left)", flush=True)
+            time.sleep(0.05)
+    except KeyboardInterrupt:  # common's, at the third signal
+        pass
+    finally:  # and at a full disk, say: what was started here ends here
+        for _, child in running:
+            child.terminate()
+        for _, child in running:
+            child.wait()
+    if failure:
+        print(failure[1], file=sys.stderr)
+        sys.exit(failure[0])
     if stop:
         print("stopped by a signal; the same command, but for --fresh, goes on from here")
-        sys.exit(0)
-    if child.returncode:
-        print(f"error: exit code {child.returncode} from {shown}", file=sys.stderr)
-        sys.exit(child.returncode if child.returncode > 0 else 128 - child.returncode)
+        sys.exit(saliency.STOPPED)
+
+
+def call(script, words, own, stop, processes=1):
+    """Run `python SCRIPT.py WORDS` to its end, and return that command."""
+    words, shown = command(script, words, processes)
+    print(shown, flush=True)
+    if not own.dry_run:
+        end = lambda code, stopping: f"error: exit code {code} from {shown}" if code and not stopping else ""
+        run_all([types.SimpleNamespace(start=lambda: start(words), end=end, done=str)], stop)
     return shown
 
 
 # ============ what they measured ============
 
 
+def read_json(file):
+    """The dict in a JSON file; {} if there is none."""
+    try:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        return found if isinstance(found, dict) else common.fail(f"{file} holds no JSON object: move it away")
+    except (OSError, ValueError) as error:
+        common.fail(f"{file} cannot be read ({runs.reason(error)}): move it away")
+
+
 def figures(folder, data_name):
-    file = folder / "evaluate.json"
-    return json.loads(file.read_text()).get(data_name, {}) if file.exists() else {}
+    return read_json(folder / "evaluate.json").get(data_name, {})
 
 
 def figure(found, path):
     return functools.reduce(lambda at, key: (at or {}).get(key), path.split(), found)
 
 
+def mask_figures(own, args, flags):
+    """{"F_beta", "MAE"} of the saliency of the training images that a row with these flags pastes by; {} if it pastes nothing,
+    or nobody knows where their objects are."""
+    train = data.load(args.data, args.root, "pretrain", limit=args.limit, seed=own.seeds[0], memory=args.in_memory)
+    if "--masks" not in flags or (train.masks is None and not own.true_masks):
+        return {}
+    truths = data.read_masks(own.true_masks, train) > 127 if own.true_masks else train.masks > 0
+    maps = instdisc.open_maps(own.parse([*own.flags, *flags]), train, torch.device(args.device or "cpu"))
+    found = (saliency.resized(m[None, None] / 255, *truths.shape[1:])[0, 0] for m in maps.cpu())
+    r = saliency.score(found, truths)
+    return {"F_beta": [r["max_f"]], "MAE": [r["mae"]]}
+
+
+def log_lines(folder):
+    """The lines of a run's log, each a dict; none where there is no log."""
+    file = folder / "metrics.jsonl"
+    try:
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    except (OSError, ValueError) as error:
+        common.fail(f"{file} cannot be read ({runs.reason(error)})")
+
+
 def at_random(folder):
-    """The figures of the network before its first step, which every run begins its log with."""
-    first = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
-    return {"knn": {"20": {"weighted": first.get("knn20")}}}
+    """The figures of the network before its first step, with which every run begins its log."""
+    return {"knn": {"20": {"weighted": next((line.get("knn20") for line in log_lines(folder) if line["step"] == 0), None)}}}
 
 
 def cell(head, numbers):
@@ -293,8 +386,9 @@ def show(own, table, columns, measured):
     kept = []
     for name, paper, _ in own.rows[table]:
         ours, commands = measured[name]
-        print(line.format(name, *(cell(h, [v]) for h, v in zip(heads, paper, strict=True)), *(cell(h, ours[h]) for h in columns)))
-        kept.append({"row": name, "paper": dict(zip(heads, paper, strict=True)), "seeds": own.seeds, "ours": ours})
+        papers = dict(zip(heads, paper, strict=True))
+        print(line.format(name, *(cell(h, [v]) for h, v in papers.items()), *(cell(h, ours.get(h, [])) for h in columns)))
+        kept.append({"row": name, "paper": papers, "seeds": own.seeds, "ours": ours})
         kept[-1]["commands"] = commands
     runs.write_text(own.out / f"{table}.json", json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
 
@@ -319,17 +413,16 @@ def main(argv=None):
         if flags is not None:
             plan.setdefault(where[name], (name, flags))
     of_files = any("--masks" in flags for _, flags in plan.values()) and not args.in_memory
-    of_files = of_files and isinstance(data.load(args.data, args.root), data.Files)
+    if of_files and isinstance(data.load(args.data, args.root), data.Files):  # of files masks are made beforehand
+        used = {word for _, flags in plan.values() for word in flags} & set(saliency.METHODS)
+        for method in sorted(used):
+            words = [args.data, "--root", args.root, "--method", method, "--out", own.out / f"masks-{method}"]
+            call("saliency", [*words, "--workers", args.workers, *["--device", args.device] * bool(args.device)], own, stop)
+        made = {method: str(own.out / f"masks-{method}") for method in used}
+        plan = {folder: (name, [made.get(word, word) for word in flags]) for folder, (name, flags) in plan.items()}
 
     for seed, (folder, (name, flags)) in itertools.product(own.seeds, plan.items()):
         path = own.out / f"seed{seed}" / folder
-        at = flags.index("--masks") + 1 if of_files and "--masks" in flags else 0
-        if at and flags[at] in saliency.METHODS:  # of files they are made beforehand
-            masks = own.out / f"masks-{flags[at]}"
-            if masks not in commands:
-                words = [args.data, "--root", args.root, "--method", flags[at], "--out", masks, "--workers", args.workers]
-                commands[masks] = call("saliency", words + ["--device", args.device] * bool(args.device), own, stop)
-            flags = [*flags[:at], masks, *flags[at + 1 :]]
         words = [*own.flags, *flags, "--seed", seed, "--out", path]
         commands[folder, seed] = call(own.method, words, own, stop, own.processes)
         found = figures(path, args.data)
@@ -359,7 +452,12 @@ def main(argv=None):
         ours = {head: [figure(each, path) for each in found] for head, path in columns.items()}
         measured[name] = ours, [commands[where[name], seed] for seed in own.seeds if flags is not None]
     for table in own.tables:
-        show(own, table, columns, measured)
+        of_masks = {}
+        if "F_beta" in TABLES[own.method][table][1]:
+            of_masks = {name: mask_figures(own, args, plan[where[name]][1]) for name, _, flags in own.rows[table] if flags}
+        for name, found in of_masks.items():
+            measured[name][0].update(found)
+        show(own, table, [*(("F_beta", "MAE") if any(of_masks.values()) else ()), *columns], measured)
     seeds = f"; mean and standard deviation of {len(own.seeds)} seeds" if len(own.seeds) > 1 else ""
     print(f"\nleft of the bar the paper's figures, right ours{seeds}. Compare the order of the rows, not their heights.")
     print(READ[own.method])

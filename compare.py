@@ -14,7 +14,6 @@ finished.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -23,6 +22,7 @@ import ablate
 import backbones
 import common
 import runs
+import saliency
 import study
 
 # Name: script, its flags, how the table calls it, linear top-1 on ImageNet (ResNet-50) in the report's table 1.
@@ -89,7 +89,7 @@ class Run(study.Cell):
         self.path, self.name, self.dataset = folder / method, f"{method} on {dataset}", dataset
         flags = [*flags, "--evaluator", folder / "byol"] if method == "sage" else flags
         words = ["--data", dataset, *flags, *own.flags, "--out", self.path]
-        self.words, self.shown = study.command(script, words, own.processes)
+        self.words, self.shown = ablate.command(script, words, own.processes)
         self.made_up = (None, None)
 
     def results(self):
@@ -101,21 +101,21 @@ class Run(study.Cell):
 
     def summary(self):
         about = study.note(self.path)
-        return f"left out, {about['refused']}" if about.get("refused") else ", ".join(map(str, self.row()[1:5]))
+        told = ", ".join(map(str, self.row()[1:5]))
+        return f"{self.name}: " + (f"left out, {about['refused']}" if about.get("refused") else told)
 
     def row(self):
         """What the table says of it, by COLUMNS; "-" for what is not there."""
         found, row = self.results(), dict.fromkeys(COLUMNS, "-")
         row |= {"method": self.title, "report": self.report or "-"}
         if found:
-            lines = [json.loads(line) for line in (self.path / "metrics.jsonl").read_text().splitlines()]
-            trained = [line for line in lines if "loss" in line]
+            trained = [line for line in ablate.log_lines(self.path) if "loss" in line]
             about = runs.load(self.path / "backbone.pt")
             f = backbones.build(about["arch"], about.get("built_for", about["preprocess"]["size"]))
             seconds = study.note(self.path).get("seconds")
             row |= {
                 "20-NN": figure(ablate.figure(found, "knn 20 weighted")),
-                "at random": figure(lines[0].get("knn20")),
+                "at random": figure(ablate.figure(ablate.at_random(self.path), "knn 20 weighted")),
                 "linear": figure(ablate.figure(found, "linear top1")),
                 "minutes": figure(seconds and seconds / 60),
                 "MB": f"{max(line['memory_mb'] for line in trained):.0f}",
@@ -158,7 +158,7 @@ def main(argv=None):
         for late in (False, True):  # SaGe needs BYOL's run
             study.run_all([run for run in every if (run.path.name == "sage") == late], own, stop)
     text = tables(own, grid)
-    Path(own.table).parent.mkdir(parents=True, exist_ok=True)
+    saliency.make_folder(Path(own.table).parent)
     runs.write_text(own.table, text)
     print(f"{text}\n{own.table}")
 

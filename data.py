@@ -701,6 +701,13 @@ def chosen(n, p, g, device):
     return (torch.rand(n, generator=g) < p).nonzero()[:, 0].to(device, non_blocking=True)
 
 
+def masks_at(alpha, size, cut=None):
+    """Masks or saliency maps uint8 [N, h, w] at another `size`; with `cut` (uint8 [N]) hard: 255 where a map reaches its cut,
+    else 0. The map is enlarged first, as an edge that is enlarged is a ramp."""
+    alpha = tvf.resize(alpha, list(size), antialias=True)
+    return alpha if cut is None else (alpha >= cut[:, None, None]).to(torch.uint8) * 255
+
+
 BLENDS = {"none": 0.0, "gaussian": 1.0, "mix": 0.5}  # how many masks are blurred before the paste
 
 
@@ -779,24 +786,25 @@ class Loader:
     [b, 3, S, S] on the device and `index` the images' places in the set, which memory banks key on.
 
     Every process draws the same permutation of the set per epoch and takes its own slice of each batch; a ragged tail
-    is dropped, so that all processes make the same `steps`. Views that paste need `alpha`, the objects' masks (uint8
-    [N, h, w], of any size), and take `grounds` as `augment` does.
+    is dropped, so that all processes make the same `steps`. Views that paste need `alpha` and `cut`, the objects' masks as
+    `masks_at` takes them, and take `grounds` as `augment` does.
     """
 
-    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu", alpha=None, grounds=None):
+    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu", alpha=None, grounds=None,
+                 cut=None):  # fmt: skip
         self.data, self.views, self.batch_size, self.seed, self.grounds = data, views, batch_size, seed, grounds
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.steps = len(data) // (batch_size * world)
         if isinstance(data, Files):
             self.batches = _Batches()
             self.loader = DataLoader(
-                Crops(data, views, seed, alpha), batch_sampler=self.batches, collate_fn=Crops.collate, num_workers=workers,
+                Crops(data, views, seed, alpha, cut), batch_sampler=self.batches, collate_fn=Crops.collate, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
             )  # fmt: skip
         else:
             self.alpha = None
             if alpha is not None:
-                self.alpha = tvf.resize(alpha, list(data.images.shape[2:]), antialias=True)[:, None].to(data.images.device)
+                self.alpha = masks_at(alpha, data.images.shape[2:], cut)[:, None].to(data.images.device)
 
     def epoch(self, epoch, start=0):
         """The batches of epoch `epoch` from step `start` on; the same ones whenever they are asked for."""
@@ -850,8 +858,8 @@ class Crops(Dataset):
     """What a worker does: decode one image and cut its views. The key (epoch, index) decides all randomness, so it does
     not matter which worker does it."""
 
-    def __init__(self, files, views, seed, alpha=None):
-        self.files, self.views, self.seed, self.alpha = files, views, seed, alpha
+    def __init__(self, files, views, seed, alpha=None, cut=None):
+        self.files, self.views, self.seed, self.alpha, self.cut = files, views, seed, alpha, cut
 
     def __len__(self):
         return len(self.files)
@@ -868,7 +876,7 @@ class Crops(Dataset):
                 said[at] = str(error)
                 at = int(torch.randint(len(self.files), (), generator=g))
         if self.alpha is not None:
-            mask = tvf.resize(self.alpha[at, None], list(image.shape[1:]), antialias=True)
+            mask = masks_at(self.alpha[at, None], image.shape[1:], None if self.cut is None else self.cut[at, None])
         crops = [random_crop(torch.cat([image, mask]) if view["paste"] else image, view, g) for view in self.views]
         return index, crops, said
 

@@ -168,8 +168,8 @@ def parse_args(argv=None):
     p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")
     # Distilling Localization
     p.add_argument("--copy-paste", type=float, default=0.0, help="share of views whose object is pasted; 0.5 in the paper")
-    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks")
-    p.add_argument("--soft-masks", action="store_true", help="paste by the saliency itself, not by its threshold")
+    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder: masks or maps of any size")
+    p.add_argument("--soft-masks", action="store_true", help="paste by the saliency itself; else where it is twice its mean")
     p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="what is pasted on")
     p.add_argument("--blend", default="none", choices=data.BLENDS, help="of the pasted object's edge; mix: half of them")
     p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
@@ -356,12 +356,9 @@ def open_maps(args, train, device):
     maps = None
     if int(os.environ.get("LOCAL_RANK", 0)) == 0:
         with contextlib.suppress(EOFError):  # a damaged file is made again
-            maps = runs.load(file)["maps"] if file.exists() else None
-        if maps is None:
-            try:
-                file.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                common.fail(f"--root {args.root}, where saliency maps are kept: {runs.reason(error)}")
+            maps = runs.load(file).get("maps") if file.exists() else None
+        if not torch.is_tensor(maps) or maps.shape[:1] != (len(train),):
+            saliency.make_folder(file.parent)
             maps = saliency.of(train, args.masks, device).cpu()
             runs.write(file, {"maps": maps})
     common.any_rank(False)  # the others wait here
@@ -418,14 +415,15 @@ def quiet_crops(train, maps, usable, n, size, device):
 
 
 def objects(args, train, device, say):
-    """(alpha uint8 [n, h, w] on the CPU, grounds uint8 [G, 3, S, S] on the device or None) for data.Loader."""
+    """(alpha uint8 [n, h, w] on the CPU, grounds uint8 [G, 3, S, S] on the device or None, cut uint8 [n] on the CPU or None)
+    for data.Loader."""
     maps = open_maps(args, train, device).cpu()
-    alpha, unusable = saliency.pasteable(maps, soft=args.soft_masks)
+    alpha, cut, area, unusable = saliency.pasteable(maps, soft=args.soft_masks)
     if unusable.all():
         common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
-    share = alpha.sum((1, 2), dtype=torch.long)[~unusable].float().mean() / (255 * alpha[0].numel())
+    share = 100 * area[~unusable].mean()
     say(
-        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {100 * share:.0f} % of their "
+        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {share:.0f} % of their "
         f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted; "
         f"{alpha.numel() / 1e6:.0f} MB a process"
     )
@@ -434,7 +432,7 @@ def objects(args, train, device, say):
         grounds = textures(1000, args.size, args.seed).to(device)
     elif args.background == "images":
         grounds = quiet_crops(train, maps, ~unusable, 1000, args.size, device)
-    return alpha, grounds
+    return alpha, grounds, cut
 
 
 def learning_rate(step, total, lr, warmup, schedule):

@@ -33,7 +33,6 @@ device. All in fp32. The methods' constants are those of the authors' code (docs
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -44,7 +43,7 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as tvf
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import common
@@ -57,8 +56,7 @@ CLASS_METHODS = ("cam", "gradient")  # of a network trained with labels
 BLOCK = 16  # px: the side S of a superpixel's block
 SIDE = 224  # px: the working size, a multiple of BLOCK
 INF = float("inf")
-# max F-measure and mean absolute error on ECSSD (Borji et al., Salient Object Detection: A Benchmark, 2015).
-PUBLISHED = {"rbd": (0.718, 0.173), "mc": (0.742, 0.204), "gs": (0.661, 0.206)}
+STOPPED = 85  # exit code of what a signal has stopped and the same command continues
 
 
 # ============ superpixels (SLIC: Achanta et al. 2012, in the form of RBD's code) ============
@@ -459,25 +457,26 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
     return torch.cat(out)
 
 
-def pasteable(maps, soft=False, threshold=None, least=0.05, most=0.9, chunk=1024):
-    """What to paste an image by: (alpha uint8 [N, h, w], unusable bool [N]), from maps float in [0, 1] or uint8 in 0..255.
+def pasteable(maps, soft=False, chunk=1024):
+    """What to paste images by, from maps uint8 [N, h, w]: (alpha uint8 [N, h, w], cut uint8 [N], area [N], unusable [N]).
 
-    Hard: 255 where the map reaches `threshold` (by default twice its own mean, the usual threshold of saliency maps, but
-    no more than half its maximum, as large objects would be lost), else 0. Soft: the map itself, from 0 to 255. Unusable:
-    the hard mask covers less than `least` or more than `most` of the image, or the map has one value; alpha is then 255
-    everywhere, and a paste keeps the image.
+    Hard: alpha are the maps, and the object is where a map reaches its cut (`data.masks_at`): twice its own mean, the usual
+    threshold of saliency maps, but no more than half its maximum, as large objects would be lost. It covers the share
+    `area` of the image. Soft: cut is None, alpha the map stretched to 0..255. Unusable (bool): the object covers less than
+    5 % or more than 90 % of the image, or the map has one value; it is then all of the image, which a paste keeps as it is.
     """
-    alphas, unusables = torch.empty_like(maps, dtype=torch.uint8), []
+    level, alphas, cuts, areas, unusables = torch.arange(256) / 255, torch.empty_like(maps) if soft else maps, [], [], []
     for part, alpha in zip(maps.split(chunk), alphas.split(chunk), strict=True):
-        m = part.float() / (255 if part.dtype == torch.uint8 else 1)
+        m = part.float() / 255
         high = m.amax((1, 2))
-        cut = torch.minimum(2 * m.mean((1, 2)), high / 2) if threshold is None else torch.full_like(high, threshold)
-        hard = m >= torch.minimum(cut, high)[:, None, None]
-        area = hard.float().mean((1, 2))
-        unusable = (area < least) | (area > most) | (high == m.amin((1, 2)))
-        alpha.copy_(scaled(m).mul_(255).round_() if soft else hard * 255).masked_fill_(unusable[:, None, None], 255)
-        unusables.append(unusable)
-    return alphas, torch.cat(unusables)
+        cut = torch.minimum(2 * m.mean((1, 2)), high / 2)
+        area = (m >= cut[:, None, None]).float().mean((1, 2))
+        unusable = (area < 0.05) | (area > 0.9) | (high == m.amin((1, 2)))
+        if soft:
+            alpha.copy_(scaled(m).mul_(255).round_()).masked_fill_(unusable[:, None, None], 255)
+        cuts.append(torch.searchsorted(level.to(cut.device), cut).to(torch.uint8).masked_fill_(unusable, 0))
+        areas.append(area), unusables.append(unusable)
+    return alphas, None if soft else torch.cat(cuts), torch.cat(areas), torch.cat(unusables)
 
 
 class Squashed(Dataset):
@@ -547,24 +546,23 @@ def claim(out, wanted):
     """Make the folder with a note of what its masks are, or check that it has the same."""
     note = Path(out, "saliency.json")
     if note.is_file():
-        was = json.loads(note.read_text())
+        try:
+            was = dict(json.loads(note.read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            common.fail(f"{note} does not tell what masks these are ({runs.reason(error)}); choose another --out")
         changed = [f"{k} {was.get(k)} -> {v}" for k, v in wanted.items() if was.get(k) != v]
         if changed:
             common.fail(f"{out} holds masks of another kind ({', '.join(changed)}); choose another --out")
         return
+    make_folder(out)
+    runs.write_text(note, json.dumps(wanted) + "\n")
+
+
+def make_folder(folder):
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        runs.write_text(note, json.dumps(wanted) + "\n")
+        folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        common.fail(f"--out {out}: {runs.reason(error)}")
-
-
-def write_png(path, grey):
-    """uint8 [h, w] as a PNG that is whole or absent whenever the process dies."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(f"{path}.tmp")
-    aside.write_bytes(encode_png(grey[None]).numpy().tobytes())
-    os.replace(aside, path)
+        common.fail(f"{folder}: no folder can be made there ({runs.reason(error)})")
 
 
 def beside(images, ms):
@@ -603,7 +601,7 @@ def write_masks(argv):
     out = Path(args.out)
     claim(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
 
-    todo = [i for i, key in enumerate(keys) if not Path(out, f"{key}.png").exists()]
+    todo = [i for i, key in enumerate(keys) if not Path(out, f"{key}.png").is_file()]
     if not todo:
         print(f"{out} has the masks of all {len(keys)} images already")
         return
@@ -616,7 +614,9 @@ def write_masks(argv):
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 broken += 1
             else:
-                write_png(Path(out, f"{keys[i]}.png"), m)
+                file = Path(out, f"{keys[i]}.png")
+                make_folder(file.parent)
+                runs.put(file, lambda f, m=m: f.write(encode_png(m[None]).numpy().tobytes()))
                 done += 1
         if sum(map(len, shown)) < 24:
             whole = torch.tensor([not error for error in errors])
@@ -626,13 +626,14 @@ def write_masks(argv):
             break
     bar.close()
     if not Path(out, "preview.png").exists() and done:  # or there is an image of that name
-        save_image(make_grid(torch.cat(shown)[:24], nrow=8, padding=2, pad_value=1), out / "preview.png")
+        runs.write_picture(out / "preview.png", make_grid(torch.cat(shown)[:24], nrow=8, padding=2, pad_value=1))
     rate = done / (time.perf_counter() - start)
     print(f"{done} masks written to {out}, {rate:.1f} images/s on {device.type}; some of them in {out / 'preview.png'}")
     if broken:
         print(f"{broken} images do not decode and have no mask")
     if stop:
         print(f"stopped by a signal with {len(todo) - done - broken} images left; the same command goes on from here")
+        sys.exit(STOPPED)
 
 
 # ============ against masks drawn by hand ============
@@ -667,12 +668,16 @@ def score(maps, truths):
 
 
 def matched(folder, keys):
-    """The files of a folder for images `keys`, in their order; names what does not match and ends the program."""
+    """The masks or maps in a folder for images `keys`, in their order, uint8 [h, w]; names what does not match or decode and
+    ends the program."""
     files = data.named(folder)
     if odd := [k for k in keys if k not in files]:
         some = ", ".join(odd[:10]) + (", ..." if len(odd) > 10 else "")
         common.fail(f"{len(odd)} of {len(keys)} images have nothing of their name in {folder}: {some}")
-    return [files[k] for k in keys]
+    try:
+        return [data.decode(path := files[k])[0] for k in keys]
+    except OSError as error:
+        common.fail(f"{path}: {error}")
 
 
 def score_command(argv):
@@ -700,11 +705,8 @@ def score_command(argv):
     keys = list(images)[: args.limit or None]
     if not keys:
         common.fail(f"no images in {args.images}")
-    try:
-        truths = [data.decode(path)[0] > 128 for path in matched(args.masks, keys)]
-        saved = [data.decode(path)[:1].float() / 255 for path in matched(args.maps, keys)] if args.maps else None
-    except OSError as error:
-        common.fail(str(error))
+    truths = [grey > 128 for grey in matched(args.masks, keys)]
+    saved = [grey[None] / 255 for grey in matched(args.maps, keys)] if args.maps else None
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     dataset = data.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
     side = first_side(dataset)
@@ -724,19 +726,18 @@ def score_command(argv):
         ms = 1000 * (time.perf_counter() - start) / len(keys)
         found = [resized(m[None], *truth.shape)[0, 0] for m, truth in zip(found, truths, strict=True)]
         r = score(found, truths)
-        published = "{:>8.3f} {:>5.3f}".format(*PUBLISHED[method]) if method in PUBLISHED else ""
         rows.append(f"{method:<9} {r['max_f']:6.3f} {r['mean_f']:7.3f} {r['adaptive_f']:9.3f} {r['mae']:6.3f} "
-                    f"{'' if saved else f'{ms:.0f}':>9} {published}")  # fmt: skip
+                    f"{'' if saved else f'{ms:.0f}':>9}")  # fmt: skip
         pictures.append([found[i] for i in shown])
     print(f"{len(keys)} images, F-measure with beta^2 = 0.3\n")
-    print("method     max F  mean F  adaptive    MAE  ms/image  published max F, MAE on ECSSD (Borji et al. 2015)")
+    print("method     max F  mean F  adaptive    MAE  ms/image")
     print("\n".join(rows))
     if args.picture:
         cells = []
         for row, i in enumerate(shown):
             for cell in (dataset.read(i)[0].float() / 255, truths[i].float(), *(column[row] for column in pictures)):
                 cells.append(resized(cell.expand(3, -1, -1)[None], 128, 128)[0])
-        save_image(make_grid(torch.stack(cells), nrow=2 * (2 + len(pictures)), padding=2, pad_value=1), args.picture)
+        runs.write_picture(args.picture, make_grid(torch.stack(cells), nrow=2 * (2 + len(pictures)), padding=2, pad_value=1))
         print(f"{args.picture}: twice in a row: image, mask, {', '.join(['saved'] if saved else args.method)}")
 
 

@@ -19,12 +19,12 @@ import argparse
 import csv
 import difflib
 import importlib
+import io
 import itertools
 import json
 import math
 import os
 import re
-import shlex
 import statistics
 import subprocess
 import sys
@@ -111,8 +111,11 @@ def parse_args(argv):
         common.fail("study.py starts the processes itself: say --processes N, and python instead of torchrun")
     if "--data" not in given:  # one set for all tasks, and one that has an answer to rotation's question
         flags = ["--data", "shapes-natural", *flags]
-    args = importlib.import_module("pretext").parse_args(["--task", own.tasks[0], *flags])
-    archs, widths, budget = GRIDS[args.recipe]
+    parse = importlib.import_module("pretext").parse_args
+    recipe = parse(["--task", own.tasks[0], *flags]).recipe
+    archs, widths, budget = GRIDS[recipe if recipe in GRIDS else "cifar10"]
+    budget = [str(word) for pair in budget.items() if pair[0] not in given for word in pair]
+    args = parse(["--task", own.tasks[0], *budget, *flags])
     own.archs, own.widths = own.archs or archs, own.widths or widths
     for name in ("tasks", "archs", "widths", "seeds"):  # each once
         setattr(own, name, list(dict.fromkeys(getattr(own, name))))
@@ -124,9 +127,8 @@ def parse_args(argv):
     with torch.device("meta"):
         for family, width in itertools.product(own.archs, () if own.show else own.widths):
             backbones.build(arch_name(family, width), 224)
-    own.flags = [str(word) for pair in budget.items() if pair[0] not in given for word in pair]
-    own.flags += [word for word in flags if word != "--fresh"]
-    if own.figure not in args.probes:
+    own.flags = [*budget, *(word for word in flags if word != "--fresh")]
+    if own.figure not in (*args.probes, "lbfgs"):  # that, with the study's own penalty, only evaluate.py fits
         own.flags += ["--probes", *args.probes, own.figure]
     return own, args
 
@@ -146,14 +148,12 @@ def beside(path, suffix):
 
 
 def note(path):
-    return json.loads(beside(path, "json").read_text()) if beside(path, "json").exists() else {}
+    return ablate.read_json(beside(path, "json"))
 
 
 def results(path):
     """What the run in `path` measured on the data that it was trained on; {} unless it is finished."""
-    file = path / "evaluate.json"
-    found = json.loads(file.read_text()) if file.exists() else {}
-    return next((each for each in found.values() if "pretext" in each), {})
+    return next((each for each in ablate.read_json(path / "evaluate.json").values() if "pretext" in each), {})
 
 
 def read(path):
@@ -163,12 +163,13 @@ def read(path):
     if not parts:
         return {}
     seed, task, arch, base, width, minus = parts.groups()
-    found, about, log = results(path), note(path), path / "metrics.jsonl"
-    lines = [json.loads(line) for line in log.read_text().splitlines()] if found and log.exists() else [{}]
+    found, about = results(path), note(path)
+    lines = ablate.log_lines(path) if found else []
     row = {"task": task, "arch": arch, "family": base + minus, "width": float(width), "seed": int(seed)}
     row |= {f"{name}20" if name == "knn" else name: ablate.figure(found, where) for name, where in FIGURES.items()}
     row |= {"pretext_accuracy": ablate.figure(found, "pretext accuracy"), "chance": ablate.figure(found, "pretext chance")}
-    row |= {"random_knn20": lines[0].get("knn20"), "epochs": max((line.get("epoch", 0) for line in lines), default=0) or None}
+    row |= {"random_knn20": ablate.figure(ablate.at_random(path) if lines else {}, "knn 20 weighted")}
+    row |= {"epochs": max((line.get("epoch", 0) for line in lines), default=0) or None}
     row |= {k: about.get(k) if found else None for k in ("seconds", "command")}
     return row | {"refused": None if found else about.get("refused")}
 
@@ -193,28 +194,21 @@ def gather(out, asked=()):
 # ============ running them ============
 
 
-def command(script, words, processes):
-    """(the words that start it, the same as a user types it)"""
-    launcher, shown = [sys.executable], "python"
-    if processes > 1:
-        how = ["--standalone", f"--nproc_per_node={processes}"]
-        launcher, shown = [*launcher, "-m", "torch.distributed.run", *how], f"torchrun {' '.join(how)}"
-    words = [str(word) for word in words]
-    return [*launcher, importlib.import_module(script).__file__, *words], f"{shown} {script}.py {shlex.join(words)}"
-
-
 class Cell:
     """One run: what it still needs, and the process that does it."""
+
+    env = ()
 
     def __init__(self, own, args, seed, task, family, width):
         arch = arch_name(family, width)
         self.path, self.name = own.out / f"seed{seed}" / f"{task}-{arch}", f"{task} {arch} seed {seed}"
         words = ["--task", task, "--arch", arch, *own.flags, "--seed", seed, "--out", self.path]
-        self.words, self.shown = command("pretext", words, own.processes)
+        self.words, self.shown = ablate.command("pretext", words, own.processes)
         # The figure of a run that is finished and ended without it.
         same = ["--root", args.root, "--limit", args.limit, "--workers", args.workers, "--seed", seed]
         same += ["--device", args.device] * bool(args.device) + ["--amp" if args.amp else "--no-amp"] * (args.amp is not None)
-        self.made_up = command("evaluate", [self.path, "--data", args.data, "--probe", own.figure, *same], 1)
+        same += ["--penalty", "study"] * (own.figure == "lbfgs")
+        self.made_up = ablate.command("evaluate", [self.path, "--data", args.data, "--probe", own.figure, *same])
         self.figure, self.fresh, self.tried = own.figure, args.fresh, False
 
     def results(self):
@@ -226,97 +220,67 @@ class Cell:
         if self.fresh or not found or note(self.path).get("command") != self.shown:
             return [*self.words, *["--fresh"] * self.fresh], self.shown + " --fresh" * self.fresh
         labels = any(probe in found for probe in evaluate.PROBES)
-        return self.made_up if labels and self.figure not in found and not self.tried else None
+        # A run that ends with L-BFGS chooses its penalty from a grid; the study's has none.
+        lacks = self.figure not in found or (self.figure == "lbfgs" and found["lbfgs"].get("grid"))
+        return self.made_up if labels and lacks and not self.tried else None
 
-    def start(self, env):
+    def start(self):
         words, self.running = self.needs()
         self.seconds = 0.0 if self.fresh else note(self.path).get("seconds", 0.0)
         self.was_finished, self.began = bool(self.results()) and not self.fresh, time.monotonic()
         print(self.running, flush=True)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(beside(self.path, "log"), "a") as log:
-            log.write(f"{self.running}\n")
-            log.flush()
-            # In a session of its own: a Ctrl-C of the terminal reaches it only from here, as in ablate.py.
-            self.child = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside(self.path, "log"), "a", errors="surrogateescape") as log:
+                log.write(f"{self.running}\n")
+                log.flush()
+                return ablate.start(words, stdout=log, stderr=subprocess.STDOUT, env=os.environ | dict(self.env))
+        except OSError as error:
+            common.fail(f"could not write {beside(self.path, 'log')} ({runs.reason(error)})")
 
-    def end(self, stopped):
-        """Its process has ended: write down what there is to know, and return (exit code, sentence) if the study ends
-        with it, too."""
-        code, about = self.child.returncode, note(self.path)
+    def end(self, code, stopping):
+        """Its process has ended: write down what there is to know, and return a sentence if the study ends with it, too."""
+        about = note(self.path)
         if not self.was_finished:
             about["seconds"] = round(self.seconds + time.monotonic() - self.began, 1)
         about.pop("refused", None)
         said = beside(self.path, "log").read_text(errors="replace").rpartition(f"{self.running}\n")[2]
-        sentence, failure = re.search(r"^(?:\S+: )?error: (.*)", said, re.MULTILINE), None
+        error, failure = re.search(r"^(?:\S+: )?error: (.*)", said, re.MULTILINE), None
         if self.running == self.made_up[1]:
             self.tried = True
         elif not code and self.results():
             about["command"], self.fresh = self.shown, False
-        if code and sentence and not self.path.exists():
-            about["refused"] = sentence[1]  # before it made anything: bad input, which may be this cell's alone
-        elif code and not stopped:
-            last = "\n".join(said.splitlines()[-10:])
-            failure = code if code > 0 else 128 - code, f"{last}\nerror: exit code {code} from {self.running}"
-        elif not self.results() and not stopped:
-            failure = 1, f"error: {self.path} has not come to its end; the same command goes on from there"
+        if code and error and not self.path.exists():
+            about["refused"] = error[1]  # before it made anything: bad input, which may be this cell's alone
+        elif code and not stopping:
+            last = error[0] if code == 2 and error else "\n".join(said.splitlines()[-10:])
+            failure = f"{last}\nerror: exit code {code} from {self.running}"
+        elif not self.results() and not stopping:
+            failure = f"error: {self.path} has not come to its end; the same command goes on from there"
         runs.write_text(beside(self.path, "json"), json.dumps(about, indent=1) + "\n")
         return failure
 
     def summary(self):
         row = read(self.path)
-        if row["refused"]:
-            return f"left out, {row['refused']}"
         numbers = ("pretext_accuracy", "chance", "knn20", "linear", "lbfgs", "mlp", "seconds")
-        return ", ".join(f"{name} {row[name]:.1f}" for name in numbers if row[name] is not None)
+        told = ", ".join(f"{name} {row[name]:.1f}" for name in numbers if row[name] is not None)
+        return f"{self.name}: " + (f"left out, {row['refused']}" if row["refused"] else told)
 
     def done(self):
-        return bool(note(self.path).get("refused")) or self.needs() is None
+        return self.summary() if note(self.path).get("refused") or not self.needs() else None
 
 
 def run_all(cells, own, stop):
-    """Run what is not finished, own.jobs at a time. A signal is passed on to all that run, and ends this program once they
-    have ended; a failure of one stops the others in the same way, and is this program's."""
+    """Run what is not finished, own.jobs at a time."""
     todo = [cell for cell in cells if cell.needs()]
     print(f"{len(cells)} cells, {len(cells) - len(todo)} of them finished", flush=True)
-    env, running, passed, failure, total, began = dict(os.environ), [], 0, None, len(todo), time.monotonic()
     if own.jobs > 1:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        env["OMP_NUM_THREADS"] = str(max(1, cores // (own.jobs * own.processes)))
-        print(f"{own.jobs} runs at a time, {env['OMP_NUM_THREADS']} CPU threads each", flush=True)
-    try:
-        while running or (todo and not stop and not failure):
-            while todo and len(running) < own.jobs and not stop and not failure:
-                running.append(todo.pop(0))
-                running[-1].start(env)
-            if passed < len(stop):
-                for cell in running:
-                    cell.child.terminate()
-                passed += 1
-            for cell in [cell for cell in running if cell.child.poll() is not None]:
-                running.remove(cell)
-                failed = cell.end(stopped=bool(stop or failure))
-                if failed:
-                    failure = failed
-                    for other in running:
-                        other.child.terminate()
-                elif not stop and not failure and not cell.done():
-                    todo.insert(0, cell)
-                elif cell.done():
-                    ended = total - len(todo) - len(running)
-                    left = (time.monotonic() - began) / 60 / ended * (total - ended)
-                    print(f"{cell.name}: {cell.summary()} ({ended} of {total}; about {left:.0f} min left)", flush=True)
-            time.sleep(0.1)
-    except KeyboardInterrupt:  # the third signal
-        for cell in running:
-            cell.child.terminate()
-        raise
-    if failure:
-        print(failure[1], file=sys.stderr)
-        sys.exit(failure[0])
-    if stop:
-        print("stopped by a signal; the same command, but for --fresh, goes on from here, and --show shows what there is")
-        sys.exit(0)
+        threads = max(1, cores // (own.jobs * own.processes))
+        print(f"{own.jobs} runs at a time, {threads} CPU threads each", flush=True)
+        for cell in todo:
+            cell.env = {"OMP_NUM_THREADS": str(threads)}
+    ablate.run_all(todo, stop, own.jobs)
 
 
 # ============ table 1 ============
@@ -526,11 +490,12 @@ def show(own, asked=()):
         print(f"\nrank correlation (Spearman) of pretext accuracy and {NAMES[column]}, in brackets of how many points: within an")
         print("architecture over its widths and seeds; across the architectures, each with the means of its runs")
         print("\n".join(correlation_table(found)))
-        draw(rows, column)[0].save(own.out / "study.png")
-    with open(own.out / "study.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+        runs.put(own.out / "study.png", lambda f: draw(rows, column)[0].save(f, "PNG"))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    runs.write_text(own.out / "study.csv", text.getvalue())
     everything = {"figure": own.figure, "cells": rows, "correlations": found}
     everything["table"] = [{"family": f, "task": t, "width": k, "figures": n} for (f, t, k), n in ours.items()]
     runs.write_text(own.out / "study.json", json.dumps(everything, indent=1) + "\n")

@@ -8,15 +8,19 @@ import signal
 import sys
 import threading
 import time
+import types
 
 import pytest
+import torch
 from conftest import ROOT, TINY, fork, write_images
-from torchvision.io import decode_image
+from torchvision.io import decode_image, write_png
 
 import ablate
 import byol
 import common
+import data
 import evaluate
+import saliency
 
 TOY = '''
 import argparse, json, os, pathlib, signal, sys, time
@@ -37,7 +41,7 @@ def parse_args(argv=None):
 
 def stopped(*_):
     (out / "stopped").write_text("")
-    sys.exit(0)
+    sys.exit(85)
 
 if __name__ == "__main__":
     args = parse_args()
@@ -53,7 +57,8 @@ if __name__ == "__main__":
     if args.wait and not (out / "stopped").exists():
         (out / "waits").write_text("")
         time.sleep(args.wait)
-    (out / "metrics.jsonl").write_text(json.dumps({"step": 0, "knn20": 13.0}) + "\\n")
+    log = [{"step": 0, "knn20": 13.0}, {"step": 3, "loss": 1.0}, {"step": 9, "knn20": 50.0}]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in log))
     found = {"knn": {"20": {"weighted": 100 * args.ratio + args.seed}}, "linear": {"top1": 50.0}}
     (out / "evaluate.json").write_text(json.dumps({args.data: {"health": {}, **{k: found[k] for k in args.probes}}}))
 '''
@@ -91,9 +96,13 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "FIGURES", {**ablate.FIGURES, "toy": columns})
     monkeypatch.setattr(ablate, "READ", {**ablate.READ, "toy": "how to read it"})
     monkeypatch.setattr(common, "CAUGHT", [])
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    draw = data.shapes.draw_shapes
+    monkeypatch.setattr(data.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))  # 12,000 take seconds
+    data._load.cache_clear()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     yield tmp_path / "out"
+    data._load.cache_clear()
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
 
@@ -143,7 +152,7 @@ def test_every_row_parses_and_only_rows_of_the_same_settings_share_a_folder(meth
         for name, paper, flags in rows:
             assert len(paper) == len(heads)
             if flags is not None:
-                found = vars(parse([*base, *flags]))
+                found = ablate.settings_of(parse, [*base, *flags])
                 assert settings.setdefault(folders[name], found) == found
     assert len({tuple(map(str, s.values())) for s in settings.values()}) == len(settings)
     probes = {path.split()[0] for path in ablate.FIGURES[method].values()}
@@ -195,11 +204,12 @@ def test_a_dry_run_lists_the_commands_and_writes_nothing(toy, capfd):
     assert len(printed) == 6 and not toy.exists()
 
 
-def test_processes_are_torchruns(toy, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(ablate, "TABLES", {"toy": {"ratio": ("", ("linear",), [("half", (1.0,), "--ratio 0.5")])}})
-    ablate.main(["toy", "--processes", "2", "--out", str(toy)])
-    assert lines(toy / "seed0/half/starts") == ["2", "2"]
+def test_processes_are_torchruns(toy):
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # as in conftest.start
+    words, shown = ablate.command("toy", ["--out", toy], 2)
+    assert words == [*how, str(toy.parent / "toy.py"), "--out", str(toy)]
+    assert shown == f"torchrun --standalone --nproc_per_node=2 toy.py --out {toy}"
+    assert ablate.command("toy", [])[0] == [sys.executable, str(toy.parent / "toy.py")]
 
 
 def test_a_row_that_fails_stops_with_its_exit_code_and_command(toy, capfd):
@@ -221,7 +231,7 @@ def test_a_signal_reaches_the_run_and_the_same_command_goes_on(toy, capfd):
     threading.Thread(target=interrupt).start()
     with pytest.raises(SystemExit) as stopped:
         ablate.main(command)
-    assert not stopped.value.code and "the same command" in capfd.readouterr().out
+    assert stopped.value.code == 85 and "the same command" in capfd.readouterr().out
     assert (toy / "seed0/none/stopped").exists() and not (toy / "seed0/half").exists()
     common.CAUGHT.clear()
     (toy / "seed0/half").mkdir()
@@ -265,6 +275,7 @@ def test_a_probe_that_the_run_left_out_is_made_up_for(toy):
         (["toy", "--ratio", "0.7"], "--ratio: the row 'half' sets it"),
         (["toy", "masks", "--masks=rbd"], "--masks: the row 'exact' sets it"),
         (["toy", "--seed", "3"], "--seeds"),
+        (["toy", "--true-masks", "nowhere"], "--true-masks nowhere: no such folder"),
         (["toy", "--processes", "0"], "--processes"),
         (["toy", "--no-such-flag"], "unrecognized arguments: --no-such-flag"),
         (["toy", "--data", "shaps"], "did you mean 'shapes'"),
@@ -298,7 +309,7 @@ def test_sage_with_judge_and_pictures(tmp_path, monkeypatch, capfd):
     rows = [row for row in ablate.TABLES["sage"]["evaluators"][2] if row[0] in ("neither", "L_D only", "full")]
     monkeypatch.setattr(ablate, "TABLES", {"sage": {"evaluators": ("table 6", ("linear",), rows)}})
     monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(ablate.subprocess, "Popen", lambda command, **_: fork(*command[1:]))
+    monkeypatch.setattr(ablate, "start", lambda words, **_: fork(*words[1:]))
     images = write_images(tmp_path / "images", 64)
     flags = ["--data", str(images), "--recipe", "shapes", "--workers", "0", "--limit", "48", "--epochs", "1"]
     out = tmp_path / "ablation"
@@ -325,4 +336,158 @@ def test_masks_of_a_folder_are_made_before_the_rows_that_paste_by_them(folder, t
     assert made == ["gs", "mc", "rbd"]
     pasted = [line for line in commands if "--copy-paste 0." in line]
     assert pasted and all(f"--masks {tmp_path}/out/masks-" in line for line in pasted)
-    assert not any("exact" in line for line in commands)
+    assert not any("exact" in line or "learned" in line for line in commands)
+
+
+# ============ what the masks are worth ============
+
+
+def square(height, width):
+    """A mask of 40 x 40 px: the upper left `height` x `width`."""
+    mask = torch.zeros(1, 40, 40, dtype=torch.uint8)
+    mask[:, :height, :width] = 255
+    return mask
+
+
+def test_masks_of_a_folder_are_rows_and_are_measured_against_true_ones(folder, tmp_path, capfd):
+    for name, mask in (("true", square(20, 20)), ("learned", square(20, 10))):
+        for path in folder.rglob("*.jpg"):
+            file = tmp_path / name / path.relative_to(folder).with_suffix(".png")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_png(mask, str(file))
+    command = ["instdisc", "saliency", "--data", str(folder), "--recipe", "shapes", "--dry-run", "--out", str(tmp_path / "out")]
+    command += ["--learned-masks", str(tmp_path / "learned"), "--true-masks", str(tmp_path / "true"), "--seeds", "3"]
+    ablate.main(command)
+    printed = capfd.readouterr().out.splitlines()
+    rows = {line.rpartition("/")[2]: line for line in printed if line.startswith("python instdisc.py")}
+    assert f"--masks {tmp_path}/learned --seed 3" in rows["learned-BASNet"]
+    assert f"--masks {tmp_path}/true --seed 3" in rows["exact-masks"]
+    own, args = ablate.parse_args(command)
+    flags = {name: flags for name, _, flags in own.rows["saliency"]}
+    # Half of the object is found and nothing else: precision 1, recall 1/2.
+    found = ablate.mask_figures(own, args, flags["learned: BASNet"])
+    assert found == {"F_beta": [pytest.approx(1.3 * 0.5 / (0.3 + 0.5), abs=0.01)], "MAE": [pytest.approx(200 / 1600, abs=0.01)]}
+    found = ablate.mask_figures(own, args, flags["exact masks"])
+    assert found == {"F_beta": [pytest.approx(1, abs=1e-6)], "MAE": [pytest.approx(0, abs=0.01)]}
+    assert ablate.mask_figures(own, args, flags["baseline"]) == {}  # it pastes nothing
+    own.true_masks = None
+    assert ablate.mask_figures(own, args, flags["learned: BASNet"]) == {}  # and of photographs nobody knows
+
+
+def test_what_the_masks_of_drawn_objects_are_worth_stands_beside_the_papers(toy, tmp_path, monkeypatch, capfd):
+    rows = ablate.TABLES["instdisc"]["saliency"][2]
+    rows = [(n, paper, flags.replace("--copy-paste", "--ratio")) for n, paper, flags in rows if n not in ("GS", "MC")]
+    monkeypatch.setattr(ablate, "TABLES", {"toy": {"saliency": ("table 2a", ("F_beta", "MAE", "linear"), rows)}})
+    flags = ["--data", "shapes", "--limit", "6", "--root", str(tmp_path), "--device", "cpu"]
+    ablate.main(["toy", "--out", str(toy), *flags])
+    train = data.load("shapes", limit=6)
+    expected = saliency.score(saliency.maps(train.images), train.masks > 0)
+    kept = {row["row"]: row["ours"] for row in json.loads((toy / "saliency.json").read_text())}
+    assert kept["RBD"]["F_beta"] == [pytest.approx(expected["max_f"], abs=0.01)]
+    assert kept["RBD"]["MAE"] == [pytest.approx(expected["mae"], abs=0.005)]
+    assert kept["exact masks"]["F_beta"] == [1.0] and kept["exact masks"]["MAE"] == [0.0] and "F_beta" not in kept["baseline"]
+    printed = {line.split("  ")[0]: line.split("|")[1].split() for line in capfd.readouterr().out.splitlines() if "|" in line}
+    assert printed["exact masks"][:2] == ["1.000", "0.000"] and printed["baseline"][:2] == ["-", "-"]
+    assert printed["RBD"][0] == f"{kept['RBD']['F_beta'][0]:.3f}"
+
+
+# ============ the end of them all ============
+
+SLEEPER = """
+import pathlib, signal, sys, time
+out, needed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+def ended(*_):
+    global needed
+    needed -= 1
+    if not needed:
+        out.write_text("ended")
+        sys.exit(85)
+signal.signal(signal.SIGTERM, ended)
+out.touch()
+time.sleep(60)
+"""
+
+
+def job(code, *args, end=lambda code, stopping: f"exit code {code}" if code and not stopping else ""):
+    command = [sys.executable, "-S", "-c", code, *map(str, args)]
+    return types.SimpleNamespace(start=lambda: ablate.start(command), end=end, done=str)
+
+
+def asleep(folder, signals=1):
+    """Two jobs that sleep until they have had so many SIGTERM, and the files that tell of it."""
+    files = [folder / name for name in ("a", "b")]
+    return [job(SLEEPER, file, signals) for file in files], files
+
+
+def wait_for(files):
+    while not all(file.exists() for file in files):
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("name", "times"), [("SIGHUP", 1), ("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", 3)])
+def test_signals_end_all_that_was_started(toy, tmp_path, capsys, name, times):
+    jobs, files = asleep(tmp_path, times)
+
+    def interrupt():
+        wait_for(files)
+        for _ in range(times):
+            os.kill(os.getpid(), getattr(signal, name))
+            time.sleep(0.2)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(SystemExit) as stopped:
+        ablate.run_all([*jobs, job("pathlib")], common.catch_signals(), 2)
+    assert stopped.value.code == 85 and "the same command" in capsys.readouterr().out
+    assert [file.read_text() for file in files] == ["ended", "ended"]
+
+
+@pytest.mark.parametrize(("how", "code"), [("sys.exit(85)", 85), ("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
+def test_a_run_that_ends_badly_ends_the_others(toy, tmp_path, capsys, how, code):
+    jobs, files = asleep(tmp_path)
+    last = job(f"import os, sys, time\nwhile not all(map(os.path.exists, sys.argv[1:])): time.sleep(.01)\n{how}", *files)
+    with pytest.raises(SystemExit) as stopped:
+        ablate.run_all([*jobs, last], [], 3)
+    said = capsys.readouterr()
+    assert stopped.value.code == code and [file.read_text() for file in files] == ["ended", "ended"]
+    assert ("the same command" in said.out) == (code == 85) and ("exit code" in said.err) == (code != 85)
+
+
+def test_when_this_program_fails_nothing_that_it_started_goes_on(toy, tmp_path):
+    def full(code, stopping):
+        wait_for(files)
+        common.fail("the disk is full")
+
+    jobs, files = asleep(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        ablate.run_all([*jobs, job("", end=full)], [], 3)
+    assert stopped.value.code == 2 and [file.read_text() for file in files] == ["ended", "ended"]
+
+
+def test_a_killed_program_takes_its_runs_along(tmp_path):
+    """SIGKILL leaves it no time to end them: they see to it themselves (common.setup)."""
+    beat = tmp_path / "beat"
+    run = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport common\ncommon.setup('cpu')\n"
+    run += f"while True:\n    open({str(beat)!r}, 'a').write('.')\n    time.sleep(0.1)"
+    (tmp_path / "parent.py").write_text(
+        f"import sys, types\nsys.path.insert(0, {str(ROOT)!r})\nimport ablate\n"
+        f"job = types.SimpleNamespace(start=lambda: ablate.start([sys.executable, '-c', {run!r}]))\nablate.run_all([job], [])"
+    )
+    parent, deadline = fork(tmp_path / "parent.py"), time.time() + 60
+    while not beat.exists() and parent.poll() is None and time.time() < deadline:
+        time.sleep(0.05)
+    parent.kill()
+    parent.communicate(timeout=10)
+    assert beat.exists()
+    sizes = [-1, beat.stat().st_size]
+    while sizes[-1] != sizes[-2] and len(sizes) < 20:
+        time.sleep(1)
+        sizes.append(beat.stat().st_size)
+    assert len(sizes) < 20, "it is still there"
+
+
+def test_broken_files_of_a_run_are_sentences(tmp_path, capsys):
+    for name, text in (("evaluate.json", "{"), ("evaluate.json", "[]"), ("metrics.jsonl", "{")):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(SystemExit) as stopped:
+            ablate.figures(tmp_path, "shapes") if name == "evaluate.json" else ablate.at_random(tmp_path)
+        assert stopped.value.code == 2 and f"error: {tmp_path / name} " in capsys.readouterr().err

@@ -274,11 +274,11 @@ def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
     train = data.load("shapes", limit=6)
     train.masks[0], train.masks[1] = 0, 1
     args = options("--masks", "exact", "--copy-paste", "1")
-    alpha, grounds = instdisc.objects(args, train, torch.device("cpu"), print)
+    alpha, grounds, cut = instdisc.objects(args, train, torch.device("cpu"), print)
     assert "2 of 6 masks are nearly empty or full" in capsys.readouterr().out and grounds is None
     view = data.view(32, scale=(1, 1), ratio=(1, 1), flip=0, paste=1.0)
-    index, (x,) = next(data.Loader(train, [view], 6, 0, alpha=alpha).epoch(0))
-    _, (plain,) = next(data.Loader(train, [view | {"paste": 0.0}], 6, 0, alpha=alpha).epoch(0))
+    index, (x,) = next(data.Loader(train, [view], 6, 0, alpha=alpha, cut=cut).epoch(0))
+    _, (plain,) = next(data.Loader(train, [view | {"paste": 0.0}], 6, 0).epoch(0))
     for row, image in enumerate(index.tolist()):
         background = (train.masks[image] == 0) & (image != 1)
         assert torch.allclose(x[row], plain[row], atol=1e-5) == (image < 2)
@@ -406,9 +406,9 @@ def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
     flags = ["--augment", "flip", "--copy-paste", "0.3", "--masks", "exact", "--background", "textures", "--blend", "mix"]
     with pytest.raises(Stop):
         instdisc.main([*SMALL[1:], *flags, "--soft-masks", "--out", str(tmp_path / "run")])
-    _, (view,), *_, alpha, grounds = calls[1]
+    _, (view,), *_, alpha, grounds, cut = calls[1]
     assert view["scale"] == (1, 1) and view["flip"] == 0.5 and view["paste"] == 0.3 and view["blend"] == "mix"
-    assert alpha.shape == (48, 32, 32) and grounds.shape == (1000, 3, 32, 32)
+    assert alpha.shape == (48, 32, 32) and cut is None and grounds.shape == (1000, 3, 32, 32)
 
 
 def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(folder, tmp_path, monkeypatch):

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 import common
+import data
 import evaluate
 import study
 
@@ -40,7 +41,7 @@ def parse_args(argv=None):
 
 def stopped(*_):
     (out / "stopped").write_text("")
-    sys.exit(0)
+    sys.exit(85)
 
 if __name__ == "__main__":
     args = parse_args()
@@ -59,14 +60,16 @@ if __name__ == "__main__":
     if file.exists():
         sys.exit()
     if args.arch == args.fail:
+        while args.wait and not list(out.parent.glob(f"*{args.wait}/waits")):
+            time.sleep(0.01)
         print("last words")
         sys.exit(3)
     if args.arch == args.wait and not (out / "stopped").exists():
         (out / "waits").write_text("")
         time.sleep(60)
     time.sleep(args.seconds)
-    (out / "metrics.jsonl").write_text(json.dumps({"step": 0, "epoch": 0, "knn20": 13.0}) + "\\n" +
-                                       json.dumps({"step": 9, "epoch": args.epochs}) + "\\n")
+    log = [{"step": 0, "epoch": 0, "knn20": 13.0}, {"step": 9, "epoch": args.epochs, "knn20": 40.0}]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in log))
     found = {"knn": {"20": {"weighted": 40.0 + args.seed}}, "linear": {"top1": 50.0 + args.seed}}
     found = {"pretext": {"accuracy": 70.0, "chance": 25.0}, **{k: found[k] for k in args.probes}}
     file.write_text(json.dumps({args.data: found}))
@@ -78,7 +81,7 @@ import json, pathlib, sys
 file = pathlib.Path(sys.argv[1], "evaluate.json")
 (file.parent / "measured").write_text(" ".join(sys.argv[2:]))
 found = json.loads(file.read_text())
-next(iter(found.values())).update(mlp={"top1": 55.0})
+next(iter(found.values())).update({sys.argv[sys.argv.index("--probe") + 1]: {"top1": 55.0, "grid": {}}})
 file.write_text(json.dumps(found))
 '''
 GRID = ["--tasks", "rotation", "jigsaw", "--archs", "revnet14", "vgg11", "--widths", "1"]
@@ -92,9 +95,13 @@ def toy(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "pretext", raising=False)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "measure.py"))
     monkeypatch.setattr(common, "CAUGHT", [])
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    draw = data.shapes.draw_shapes
+    monkeypatch.setattr(data.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))  # 12,000 take seconds
+    data._load.cache_clear()
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     handlers = [signal.getsignal(number) for number in numbers]
     yield tmp_path / "out"
+    data._load.cache_clear()
     sys.modules.pop("pretext", None)
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
@@ -113,7 +120,8 @@ def write_run(path, pretext, linear, knn=30.0, chance=25.0, **about):
     path.mkdir(parents=True)
     found = {"pretext": {"accuracy": pretext, "chance": chance}, "linear": {"top1": linear}, "knn": {"20": {"weighted": knn}}}
     (path / "evaluate.json").write_text(json.dumps({"other": {"linear": {"top1": 1.0}}, "shapes": found}))
-    (path / "metrics.jsonl").write_text('{"step": 0, "epoch": 0, "knn20": 13.5}\n{"step": 8, "epoch": 4, "loss": 1.0}\n')
+    log = [{"step": 0, "epoch": 0, "knn20": 13.5}, {"step": 8, "epoch": 4, "loss": 1.0}, {"step": 8, "epoch": 4, "knn20": knn}]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     if about:
         study.beside(path, "json").write_text(json.dumps(about))
 
@@ -370,8 +378,7 @@ def test_a_failure_stops_the_others_and_is_the_studys(toy, capfd):
     err = capfd.readouterr().err
     assert stopped.value.code == 3 and "last words" in err
     assert "exit code 3 from python pretext.py --task jigsaw --arch vgg11_k1" in err
-    path = toy / "seed0/jigsaw-revnet14_k1"
-    assert (path / "stopped").exists() or not (path / "waits").exists()  # or before it could wait
+    assert (toy / "seed0/jigsaw-revnet14_k1/stopped").exists()
     assert not (toy / "seed0/jigsaw-resnet14v1_k1").exists() and not (toy / "study.csv").exists()
 
 
@@ -388,7 +395,7 @@ def test_a_signal_reaches_all_runs_and_the_same_command_goes_on(toy, capfd):
     threading.Thread(target=interrupt).start()
     with pytest.raises(SystemExit) as stopped:
         study.main(command)
-    assert not stopped.value.code and "the same command" in capfd.readouterr().out
+    assert stopped.value.code == 85 and "the same command" in capfd.readouterr().out
     assert all((path / "stopped").exists() for path in waiting) and not (toy / "study.csv").exists()
     part = json.loads(study.beside(waiting[0], "json").read_text())
     assert part["seconds"] > 0 and "command" not in part
@@ -425,7 +432,38 @@ def test_commands_have_the_budget_and_processes_are_torchruns(toy, capfd):
     first = "torchrun --standalone --nproc_per_node=2 pretext.py --task rotation --arch revnet14_k1 --epochs "
     assert len(printed) == 4 and printed[0].startswith(first) and not toy.exists()
     assert "--probes" not in printed[0]  # it has k-NN already
-    assert "--probes knn linear lbfgs --seed" in study_commands(capfd, toy, "--figure", "lbfgs")[0]
+    assert "--probes knn linear mlp --seed" in study_commands(capfd, toy, "--figure", "mlp")[0]
+    assert "--probes" not in study_commands(capfd, toy, "--figure", "lbfgs")[0]  # evaluate.py does that
+
+
+def test_lbfgs_is_with_the_studys_penalty(toy, capfd):
+    command = ["--tasks", "rotation", "--archs", "vgg11", "--widths", "1", "--figure", "lbfgs", "--out", str(toy)]
+    study.main(command)
+    path = toy / "seed0/rotation-vgg11_k1"
+    measured = (path / "measured").read_text()
+    assert measured == "--data shapes-natural --probe lbfgs --root datasets --limit 5000 --workers 0 --seed 0 --penalty study"
+    assert "lbfgs 55.0" in capfd.readouterr().out
+    found = json.loads((path / "evaluate.json").read_text())
+    found["shapes-natural"]["lbfgs"] = {"top1": 60.0, "grid": {"penalty 0.1": 59.0}}  # of a run that chose its own
+    (path / "evaluate.json").write_text(json.dumps(found))
+    study.main(command)
+    assert "lbfgs 55.0" in capfd.readouterr().out and len(lines(path / "starts")) == 1
+
+
+def test_what_is_broken_or_cannot_be_written_is_a_sentence(tmp_path, capfd):
+    path = tmp_path / "seed0" / "rotation-vgg11_k1"
+    write_run(path, 40.0, 50.0)
+    (tmp_path / "study.csv.tmp").symlink_to("/dev/full")
+    for spoil, sentence in (
+        (lambda: None, f"could not write {tmp_path}/study.csv"),
+        (lambda: (path / "metrics.jsonl").write_text("{"), f"{path}/metrics.jsonl cannot be read"),
+        (lambda: study.beside(path, "json").write_text("[]"), f"{path}.json holds no JSON object"),
+        (lambda: (path / "evaluate.json").write_text("{"), f"{path}/evaluate.json cannot be read"),
+    ):
+        spoil()
+        with pytest.raises(SystemExit) as stopped:
+            study.main(["--out", str(tmp_path), "--show"])
+        assert stopped.value.code == 2 and sentence in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
