@@ -285,7 +285,7 @@ def run_all(todo, stop, at_once=1):
                     child.terminate()
             for job, child in [pair for pair in running if pair[1].poll() is not None]:
                 running.remove((job, child))
-                stop += [saliency.STOPPED] * (child.returncode == saliency.STOPPED and not stop)
+                stop += [common.STOPPED] * (child.returncode == common.STOPPED and not stop)
                 if sentence := job.end(child.returncode, bool(stop or failure)):
                     code = child.returncode or 1
                     failure = failure or (code if code > 0 else 128 - code, sentence)
@@ -308,7 +308,7 @@ def run_all(todo, stop, at_once=1):
         sys.exit(failure[0])
     if stop:
         print("stopped by a signal; the same command, but for --fresh, goes on from here")
-        sys.exit(saliency.STOPPED)
+        sys.exit(common.STOPPED)
 
 
 def call(script, words, own, stop, processes=1):

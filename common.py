@@ -80,13 +80,17 @@ def setup(wanted=None):
 
 @functools.cache  # one thread a process
 def end_with_parent():
-    """From now on this process ends within seconds of its parent: a torchrun that is killed by SIGKILL cannot end its
-    processes, which would train on. Of a process that a person starts, the parent is a shell, which may go."""
-    parent = os.getppid()
+    """From now on this process ends within seconds of its parent, and of the program whose number is in END_WITH_PARENT: a
+    torchrun that is killed by SIGKILL cannot end its processes, which would train on. Of a process that a person starts,
+    the parent is a shell, which may go."""
+    parent, starter = os.getppid(), int(os.environ.get("END_WITH_PARENT", 0))
 
     def watch():
-        while os.getppid() == parent:
-            time.sleep(1)
+        with contextlib.suppress(ProcessLookupError):
+            while os.getppid() == parent:
+                time.sleep(1)
+                if starter:
+                    os.kill(starter, 0)  # sends nothing; raises where there is no such process
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

@@ -1001,8 +1001,8 @@ def show(args, rest):
     at_least(8, flags, "size", most=1024)
     dataset, views = load(flags.data, flags.root, limit=flags.limit, seed=flags.seed), views_of(script, flags)
     n = min(args.n, len(dataset))
-    alpha, grounds = script.objects(flags, dataset, "cpu", print) if views[0]["paste"] else (None, None)
-    index, xs = next(Loader(dataset, views, n, flags.seed, alpha=alpha, grounds=grounds).epoch(0))
+    masks = script.objects(flags, dataset, "cpu", print) if views[0]["paste"] else ()
+    index, xs = next(Loader(dataset, views, n, flags.seed, 0, 1, 0, "cpu", *masks).epoch(0))
     plain, _ = next(batches(dataset, view(flags.size, mean=(0, 0, 0), std=(1, 1, 1)), n, indices=index))
     rows = {"image": plain, **seen(script, flags, xs, views, generator(flags.seed, "show"))}
     if dataset.masks is not None:

@@ -56,7 +56,6 @@ CLASS_METHODS = ("cam", "gradient")  # of a network trained with labels
 BLOCK = 16  # px: the side S of a superpixel's block
 SIDE = 224  # px: the working size, a multiple of BLOCK
 INF = float("inf")
-STOPPED = 85  # exit code of what a signal has stopped and the same command continues
 
 
 # ============ superpixels (SLIC: Achanta et al. 2012, in the form of RBD's code) ============
@@ -633,7 +632,7 @@ def write_masks(argv):
         print(f"{broken} images do not decode and have no mask")
     if stop:
         print(f"stopped by a signal with {len(todo) - done - broken} images left; the same command goes on from here")
-        sys.exit(STOPPED)
+        sys.exit(common.STOPPED)
 
 
 # ============ against masks drawn by hand ============
