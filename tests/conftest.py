@@ -1,6 +1,8 @@
 """Shared by all tests: the scripts as a user starts them, small folders of images, and what every method must keep to."""
 
+import contextlib
 import functools
+import io
 import os
 import random
 import runpy
@@ -8,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,8 +20,14 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import write_jpeg
 
+METHODS = "byol cmc cpc instdisc moco pirl pretext sage simclr swav".split()  # by name: forks stay out of it
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import common  # noqa: E402
+import data  # noqa: E402
+import shapes  # noqa: E402
+
 # Two threads on one core wait for each other: ten times slower.
 torch.set_num_threads(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
 
@@ -55,11 +65,69 @@ def run(*args, code=0, start=start, **kwargs):
     return out, err
 
 
-# ============ the same, without the wait for imports ============
+# ============ the same in this process: the first choice where the process itself is not what is tested ============
+
+HANDLERS = {number: signal.getsignal(number) for number in signal.valid_signals()}
+# Drawing the ten thousand images of `shapes` takes longer than most tests.
+data.shapes = types.SimpleNamespace(**vars(shapes) | {"draw_shapes": functools.cache(shapes.draw_shapes)})
+
+
+def put_back():
+    """What a script does to signals is undone: pytest is to end at Ctrl-C."""
+    common.CAUGHT.clear()
+    for number, handler in HANDLERS.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """No test leaves signals or the state of the random numbers to the next."""
+    torch.manual_seed(0)
+    yield
+    put_back()
+
+
+@contextlib.contextmanager
+def in_process():
+    """As a new process would be and, afterwards, as before: one thread, nothing cached or caught; environment, folder, random
+    numbers and signals."""
+    env, folder, threads = dict(os.environ), os.getcwd(), torch.get_num_threads()
+    for cached in (f for f in vars(data).values() if hasattr(f, "cache_clear")):
+        cached.cache_clear()
+    torch.set_num_threads(1)
+    put_back()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        put_back()
+
+
+def command(*args, code=0):
+    """`python ARGS` without a process of its own: checks the exit code and returns (stdout, stderr), as `run` does."""
+    words, out, err, found = [str(arg) for arg in args], io.StringIO(), io.StringIO(), 0
+    with in_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
+        os.chdir(ROOT)
+        try:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        except SystemExit as stopped:
+            found = stopped.code or 0
+    if isinstance(found, str):  # as Python itself does
+        err.write(f"{found}\n")
+        found = 1
+    assert found == code, f"exit code {found}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+# ============ processes without the wait for imports ============
 # A command that `start` starts imports torch and torchvision for three to four seconds first. A server of multiprocessing
 # has them imported already and forks a process for each command. It is a process like any other, with signals, an exit
-# code and output of its own, and it reads the project's files anew: none of them is in the server. So `forked` takes the
-# place of `run` nearly everywhere; once a script, `run` and `start` try what Python itself and torchrun do.
+# code and output of its own, and it reads the project's files anew: none of them is in the server.
 
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "torch", "torchvision", "torch.utils.tensorboard", "tqdm"])
