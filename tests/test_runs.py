@@ -21,11 +21,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import METHODS, equal, fork, forked, in_process, start
+from conftest import METHODS, equal, fork, in_process, run, start
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.io import write_png
 
 import backbones
+import common
 import data
 import runs
 import shapes
@@ -47,9 +48,9 @@ OWN = {  # numbers unlike the defaults, so that a flag that is ignored shows
     "pretext": ["--size", 32, "--task", "jigsaw", "--permutations", 20, "--embedding", 16, "--head", 32],
     "sage": ["--evaluator-epochs", 1, "--tau", 0.7, "--predictor-lr", 3, "--hidden", 32, "--dim", 16,
              "--bottleneck", 16, "--width", 32, "--decoder-lr", 0.1],
-    "simclr": ["--hidden", 32, "--dim", 16, "--scaling", "sqrt", "--lr", 0.025],
+    "simclr": ["--hidden", 32, "--dim", 16, "--scaling", "sqrt", "--optimizer", "lars", "--lr", 2],
     "swav": ["--small-size", 8, "--prototypes", 20, "--hidden", 32, "--dim", 16, "--queue-length", 32, "--queue-epoch", 0.67,
-             "--freeze-epochs", 0.34],
+             "--freeze-epochs", 0.34, "--optimizer", "lars", "--lr", 80],
 }  # fmt: skip
 
 
@@ -69,8 +70,8 @@ def write_pictures(folder):
 
 
 # ============ the loops ============
-# As the papers and the authors' codes have it (facts with sources: docs/METHOD.md). A loop is: for each update the rates, `before`,
-# the passes, each of whose losses is divided by their number, the step, `after`.
+# In the order of the papers and of the authors' codes: for each update the rates, `before`, the passes, each of whose losses is
+# divided by their number, the step, `after`.
 
 
 def half_cosine(share):
@@ -78,11 +79,16 @@ def half_cosine(share):
     return (1 + math.cos(math.pi * share)) / 2
 
 
-def groups(module, decay=0.01, factor=1.0):
-    """Weights with decay; biases and the parameters of BatchNorm without."""
+def groups(module, factor=1.0):
+    """Weights with decay (and LARS); biases and the parameters of BatchNorm without."""
     params = [p for p in module.parameters() if p.requires_grad]
-    return [{"params": [p for p in params if (p.ndim < 2) == flat], "weight_decay": 0.0 if flat else decay, "factor": factor}
-            for flat in (False, True)]  # fmt: skip
+    weights = {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.01, "adapt": True, "factor": factor}
+    return [weights, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "adapt": False, "factor": factor}]
+
+
+def one_group(model):
+    """All with decay."""
+    return [{"params": [p for p in model.parameters() if p.requires_grad], "weight_decay": 0.01, "factor": 1.0}]
 
 
 def everyone(x, dim=0):
@@ -145,6 +151,7 @@ class Loop:
         loader = data.Loader(
             self.train, self.views, self.n, self.args.seed, self.rank, self.world, 0, "cpu", *self.masks()
         )
+        self.losses = torch.zeros(self.total)
         for step in range(self.total):
             if step % STEPS == 0:
                 batches = loader.epoch(step // STEPS)
@@ -153,7 +160,9 @@ class Loop:
                 group["lr"] = self.lr * rate * group["factor"]
             self.before(step)
             for micro in range(1, PASSES + 1):
-                (self.loss(*next(batches), step, micro) / PASSES).backward()
+                loss = self.loss(*next(batches), step, micro) / PASSES
+                loss.backward()
+                self.losses[step] += loss.detach()
             for p in self.model.parameters():
                 if p.grad is not None and self.world > 1:
                     dist.all_reduce(p.grad)
@@ -204,14 +213,17 @@ class SimCLR(Loop):
         self.lr, a = self.args.lr * BATCH**0.5, self.args
         return self.script.SimCLR(f, a.hidden, a.dim, a.layers, a.temperature)
 
+    def optimizers(self):
+        return [common.LARS(self.groups(), inside=True)]
+
 
 class MoCo(Loop):
     def build(self, f):
         a = self.args
         return self.script.MoCo(f, a.queue, a.dim, a.temperature, a.mlp, a.bn_splits)
 
-    def groups(self):  # all tensors decay
-        return [{"params": [p for p in self.model.parameters() if p.requires_grad], "weight_decay": 0.01, "factor": 1.0}]
+    def groups(self):
+        return one_group(self.model)
 
     def schedule(self, step, share):  # between epochs
         return half_cosine(step // STEPS / self.args.epochs)
@@ -242,8 +254,8 @@ class SwAV(Loop):
         a = self.args
         return self.script.SwAV(f, a.prototypes, a.hidden, a.dim, a.temperature, a.epsilon, a.queue_length)
 
-    def groups(self):  # all tensors decay
-        return [{"params": list(self.model.parameters()), "weight_decay": 0.01, "factor": 1.0}]
+    def optimizers(self):
+        return [self.script.LARC(one_group(self.model))]
 
     def loss(self, index, xs, step, micro):
         self.frozen = step < 1
@@ -365,8 +377,8 @@ LOOPS = {"byol": BYOL, "cmc": CMC, "cpc": CPC, "instdisc": InstDisc, "moco": MoC
 
 
 def difference(method, out, argv, rank=0, world=1):
-    """The largest difference, of weights, buffers, queues, banks and momenta, between the last checkpoint of a run and the
-    loop written out."""
+    """The largest difference between a run and the loop written out, of the losses in its metrics and, in its checkpoint, of
+    weights, buffers, queues, banks and momenta."""
     script, found = importlib.import_module(method), runs.load(out / "checkpoint.pt")
     args = script.parse_args(argv)
     loop = LOOPS[method](script, args, data.load(args.data, memory=True), rank, world)
@@ -375,6 +387,8 @@ def difference(method, out, argv, rank=0, world=1):
     states = {"model": loop.model.state_dict()}
     states |= {k: o.state_dict()["state"] for k, o in zip(("optimizer", "decoder_optimizer"), optimizers, strict=False)}
     assert found["step"] == loop.total
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    told = torch.tensor([line["loss"] for line in lines if "loss" in line])
 
     def compare(a, b):
         if isinstance(b, dict):
@@ -382,7 +396,8 @@ def difference(method, out, argv, rank=0, world=1):
             return max(compare(a[k], b[k]) for k in b)
         return ((a.double() - b.double()).abs() / (1 + b.double().abs())).max().item()
 
-    return max(compare(found[k] if k == "model" else found[k]["state"], b) for k, b in states.items())
+    pairs = [(found["model"], states.pop("model")), *((found[k]["state"], b) for k, b in states.items()), (told, loop.losses)]
+    return max(itertools.starmap(compare, pairs))
 
 
 def weights(out):
@@ -398,15 +413,12 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def main(method, argv, stop_at=0):
-    """What the script's main prints. `stop_at`: the update during which a signal comes."""
-    updates = itertools.count(1)
-
-    def come(optimizer, *_):
-        if isinstance(optimizer, torch.optim.SGD) and next(updates) == stop_at:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    hook = register_optimizer_step_post_hook(come)
+def main(method, argv, at=0, happens=lambda optimizer: os.kill(os.getpid(), signal.SIGTERM)):
+    """What the script's main prints. `at`: the update in which something happens, by default a signal."""
+    updates, kinds = itertools.count(1), (torch.optim.SGD, common.LARS)  # no Adam: an update is counted once
+    hook = register_optimizer_step_post_hook(
+        lambda optimizer, *_: happens(optimizer) if isinstance(optimizer, kinds) and next(updates) == at else None
+    )
     try:
         with in_process(), contextlib.redirect_stdout(io.StringIO()) as printed:
             importlib.import_module(method).main(argv)
@@ -440,13 +452,15 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     made = [line for line in lines if "loss" in line]
     assert [line["step"] for line in made] == list(range(1, 7)) and made[0]["lr"] == 0
     assert {"epoch", "images_per_second", "data_wait", "memory_mb"} <= set(made[0])
-    assert [line["step"] for line in lines if "knn20" in line][0] == 0  # the random network
+    assert "knn20" in lines[0] and lines[0]["step"] == 0  # the random network
     for file in out.glob("*.pt"):
         torch.load(file, weights_only=True)
     about = torch.load(out / "backbone.pt", weights_only=True)
     assert {"arch", "state_dict", "preprocess", "method", "data", "command", "epoch"} <= set(about) and about["epoch"] == 2
     exec(f"{one}\n{two}", scope := {})
     assert equal(dict(scope["net"].state_dict()), about["state_dict"])
+    views = importlib.import_module(method).RECIPES["shapes"]["views"]
+    assert method == "cpc" or about["preprocess"]["mean"] == data.view(**{"size": 1, **views[0]})["mean"]
     trained = {k[2:]: v for k, v in runs.load(out / "checkpoint.pt")["model"].items() if k.startswith("f.")}
     assert equal(trained, about["state_dict"])
     before = (out / "checkpoint.pt").read_bytes()
@@ -454,10 +468,36 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     assert "is finished" in again and again.splitlines()[-1] == last and (out / "checkpoint.pt").read_bytes() == before
 
 
+def test_tensorboard_has_scalars_text_views_and_projector(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished("byol")[0]))
+    events.Reload()
+    tags = events.Tags()
+    assert {"train/loss", "train/feature_std", "eval/knn20", "eval/final_knn"} <= set(tags["scalars"])
+    assert tags["images"] == ["views"] and "recipe/text_summary" in tags["tensors"]
+    assert (finished("byol")[0] / "projector_config.pbtxt").exists()
+
+
+def test_other_settings_are_refused(finished, pictures):
+    _, err = run("byol.py", *flags("byol", pictures, finished("byol")[0]), "--lr", "0.123", code=2)
+    assert "lr 1.6 -> 0.123" in err and "--fresh" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("update", "words"), [(4, "loss is not finite at step 5"), (6, "network is not finite at step 6")])
+def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(update, words, pictures, tmp_path):
+    spoil = lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
+    with pytest.raises(SystemExit) as stopped:
+        main("byol", flags("byol", pictures, tmp_path / "byol"), update, spoil)
+    assert words in stopped.value.code and "--no-amp" in stopped.value.code
+    kept = runs.load(tmp_path / "byol" / "checkpoint.pt")
+    assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_exactly(method, finished, pictures, tmp_path):
     argv = flags(method, pictures, tmp_path / method)
-    assert "stopped by a signal at step 4" in main(method, argv, stop_at=4)
+    assert "stopped by a signal at step 4" in main(method, argv, at=4)
     assert runs.load(tmp_path / method / "checkpoint.pt")["step"] == 4
     assert "going on from step 4 of 6" in main(method, argv)
     assert equal(weights(tmp_path / method), weights(finished(method)[0]))
@@ -474,7 +514,7 @@ def test_a_run_that_is_killed_goes_on_exactly(method, finished, pictures, tmp_pa
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    forked(*command)
+    run(*command)
     assert equal(weights(out), weights(finished(method)[0]))
 
 
@@ -485,11 +525,11 @@ def half(rank, port, pictures, out):
     """All methods, one after the other: a run of three updates that a signal to one of two processes stops after the second and
     that goes on; OUT/METHOD.json says how far it is from the loop written out."""
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
+    dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     for method in METHODS:
         argv, found = flags(method, pictures, out / method, epochs=1), {}
         try:
-            found["first"], found["second"] = main(method, argv, stop_at=2 * rank), main(method, argv)
+            found["first"], found["second"] = main(method, argv, at=2 * rank), main(method, argv)
             with in_process():
                 found["difference"] = difference(method, out / method, argv, rank, 2)
         except BaseException:
@@ -525,5 +565,5 @@ def test_torchrun_stops_its_processes_and_they_go_on_exactly(pair, pictures, tmp
     process.send_signal(signal.SIGTERM)
     printed, err = process.communicate(timeout=120)
     assert "stopped by a signal" in printed and runs.load(tmp_path / "byol" / "checkpoint.pt")["step"] < 3, err
-    forked(*command, processes=2)
+    run(*command, processes=2)
     assert equal(weights(tmp_path / "byol"), weights(pair / "byol"))
