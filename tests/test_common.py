@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from conftest import forked
+from conftest import run
 from torch import nn
 
 import common
@@ -200,5 +200,5 @@ def test_a_fresh_start_deletes_only_what_a_run_writes(tmp_path):
 def test_a_missing_gpu_is_one_sentence():
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    _, err = forked("byol.py", "--device", "cuda", code=2)
+    _, err = run("byol.py", "--device", "cuda", code=2)
     assert err.startswith("error: ") and len(err.splitlines()) == 1
