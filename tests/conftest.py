@@ -28,8 +28,8 @@ import common  # noqa: E402
 import data  # noqa: E402
 import shapes  # noqa: E402
 
-# Two threads on one core wait for each other: ten times slower.
-torch.set_num_threads(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
+# Small tensors gain nothing by a second thread, and on a machine that does something else, too, threads wait for each other.
+torch.set_num_threads(1)
 
 TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--probes", "knn", "--log-every", "1", "--device", "cpu"]
 
@@ -137,12 +137,10 @@ def alone():
 
 @contextlib.contextmanager
 def in_process():
-    """As a new process would be and, afterwards, as before: one thread, nothing cached or caught; environment, folder, random
-    numbers and signals."""
-    env, folder, threads = dict(os.environ), os.getcwd(), torch.get_num_threads()
+    """As in a new process nothing is cached or caught; environment, folder, numbers and signals stay."""
+    env, folder = dict(os.environ), os.getcwd()
     for cached in (f for f in vars(data).values() if hasattr(f, "cache_clear")):
         cached.cache_clear()
-    torch.set_num_threads(1)
     put_back()
     try:
         with torch.random.fork_rng(devices=[]):
@@ -151,7 +149,6 @@ def in_process():
         os.environ.clear()
         os.environ.update(env)
         os.chdir(folder)
-        torch.set_num_threads(threads)
         put_back()
 
 
