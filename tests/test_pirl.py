@@ -1,12 +1,9 @@
 import math
-import os
-import random
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, part, run
+from conftest import TINY, check_accumulation, check_two_processes, run
 
 import backbones
 import common
@@ -261,39 +258,9 @@ def test_two_processes_give_the_loss_and_gradients_of_one(build, given, tmp_path
     check_two_processes(build, given, tmp_path, n=8)
 
 
-def half(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(updated(rank), f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def updated(rank=None):
-    """The bank after two updates with 8 images, or with the half of them that belongs to a rank."""
-    model = tiny_model().eval()
-    for step in range(2):
-        given = batch(8, step)
-        model(*(given if rank is None else part(given, rank, 8)))
-        model.update_bank()
-    return model.bank
-
-
-def test_two_processes_write_the_bank_of_one(tmp_path):
-    mp.start_processes(half, (random.randint(20000, 40000), tmp_path / "rank"), 2, start_method="forkserver")
-    one, two = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
-    assert torch.equal(one, two)  # the two agree bit for bit
-    assert torch.allclose(one, updated(), atol=1e-6) and not torch.equal(one[:8], tiny_model().bank[:8])
-
-
-def test_accumulated_passes_see_one_bank_and_write_it_once():
+def test_accumulated_gradients_are_those_of_the_mean():
     check_accumulation(tiny_model, batch, n=8)
     check_accumulation(tiny_model, own_batch, n=8)
-    whole, parts = tiny_model().eval(), tiny_model().eval()
-    whole(*batch(8))
-    for k in range(2):
-        parts(*part(batch(8), k, 8))
-    whole.update_bank(), parts.update_bank()
-    assert torch.allclose(whole.bank, parts.bank, atol=1e-6)
 
 
 # ============ whole runs ============

@@ -155,7 +155,7 @@ class Loop:
         for step in range(self.total):
             if step % STEPS == 0:
                 batches = loader.epoch(step // STEPS)
-            rate = step / 1 if step < 1 else self.schedule(step, (step - 1) / (self.total - 1))  # one update of warm-up
+            rate = self.schedule(step, (step - 1) / (self.total - 1)) if step else 0.0  # one update of warm-up
             for group in optimizers[0].param_groups:
                 group["lr"] = self.lr * rate * group["factor"]
             self.before(step)
@@ -393,7 +393,7 @@ def difference(method, out, argv, rank=0, world=1):
         if isinstance(b, dict):
             assert a.keys() == b.keys()
             return max(compare(a[k], b[k]) for k in b)
-        return ((a.double() - b.double()).abs() / (1 + b.double().abs())).max().item()
+        return ((a.double() - b.double()).abs() / (1 + b.double().abs())).nan_to_num(math.inf).max().item()
 
     pairs = [(found["model"], states.pop("model")), *((found[k]["state"], b) for k, b in states.items()), (told, loop.losses)]
     return max(itertools.starmap(compare, pairs))
