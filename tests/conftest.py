@@ -1,6 +1,8 @@
 """Shared by all tests: the scripts as a user starts them, small folders of images, and what every method must keep to."""
 
+import contextlib
 import functools
+import io
 import os
 import random
 import runpy
@@ -8,7 +10,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import types
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -16,25 +20,18 @@ import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.io import write_jpeg
 
+METHODS = ["byol", "cmc", "cpc", "instdisc", "moco", "pirl", "pretext", "sage", "simclr", "swav"]  # by name: a fork is none
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-# Two threads on one core wait for each other: ten times slower.
-torch.set_num_threads(min(2, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2))
 
-TINY = [
-    "--limit",
-    "64",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "2",
-    "--probes",
-    "knn",
-    "--log-every",
-    "1",
-    "--device",
-    "cpu",
-]
+import common  # noqa: E402
+import data  # noqa: E402
+import shapes  # noqa: E402
+
+# Small tensors gain nothing by a second thread, and on a machine that does something else, too, threads wait for each other.
+torch.set_num_threads(1)
+
+TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--probes", "knn", "--log-every", "1", "--device", "cpu"]
 
 
 def start(*args, processes=1, **kwargs):
@@ -47,19 +44,10 @@ def start(*args, processes=1, **kwargs):
     return subprocess.Popen([*launcher, *map(str, args)], **pipes, **kwargs)
 
 
-def run(*args, code=0, start=start, **kwargs):
-    """The same, finished; checks the exit code and returns (stdout, stderr)."""
-    process = start(*args, **kwargs)
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
 # ============ the same, without the wait for imports ============
 # A command that `start` starts imports torch and torchvision for three to four seconds first. A server of multiprocessing
 # has them imported already and forks a process for each command. It is a process like any other, with signals, an exit
-# code and output of its own, and it reads the project's files anew: none of them is in the server. So `forked` takes the
-# place of `run` nearly everywhere; once a script, `run` and `start` try what Python itself and torchrun do.
+# code and output of its own, and it reads the project's files anew: none of them is in the server.
 
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "torch", "torchvision", "torch.utils.tensorboard", "tqdm"])
@@ -124,7 +112,69 @@ class fork:
             return tuple(Path(folder, name).read_text() for name in OUTPUT)
 
 
-forked = functools.partial(run, start=fork)
+# ============ the same in this process ============
+
+HANDLERS = {number: signal.getsignal(number) for number in signal.valid_signals()}
+# Drawing the ten thousand images of `shapes` takes longer than most tests.
+data.shapes = types.SimpleNamespace(**vars(shapes) | {"draw_shapes": functools.cache(shapes.draw_shapes)})
+
+
+def put_back():
+    """What a script does to signals is undone: pytest is to end at Ctrl-C."""
+    common.CAUGHT.clear()
+    for number, handler in HANDLERS.items():
+        if signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
+
+
+@pytest.fixture(autouse=True)
+def alone():
+    """No test leaves signals or the state of the random numbers to the next."""
+    torch.manual_seed(0)
+    yield
+    put_back()
+
+
+@contextlib.contextmanager
+def in_process():
+    """As in a new process nothing is cached or caught; environment, folder, numbers and signals stay."""
+    env, folder = dict(os.environ), os.getcwd()
+    for cached in (f for f in vars(data).values() if hasattr(f, "cache_clear")):
+        cached.cache_clear()
+    put_back()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        os.environ.clear()
+        os.environ.update(env)
+        os.chdir(folder)
+        put_back()
+
+
+def run(*args, code=0, processes=1):
+    """`python ARGS`, from start to end: checks the exit code and returns (stdout, stderr). In this process, which costs no start,
+    or in several forked ones."""
+    if processes > 1:
+        forks = fork(*args, processes=processes)
+        out, err = forks.communicate(timeout=300)
+        assert forks.returncode == code, f"exit code {forks.returncode}\n{out}\n{err}"
+        return out, err
+    words, out, err, found = [str(arg) for arg in args], io.StringIO(), io.StringIO(), 0
+    with in_process(), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), mock.patch.object(sys, "argv", words):
+        os.chdir(ROOT)
+        try:
+            runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+        except SystemExit as stopped:
+            found = stopped.code or 0
+    if isinstance(found, str):  # as Python itself does
+        err.write(f"{found}\n")
+        found = 1
+    assert found == code, f"exit code {found}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
+forked = run
 
 
 def write_images(folder, n, classes=2, size=40, seed=0):

@@ -1,29 +1,15 @@
-import copy
-import json
-import math
-import os
-import random
-import signal
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, run, start, write_images
+from conftest import TINY, check_accumulation, check_two_processes, run, write_images
 from torch import nn
 
 import backbones
 import byol
 import common
-import evaluate
-import runs
 
 SMALL = ["byol.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
-
-
-def weights(out, name="checkpoint.pt"):
-    found = runs.load(out / name)
-    return {"step": found["step"], **found["model"], **{f"o{i}": s for i, s in found["optimizer"]["state"].items()}}
 
 
 # ============ the loss and the method ============
@@ -121,115 +107,6 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     check_two_processes(tiny_model, batch, tmp_path)
 
 
-# ============ whole runs ============
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """By Python itself; the runs that are compared with it are forked."""
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    printed, err = run(*SMALL, "--out", out)
-    return out, printed, err
-
-
-def test_a_run_writes_what_it_promises(unbroken):
-    out, printed, _ = unbroken
-    assert {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json"} <= set(
-        os.listdir(out)
-    )
-    assert any(name.startswith("events.out") for name in os.listdir(out))
-    last = printed.splitlines()[-1]
-    assert last.startswith("byol shapes: knn ") and last.endswith(f"({out})")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"step", "epoch", "loss", "lr", "images_per_second", "data_wait", "feature_std"} <= set(lines[1])
-    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert [line["step"] for line in lines if "knn20" in line] == [0, 6]  # the random network; --eval-every 2
-    for file in out.glob("*.pt"):
-        torch.load(file, weights_only=True)
-    about = torch.load(out / "backbone.pt", weights_only=True)
-    assert set(about) == {"arch", "state_dict", "preprocess", "method", "data", "command", "epoch"}
-    load = printed.splitlines()[-3:-1]
-    exec("\n".join(load), scope := {})
-    assert equal(dict(scope["net"].state_dict()), about["state_dict"])
-
-
-def test_tensorboard_has_scalars_text_views_and_projector(unbroken):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(unbroken[0]))
-    events.Reload()
-    tags = events.Tags()
-    assert {"train/loss", "train/feature_std", "eval/knn20", "eval/final_knn"} <= set(tags["scalars"])
-    assert tags["images"] == ["views"] and "recipe/text_summary" in tags["tensors"]
-    assert (unbroken[0] / "projector_config.pbtxt").exists()
-
-
-def test_a_finished_run_says_so(unbroken):
-    out, printed, _ = unbroken
-    before = (out / "checkpoint.pt").read_bytes()
-    again, _ = forked(*SMALL, "--out", out)
-    assert "is finished" in again and again.splitlines()[-1] == printed.splitlines()[-1]
-    assert (out / "checkpoint.pt").read_bytes() == before
-
-
-def stop_at(out, step, number, start=fork, **kwargs):
-    """Start the run, send it signal `number` once it has logged `step`, return its exit code."""
-    process = start(*SMALL, "--out", out, **kwargs)
-    log = out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and f'"step": {step},' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(number)
-    return process.communicate(timeout=120), process.returncode
-
-
-@pytest.mark.parametrize("step", [1, 3, 4])  # in the middle of an epoch, at its end, in the second
-def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path, step):
-    out = tmp_path / "run"
-    (printed, err), code = stop_at(out, step, signal.SIGTERM)
-    assert code == 0 and "stopped by a signal" in printed, err
-    assert step <= runs.load(out / "checkpoint.pt")["step"] < 12
-    again, _ = forked(*SMALL, "--out", out)
-    assert "going on from step" in again
-    assert equal(weights(out), weights(unbroken[0]))
-
-
-def test_two_processes_stop_and_resume_exactly(tmp_path):
-    forked(*SMALL, "--out", tmp_path / "whole", processes=2)
-    (printed, err), _ = stop_at(tmp_path / "run", 2, signal.SIGTERM, start, processes=2)  # by torchrun
-    assert "stopped by a signal" in printed, err
-    assert runs.load(tmp_path / "run" / "checkpoint.pt")["step"] < 12
-    forked(*SMALL, "--out", tmp_path / "run", processes=2)
-    assert equal(weights(tmp_path / "run"), weights(tmp_path / "whole"))
-
-
-def test_ten_kills_at_random_instants_still_end_with_the_same_weights(unbroken, tmp_path):
-    out, chance, killed = tmp_path / "run", random.Random(0), []
-    command, log = [*SMALL, "--out", out], out / "metrics.jsonl"
-    changed = lambda: log.exists() and log.stat().st_mtime_ns
-    for _ in range(10):
-        last, writes, process = changed(), chance.randrange(6), fork(*command)
-        while process.poll() is None and writes >= 0:  # what comes before the first leaves no trace
-            time.sleep(0.005)
-            writes, last = writes - (changed() != last), changed()
-        time.sleep(chance.uniform(0, 0.1))
-        process.kill()
-        process.communicate()
-        killed.append(process.returncode == -signal.SIGKILL)
-    forked(*command)
-    assert any(killed)
-    assert equal(weights(out), weights(unbroken[0]))
-
-
-def test_accumulation_moves_target_and_schedules_once_an_update(tmp_path):
-    out = tmp_path / "run"
-    forked(*SMALL, "--accumulate", "2", "--out", out)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "tau" in line]
-    assert [line["step"] for line in steps] == list(range(1, 13))  # as many as without
-    assert steps[0]["tau"] == byol.RECIPES["shapes"]["tau"]
-    assert 2 < steps[0]["loss"] < 6 and all(line["loss"] < 6 for line in steps)  # a mean, not a sum, of the passes
-
-
 def test_accumulated_gradients_are_those_of_the_mean():
     check_accumulation(tiny_model, batch)
 
@@ -239,25 +116,27 @@ def test_folder_with_a_corrupt_image_and_workers(tmp_path):
     bad = sorted(folder.rglob("*.jpg"))[3]
     bad.write_bytes(b"no image")
     flags = ["--data", folder, "--recipe", "shapes", "--workers", "2", "--eval-every", "1", "--out", tmp_path / "run"]
-    printed, _ = forked("byol.py", *TINY, "--limit", "0", *flags)
+    printed, _ = run("byol.py", *TINY, "--limit", "0", *flags)
     assert str(bad) in printed and "knn" in printed.splitlines()[-1]
 
 
 def test_folder_without_labels_trains_and_says_so(tmp_path):
     folder = write_images(tmp_path / "images", 32, classes=1)
     flags = ["--data", folder, "--recipe", "shapes", "--workers", "0", "--limit", "0", "--out", tmp_path / "run"]
-    printed, _ = forked("byol.py", *TINY, *flags)
+    printed, _ = run("byol.py", *TINY, *flags)
     assert "no labels" in printed and "effective_rank" in printed
 
 
-def test_other_optimisers_and_compile_flag(tmp_path):
-    for optimizer in ("lars", "sgd"):
-        out, _ = forked(*SMALL, "--epochs", "1", "--optimizer", optimizer, "--out", tmp_path / optimizer)
-        assert f"{optimizer}: 46 tensors" in out and "knn" in out.splitlines()[-1]
+# ============ runs (what all scripts have in common: test_runs.py) ============
+
+
+def test_lars_runs_and_moves_every_tensor(tmp_path):
+    out, _ = run(*SMALL, "--epochs", "1", "--optimizer", "lars", "--out", tmp_path / "run")
+    assert "lars: 46 tensors" in out and "knn" in out.splitlines()[-1]
 
 
 def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path):
-    out, _ = forked("byol.py", "--dry-run", "--out", tmp_path / "run")
+    out, _ = run("byol.py", "--dry-run", "--out", tmp_path / "run")
     assert "x 64 / 256 =" in out and "46 tensors, 16 decayed" in out and "min" in out
     assert not (tmp_path / "run").exists()
 
@@ -292,9 +171,15 @@ def bad_folder(tmp_path, kind):
     ],
 )
 def test_bad_flags(flags, words, tmp_path):
-    _, err = forked(*SMALL, "--out", tmp_path / "run", *flags, code=2)
+    _, err = run(*SMALL, "--out", tmp_path / "run", *flags, code=2)
     assert words in err and "Traceback" not in err and len(err.strip().splitlines()) <= 2
     assert not (tmp_path / "run").exists()
+
+
+def test_batch_not_divisible_by_processes(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        common.images_per_pass(byol.parse_args(["--batch-size", "15"]), 2, 48)
+    assert stopped.value.code == 2 and "--batch-size 15 is not a multiple of 2 processes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -302,37 +187,7 @@ def test_bad_flags(flags, words, tmp_path):
 )
 def test_bad_folders(kind, words, tmp_path):
     flags = ["--data", bad_folder(tmp_path, kind), "--recipe", "shapes", "--workers", "2", "--limit", "0"]
-    _, err = forked("byol.py", *TINY, *flags, "--out", tmp_path / "run", code=2)
+    _, err = run("byol.py", *TINY, *flags, "--out", tmp_path / "run", code=2)
     assert words in err and "Traceback" not in err
 
 
-def test_batch_not_divisible_by_processes(tmp_path):
-    _, err = forked(*SMALL, "--batch-size", "15", "--out", tmp_path / "run", processes=2, code=2)
-    assert "error: --batch-size 15 is not a multiple of 2 processes" in err
-
-
-def test_other_settings_are_refused(unbroken):
-    _, err = forked(*SMALL, "--lr", "0.123", "--out", unbroken[0], code=2)
-    assert "lr" in err and "-> 0.123" in err and "--fresh" in err and len(err.splitlines()) == 1
-
-
-@pytest.mark.parametrize(("what", "step"), [("loss", 4), ("network", 6)])
-def test_a_non_finite_loss_stops_the_run_and_keeps_the_last_good_checkpoint(what, step, tmp_path, monkeypatch):
-    """The loss is infinite from the first checkpoint on, or the last step of epoch 2 ruins the weights, which no loss shows: the
-    checkpoint of epoch 1 is the only one there may be."""
-    out, saved, save, loss, rate = tmp_path / "run", [], runs.save, byol.regression_loss, common.cosine
-    monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
-    monkeypatch.setattr(evaluate, "online", lambda *_: {})
-    monkeypatch.setattr(runs, "save", lambda *a: [saved.append(copy.deepcopy(a[1])), save(*a)])
-    monkeypatch.setattr(byol, "regression_loss", lambda p, z: loss(p, z) * (math.inf if saved and what == "loss" else 1))
-    monkeypatch.setattr(common, "cosine", lambda k, *a: math.inf if (k, what) == (5, "network") else rate(k, *a))
-    with pytest.raises(SystemExit) as stopped:
-        byol.main([*SMALL[1:], "--no-amp", "--eval-every", "0", "--out", str(out)])
-    assert f"the {what} is not finite at step {step}" in stopped.value.code and "--no-amp" in stopped.value.code
-    found = runs.load(out / "checkpoint.pt")
-    assert len(saved) == 1 and found["step"] == 3 and equal(found["model"], saved[0]["model"])
-    backbone = runs.load(out / "backbone.pt")["state_dict"]
-    for state in (found["model"], backbone):
-        assert all(v.isfinite().all() for v in state.values())
-    assert equal(backbone, {k[2:]: v for k, v in found["model"].items() if k.startswith("f.")})

@@ -1,19 +1,15 @@
-import json
 import math
 import os
 import random
-import signal
-import time
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, part, run
+from conftest import TINY, check_accumulation, check_two_processes, equal, run
 
 import backbones
 import cmc
-import common
 import data
 import evaluate
 import runs
@@ -290,14 +286,8 @@ def test_two_processes_see_the_loss_and_gradients_of_one(tmp_path):
     check_two_processes(build, batch, tmp_path)
 
 
-def test_accumulated_passes_see_one_bank_and_write_it_once():
+def test_accumulated_gradients_are_those_of_the_mean():
     check_accumulation(build, batch)
-    whole, parts = build().eval(), build().eval()
-    whole(*batch(16))
-    for k in range(2):
-        parts(*part(batch(16), k, 16))
-    whole.update_bank(), parts.update_bank()
-    assert torch.allclose(whole.bank, parts.bank, atol=1e-6)
 
 
 def half(rank, port, out):
@@ -326,55 +316,17 @@ def test_two_processes_write_the_banks_and_Z_of_one(tmp_path):
 
 # ============ whole runs ============
 
-UNBROKEN = [*SMALL, "--contrast", "nce", "--split", "lab3", "--graph", "full", "--drop-at", "0.5", "0.75"]
+UNBROKEN = [*SMALL, "--epochs", "1", "--split", "lab3", "--graph", "full"]
 
 
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """By Python itself; the runs that are compared with it are forked."""
     out = tmp_path_factory.mktemp("unbroken") / "run"
-    printed, err = run(*UNBROKEN, "--out", out)
-    return out, printed, err
-
-
-def test_a_run_writes_what_it_promises(unbroken):
-    out, printed, _ = unbroken
-    assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= set(os.listdir(out))
-    assert printed.splitlines()[-1].startswith("cmc shapes: knn ")
-    assert "3 banks 48 x 128, 0.1 MB" in printed and "views of lab3, full graph: 6 directions" in printed
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"own_cosine", "view_cosine", "feature_std", "loss"} <= set(lines[1]) and "knn20" in lines[0]
-    losses, lr = zip(*((line["loss"], line["lr"]) for line in lines if "loss" in line), strict=True)
-    told = float(printed.split("loss of unrelated vectors ")[1].split(";")[0])
-    assert losses[0] == pytest.approx(told, rel=0.15)  # of 16 images and 48 rows
-    assert lr[5] == pytest.approx(10 * lr[6]) and lr[8] == pytest.approx(10 * lr[9])
-    found = runs.load(out / "checkpoint.pt")
-    torch.manual_seed(0)
-    start = cmc.CMC(backbones.build("resnet10_16_lab3", 32), 48).bank
-    assert found["settings"]["arch"] == "resnet10_16_lab3" and (found["model"]["Z"] > 0).all()
-    assert (found["model"]["bank"] != start).any(2).all()
-
-
-def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
-    out = tmp_path / "run"
-    command = [*UNBROKEN, "--out", out]
-    process, log = fork(*command), out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by a signal" in printed, err
-    early = runs.load(out / "checkpoint.pt")
-    again, _ = forked(*command)
-    assert "going on from step" in again and early["step"] < 12
-    one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
-    assert one["step"] == two["step"] == 12
-    assert equal(one["model"], two["model"]) and equal(one["optimizer"], two["optimizer"])
-    assert torch.equal(early["model"]["Z"], one["model"]["Z"])  # of the first batch, not of a later one
+    return out, run(*UNBROKEN, "--out", out)[0]
 
 
 def test_the_export_evaluates_as_joined_features_of_all_networks(unbroken):
-    out, printed, _ = unbroken
+    out, printed = unbroken
     net, preprocess, about, _ = evaluate.open_backbone(str(out), None, 0, 0)
     assert about["arch"] == "resnet10_16_lab3" and preprocess["mean"] == (0, 0, 0) and preprocess["std"] == (1, 1, 1)
     some = data.load("shapes", split="test", limit=0)
@@ -399,22 +351,11 @@ def test_the_random_network_beside_it_sees_images_as_it_does():
     assert evaluate.open_backbone("random:resnet10_16", None, 32, 0)[1]["mean"] == data.MEAN and net.dim == 128
 
 
-def test_two_processes_run_with_accumulation(tmp_path):
-    flags = ["--epochs", "1", "--accumulate", "2", "--split", "ydbdr", "--out", tmp_path / "run"]
-    printed, _ = forked(*SMALL, *flags, processes=2)
-    assert printed.splitlines()[-1].startswith("cmc shapes: knn ")
-    found = runs.load(tmp_path / "run" / "checkpoint.pt")
-    torch.manual_seed(0)
-    start = cmc.CMC(backbones.build("resnet10_16_ydbdr", 32), 48).bank
-    assert found["step"] == 3 and (found["model"]["bank"] != start).any(2).all()  # of both processes and passes
-
-
 @pytest.fixture
-def main(monkeypatch, capsys):
+def main(capsys):
     """What the script prints at these flags (stdout, stderr), with this exit code."""
 
     def attempt(*flags, code=2):
-        monkeypatch.setattr(common, "catch_signals", list)
         if code:
             with pytest.raises(SystemExit) as stopped:
                 cmc.main([*TINY, "--negatives", "16", *map(str, flags)])
@@ -464,5 +405,5 @@ def test_bad_flags(flags, words, main, tmp_path):
 
 
 def test_other_scripts_do_not_take_a_network_of_colour_channels(tmp_path):
-    _, err = forked("byol.py", *TINY, "--arch", "resnet10_16_lab", "--out", tmp_path / "run", code=2)
+    _, err = run("byol.py", *TINY, "--arch", "resnet10_16_lab", "--out", tmp_path / "run", code=2)
     assert "cmc.py trains them" in err

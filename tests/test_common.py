@@ -1,6 +1,5 @@
 import contextlib
 import importlib
-import json
 import math
 import multiprocessing as mp
 import os
@@ -12,13 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, equal
+from conftest import METHODS, ROOT, equal
 from torch import nn
 
 import common
 import runs
-
-METHODS = ["byol", "sage", "instdisc", "pretext", "simclr", "moco", "swav", "pirl", "cmc", "cpc"]
 
 
 def small():
@@ -528,25 +525,4 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path, 
     os.kill(worker, signal.SIGKILL)
 
 
-# ============ logs ============
-
-
-def test_a_log_that_goes_on_drops_what_will_be_made_again(tmp_path):
-    lines = [json.dumps({"step": s, "loss": 1.0}) for s in (0, 10, 20, 30)]
-    lines += ["[]", "{broken}", '{"loss": 1.0}', "caf\udce9"]  # not lines of ours
-    text = "\n".join(lines) + '\n{"step": 40, "lo\n{"step": 20, "knn20": 50.0}\n'  # one torn by a kill, a probe to be made again
-    (tmp_path / "metrics.jsonl").write_bytes(text.encode(errors="surrogateescape"))
-    runs.Log(tmp_path, "m", 20, 100, 8, 0, "text").record("train", 25, loss=0.5)
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert steps == [0, 10, 20, 25]
-
-
-def test_a_log_on_a_full_disk_is_one_sentence(tmp_path, capsys):
-    log = runs.Log(tmp_path, "m", 0, 100, 8, 0, "text")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
-    try:
-        with refused(capsys, "metrics.jsonl"):
-            log.record("train", 5, loss=0.5)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+# ============ logs =====

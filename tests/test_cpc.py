@@ -4,11 +4,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_two_processes, equal, part, run, write_images
+from conftest import check_two_processes, part, write_images
 from torch import nn
 
 import backbones
-import common
 import cpc
 import data
 import evaluate
@@ -325,18 +324,6 @@ def test_an_accumulated_pass_has_only_its_own_candidates():
 # ============ whole runs ============
 
 
-class After(list):
-    """The list of `catch_signals`, as if a signal came after n more looks at it."""
-
-    def __init__(self, n=10**9):
-        super().__init__()
-        self.n = n
-
-    def __bool__(self):
-        self.n -= 1
-        return self.n < 0
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("pictures"), 70, size=35)
@@ -352,10 +339,8 @@ def flags(v, folder, out, *more):
 def finished(pictures, tmp_path_factory):
     """{v: its run folder}."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "catch_signals", After)
-        for v in (1, 2):
-            cpc.main(flags(v, pictures, folder / f"v{v}"))
+    for v in (1, 2):
+        cpc.main(flags(v, pictures, folder / f"v{v}"))
     return {v: folder / f"v{v}" for v in (1, 2)}
 
 
@@ -372,20 +357,6 @@ def test_a_run_writes_what_it_promises(finished):
         assert set(found["model"]) == set(model.state_dict())
         model.load_state_dict(found["model"])
         assert len(found["optimizer"]["state"]) == len(list(model.parameters()))  # nothing is left out of training
-
-
-@pytest.mark.parametrize("v", [1, 2])
-def test_stop_and_resume_equals_the_unbroken_run(v, finished, pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", lambda: After(1))
-    cpc.main(flags(v, pictures, tmp_path / "run", "--eval-every", 0))
-    assert "stopped by a signal at step 2" in capsys.readouterr().out  # in the midst of an epoch
-    monkeypatch.setattr(common, "catch_signals", After)
-    cpc.main(flags(v, pictures, tmp_path / "run", "--eval-every", 0))
-    printed = capsys.readouterr().out
-    assert "going on from step 2 of 8" in printed and printed.splitlines()[-1].startswith(f"cpc {pictures}: knn ")
-    one, two = (runs.load(out / "checkpoint.pt") for out in (tmp_path / "run", finished[v]))
-    assert one["step"] == two["step"] == 8
-    assert equal(one["model"], two["model"]) and equal(one["optimizer"]["state"], two["optimizer"]["state"])
 
 
 @pytest.mark.parametrize("v", [1, 2])
@@ -415,15 +386,6 @@ def test_a_grid_that_does_not_fit_is_refused(finished, capsys):
         assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
-def test_two_processes_in_two_passes(pictures, tmp_path):
-    more = ["--epochs", 1, "--accumulate", 2, "--directions", 2, "--border", 0]
-    printed, _ = run("cpc.py", *flags(2, pictures, tmp_path / "run", *more), processes=2)
-    assert "batch 16 = 2 cpu x 2 x 4" in printed and printed.splitlines()[-1].startswith("cpc ")
-    # 4 images, 2 directions, rows 3 and 2 of 5 columns; candidates of both processes, of one pass
-    assert "200 predictions a pass and process, 200 candidates: logits of 0.2 MB" in printed
-    assert f"ln(N) = {math.log(200):.2f}" in printed
-
-
 # ============ recipes and flags ============
 
 
@@ -442,21 +404,12 @@ def test_versions_differ_as_published():
             assert cpc.rows_of(args.size, args.patch, args.stride) > args.skip + args.steps
 
 
-def test_dry_run_says_what_would_be_done(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_dry_run_says_what_would_be_done(pictures, tmp_path, capsys):
     cpc.main(flags(2, pictures, tmp_path / "run", "--dry-run", "--batch-size", 64))
     out = capsys.readouterr().out
     assert "v2: 5 x 5 patches of 4 px, one every 3; predicted 2 to 3 rows on, 4 directions" in out
     assert f"{4 * (15 + 10) * 64} predictions" in out and f"ln(N) = {math.log(64 * 25):.2f}" in out
     assert not (tmp_path / "run").exists()
-
-
-def test_gradients_are_clipped(pictures, tmp_path, monkeypatch):
-    norms, clip = [], nn.utils.clip_grad_norm_
-    monkeypatch.setattr(common, "catch_signals", lambda: After(1))
-    monkeypatch.setattr(nn.utils, "clip_grad_norm_", lambda p, most: norms.append((most, clip(list(p), most))))
-    cpc.main(flags(2, pictures, tmp_path / "run", "--clip", 0.01, "--eval-every", 0))
-    assert len(norms) == 2 and all(most == 0.01 and norm > 0 for most, norm in norms)
 
 
 @pytest.mark.parametrize(
@@ -484,16 +437,14 @@ def test_gradients_are_clipped(pictures, tmp_path, monkeypatch):
         (["--arch", "resnet10_16_lm", "--dry-run"], "did you mean"),
     ],
 )
-def test_bad_input(words, sentence, pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_bad_input(words, sentence, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         cpc.main(["--data", str(pictures), "--recipe", "shapes", "--device", "cpu", "--out", str(tmp_path / "run"), *words])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
-def test_a_network_of_colour_channels_is_refused(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_a_network_of_colour_channels_is_refused(pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         flags = ["--arch", "resnet10_16_ln_lab", "--batch-size", "8", "--out", str(tmp_path / "run")]
         cpc.main(["--data", str(pictures), "--recipe", "shapes", "--device", "cpu", *flags])

@@ -1,23 +1,18 @@
-import json
 import math
 import os
 import random
-import signal
-import time
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, equal, fork, forked, part, run, write_images
+from conftest import TINY, check_accumulation, run, write_images
 from torchvision.io import write_png
 
 import backbones
-import common
 import data
 import evaluate
 import instdisc
-import runs
 
 SMALL = ["instdisc.py", *TINY, "--limit", "48", "--epochs", "4", "--negatives", "16"]  # 3 steps an epoch, 12 in all
 
@@ -291,51 +286,6 @@ def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
 
 # ============ whole runs ============
 
-UNBROKEN = [*SMALL, "--loss", "nce", "--schedule", "steps", "--copy-paste", "0.5", "--masks", "exact"]
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """By Python itself; the runs that are compared with it are forked."""
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    printed, err = run(*UNBROKEN, "--out", out)
-    return out, printed, err
-
-
-def test_a_run_writes_what_it_promises(unbroken):
-    out, printed, _ = unbroken
-    assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= set(os.listdir(out))
-    assert printed.splitlines()[-1].startswith("instdisc shapes: knn ")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert {"own_cosine", "feature_std", "loss"} <= set(lines[1])
-    assert {"knn20", "bank_knn200", "bank_feature_std", "bank_effective_rank"} <= set(lines[0])
-    assert "embedding_knn200" in lines[-1] or "embedding_knn200" in lines[-2]
-    assert "bank 48 x 128, 0.0 MB" in printed and "loss of unrelated vectors" in printed
-    first = next(line["loss"] for line in lines if "loss" in line)
-    told = float(printed.split("loss of unrelated vectors ")[1].split(";")[0])
-    assert first == pytest.approx(told, rel=0.15)  # of 16 images and 48 rows
-    assert runs.load(out / "checkpoint.pt")["model"]["Z"] > 0
-    lr = [line["lr"] for line in lines if "loss" in line]
-    assert lr[4] == pytest.approx(100 * lr[-1]) and lr[8] == pytest.approx(10 * lr[-1])  # steps
-
-
-def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
-    out = tmp_path / "run"
-    command = [*UNBROKEN, "--out", out]
-    process, log = fork(*command), out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by a signal" in printed, err
-    early = runs.load(out / "checkpoint.pt")
-    again, _ = forked(*command)
-    assert "going on from step" in again and early["step"] < 12
-    one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
-    assert one["step"] == two["step"] == 12
-    assert equal(one["model"], two["model"])
-    assert torch.equal(early["model"]["Z"], one["model"]["Z"])  # of the first batch, not of a later one
-
 
 BANKED = ("softmax", "nce", "softmax-nce")
 
@@ -377,17 +327,6 @@ def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
         assert torch.allclose((one[2] + two[2]) / 2, grad, atol=1e-6)
 
 
-def test_two_processes_run_with_accumulation_and_masks_made_once(tmp_path):
-    flags = ["--epochs", "1", "--accumulate", "2", "--copy-paste", "0.5", "--masks", "gs", "--root", tmp_path / "root"]
-    printed, _ = forked(*SMALL, *flags, "--out", tmp_path / "run", processes=2)
-    assert printed.splitlines()[-1].startswith("instdisc shapes: knn ")
-    assert len(list((tmp_path / "root").iterdir())) == 1
-    found = runs.load(tmp_path / "run" / "checkpoint.pt")
-    torch.manual_seed(0)
-    start = instdisc.InstDisc(backbones.build("resnet10_16", 32), 48).bank
-    assert found["step"] == 3 and (found["model"]["bank"] != start).any(1).all()  # 3 updates of 16 reach each of 48 rows
-
-
 class Stop(Exception):
     pass
 
@@ -402,7 +341,6 @@ def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(data, "Loader", loader)
-    monkeypatch.setattr(common, "catch_signals", list)
     flags = ["--augment", "flip", "--copy-paste", "0.3", "--masks", "exact", "--background", "textures", "--blend", "mix"]
     with pytest.raises(Stop):
         instdisc.main([*SMALL[1:], *flags, "--soft-masks", "--out", str(tmp_path / "run")])
@@ -413,7 +351,6 @@ def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
 
 def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(folder, tmp_path, monkeypatch):
     steps, labels, draw, figures = [], [], instdisc.draw_negatives, instdisc.bank_figures
-    monkeypatch.setattr(common, "catch_signals", list)
     monkeypatch.setattr(instdisc, "draw_negatives", lambda *a: [steps.append(a[3]), draw(*a)][1])
     monkeypatch.setattr(instdisc, "bank_figures", lambda *a, **k: [labels.append(a[2]), figures(*a, **k)][1])
     flags = ["--data", str(folder), "--workers", "0", "--limit", "40", "--epochs", "2", "--out", str(tmp_path / "run")]
@@ -429,7 +366,6 @@ def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(fold
 
 def test_supervised_sees_no_label_of_a_test_image(folder, tmp_path, monkeypatch):
     found = []
-    monkeypatch.setattr(common, "catch_signals", list)
     monkeypatch.setattr(data, "Loader", lambda train, *_: [found.append(train), (_ for _ in ()).throw(Stop)][1])
     flags = ["--data", str(folder), "--workers", "0", "--loss", "supervised", "--out", str(tmp_path / "run")]
     with pytest.raises(Stop):
@@ -444,18 +380,12 @@ def batch(n):
     return views(n), torch.arange(n), torch.arange(20, 30)
 
 
-def test_accumulated_passes_see_one_bank_and_write_it_once():
+def test_accumulated_gradients_are_those_of_the_mean():
     check_accumulation(tiny_model, batch)
-    whole, parts = tiny_model().eval(), tiny_model().eval()
-    whole(*batch(16))
-    for k in range(2):
-        parts(*part(batch(16), k, 16))
-    whole.update_bank(), parts.update_bank()
-    assert torch.allclose(whole.bank, parts.bank, atol=1e-6)
 
 
 def test_supervised_needs_no_bank(tmp_path):
-    out, _ = forked(*SMALL, "--loss", "supervised", "--augment", "flip", "--out", tmp_path / "run")
+    out, _ = run(*SMALL, "--loss", "supervised", "--augment", "flip", "--out", tmp_path / "run")
     assert "bank" not in out.splitlines()[0] and "loss of unrelated vectors 2.30" in out
 
 
@@ -479,17 +409,16 @@ def test_a_folder_with_masks_of_another_size(folder):
     masks = write_masks(folder, {"000": empty, "001": full})
     (folder / "class0" / "002.jpg").write_bytes(b"not an image")
     flags = ["--data", folder, "--masks", masks, "--background", "images", "--blend", "gaussian", "--out", folder.parent / "run"]
-    out, _ = forked(*FOLDER, "1", *flags)
+    out, _ = run(*FOLDER, "1", *flags)
     assert "2 of 64 masks are nearly empty or full" in out
     assert (folder.parent / "run" / "views.png").exists()
 
 
 @pytest.fixture
-def refused(monkeypatch, capsys):
+def refused(capsys):
     """The sentence with which the script stops, with exit code 2, at these flags."""
 
     def attempt(*flags):
-        monkeypatch.setattr(common, "catch_signals", list)
         with pytest.raises(SystemExit) as stopped:
             instdisc.main([str(flag) for flag in flags])
         assert stopped.value.code == 2

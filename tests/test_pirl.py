@@ -1,16 +1,10 @@
-import json
 import math
-import os
-import random
-import signal
-import time
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, part, run
+from conftest import TINY, check_accumulation, check_two_processes, run
 
 import backbones
 import common
@@ -124,7 +118,6 @@ def test_nce_has_the_epsilon_of_the_code():
 def test_Z_is_that_of_the_first_pass_alone(tmp_path, monkeypatch):
     seen, forward = [], pirl.PIRL.forward
     monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
     monkeypatch.setattr(evaluate, "online", lambda *_: {})
     monkeypatch.setattr(evaluate, "finish", lambda *_: "done")
     monkeypatch.setattr(pirl.PIRL, "forward", lambda m, *a, **k: [forward(m, *a, **k), seen.append(m.Z.item())][0])
@@ -325,95 +318,12 @@ def test_two_processes_give_the_loss_and_gradients_of_one(build, given, tmp_path
     check_two_processes(build, given, tmp_path, n=8)
 
 
-def half(rank, port, out):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
-    torch.save(updated(rank), f"{out}{rank}")
-    torch.distributed.destroy_process_group()
-
-
-def updated(rank=None):
-    """The bank after two updates with 8 images, or with the half of them that belongs to a rank."""
-    model = tiny_model().eval()
-    for step in range(2):
-        given = batch(8, step)
-        model(*(given if rank is None else part(given, rank, 8)))
-        model.update_bank()
-    return model.bank
-
-
-def test_two_processes_write_the_bank_of_one(tmp_path):
-    mp.start_processes(half, (random.randint(20000, 40000), tmp_path / "rank"), 2, start_method="forkserver")
-    one, two = (torch.load(tmp_path / f"rank{rank}") for rank in range(2))
-    assert torch.equal(one, two)  # the two agree bit for bit
-    assert torch.allclose(one, updated(), atol=1e-6) and not torch.equal(one[:8], tiny_model().bank[:8])
-
-
-def test_accumulated_passes_see_one_bank_and_write_it_once():
+def test_accumulated_gradients_are_those_of_the_mean():
     check_accumulation(tiny_model, batch, n=8)
     check_accumulation(tiny_model, own_batch, n=8)
-    whole, parts = tiny_model().eval(), tiny_model().eval()
-    whole(*batch(8))
-    for k in range(2):
-        parts(*part(batch(8), k, 8))
-    whole.update_bank(), parts.update_bank()
-    assert torch.allclose(whole.bank, parts.bank, atol=1e-6)
 
 
 # ============ whole runs ============
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """By Python itself; the runs that are compared with it are forked."""
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    printed, _ = run(*SMALL, "--out", out)
-    return out, printed
-
-
-def test_a_run_writes_what_it_promises(unbroken):
-    out, printed = unbroken
-    assert printed.splitlines()[-1].startswith("pirl shapes: knn ") and printed.splitlines()[-1].endswith(f"({out})")
-    assert "jigsaw: 9 cells of 12 px, in each a patch of 10 px that moves by up to 2, in any order" in printed
-    assert "bank 48 x 128, 0.0 MB a process; paper, 24 rows for the whole batch, at tau 0.1" in printed
-    told = float(printed.split("loss of unrelated vectors ")[1].split(";")[0])
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if "loss" in line)
-    assert first["loss"] == pytest.approx(told, rel=0.15)  # of 16 images and 48 rows
-    assert {"feature_std", "own_cosine", "invariance"} <= set(first)
-    assert {"knn20", "embedding_knn48", "bank_feature_std", "bank_effective_rank"} <= set(lines[0])
-    assert [line["lr"] for line in lines if "loss" in line][-1] < 0.05 * 4e-3 * 16 / 256
-    about = torch.load(out / "backbone.pt", weights_only=True)
-    assert set(about["state_dict"]) == set(backbones.build("resnet10_16", 32).state_dict())
-    assert about["preprocess"]["size"] == 32 and (out / "views.png").exists()
-
-
-def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
-    out = tmp_path / "run"
-    process, log = fork(*SMALL, "--out", out), out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by a signal" in printed, err
-    assert runs.load(out / "checkpoint.pt")["step"] < 12
-    again, _ = forked(*SMALL, "--out", out)
-    assert "going on from step" in again
-    one, two = (runs.load(folder / "checkpoint.pt") for folder in (out, unbroken[0]))
-    assert one["step"] == two["step"] == 12
-    assert equal(one["model"], two["model"])  # the bank, too
-    assert equal(one["optimizer"]["state"], two["optimizer"]["state"])
-
-
-def test_two_processes_with_everything_else(folder, tmp_path):
-    flags = ["--transform", "rotation", "--per-sample", "--nce", "cross-entropy", "--accumulate", "2", "--epochs", "1"]
-    flags += ["--data", folder, "--recipe", "cifar10", "--arch", "resnet10_16", "--workers", "1", "--out", tmp_path / "run"]
-    printed, _ = forked(*SMALL, *flags, processes=2)
-    assert "rotation: by any of the four quarter turns" in printed
-    assert "24 rows for each image, 0.0 MB a pass" in printed and "batch 16 = 2 cpu x 2 x 4" in printed
-    found = runs.load(tmp_path / "run" / "checkpoint.pt")
-    start = pirl.PIRL(*heads("rotation"), 48).bank
-    assert found["step"] == 3 and (found["model"]["bank"] != start).any(1).all()  # 3 updates of 16 reach each of 48 rows
 
 
 def heads(transform):
@@ -430,8 +340,6 @@ class Stop(Exception):
 def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform, tmp_path, monkeypatch):
     views, seen = [], []
     augment, loader = data.augment, data.Loader
-    monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(common, "seconds_per_pass", lambda *_: 0.0)
     monkeypatch.setattr(data, "Loader", lambda *a: [views.append(a[1]), loader(*a)][1])
     monkeypatch.setattr(data, "augment", lambda x, view, *a: [seen.append((x.clone(), view)), augment(x, view, *a)][1])
     monkeypatch.setattr(pirl.PIRL, "forward", lambda *_: (_ for _ in ()).throw(Stop))
@@ -466,8 +374,7 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
         (["--arch", "squeezenet1_1"], "too small for it"),
     ],
 )
-def test_bad_flags(flags, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_bad_flags(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         pirl.main([*TINY, "--negatives", "16", *flags, "--out", str(tmp_path / "run")])
     assert stopped.value.code == 2 and words in capsys.readouterr().err
@@ -476,6 +383,6 @@ def test_bad_flags(flags, words, tmp_path, monkeypatch, capsys):
 
 def test_rotation_needs_no_grid_and_dry_run_writes_nothing(tmp_path):
     flags = ["--transform", "rotation", "--size", "16", "--lambda", "0.25", "--dry-run", "--out", tmp_path / "run"]
-    printed, _ = forked(*SMALL, *flags)
+    printed, _ = run(*SMALL, *flags)
     value = pirl.expected("paper", 24, 48, 128, 0.1)
     assert f"lambda 0.25; loss of unrelated vectors {value:.2f}; about" in printed and not (tmp_path / "run").exists()

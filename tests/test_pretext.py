@@ -7,12 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, run
+from conftest import TINY, check_accumulation, check_two_processes
 from torch import nn
 from torchvision.io import write_png
 
 import backbones
-import common
 import data
 import evaluate
 import pretext
@@ -410,18 +409,6 @@ def pictures(tmp_path_factory):
     return folder
 
 
-class After(list):
-    """A list of signals that fills when it has been asked `n` times."""
-
-    def __init__(self, n=10**9):
-        super().__init__()
-        self.n = n
-
-    def __bool__(self):
-        self.n -= 1
-        return self.n < 0
-
-
 def flags(task, folder, out, *more):
     quick = ["--data", folder, "--in-memory", "--recipe", "shapes", "--batch-size", 16, "--epochs", 2, "--log-every", 1]
     quick += ["--copies", 2, "--device", "cpu", "--no-amp", "--probes", "knn", "--workers", 0]
@@ -432,10 +419,8 @@ def flags(task, folder, out, *more):
 def finished(pictures, tmp_path_factory):
     """{task: its run folder}."""
     folder = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(common, "catch_signals", After)
-        for task in TASKS:
-            pretext.main(flags(task, pictures, folder / task))
+    for task in TASKS:
+        pretext.main(flags(task, pictures, folder / task))
     return {task: folder / task for task in TASKS}
 
 
@@ -449,19 +434,6 @@ def test_a_run_writes_what_it_promises(task, finished, pictures):
     result = json.loads((out / "evaluate.json").read_text())[str(pictures)]
     assert 0 <= result["pretext"]["accuracy"] <= 100 and 0 < result["pretext"]["chance"] < 100
     assert runs.load(out / "checkpoint.pt")["result"].startswith(f"pretext-{task} ")
-
-
-@pytest.mark.parametrize("task", TASKS)
-def test_stop_and_resume_equals_the_unbroken_run(task, finished, pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", lambda: After(1))
-    pretext.main(flags(task, pictures, tmp_path / "run", "--eval-every", 0))
-    assert "stopped by a signal at step 2" in capsys.readouterr().out  # in the midst of an epoch
-    monkeypatch.setattr(common, "catch_signals", After)
-    pretext.main(flags(task, pictures, tmp_path / "run", "--eval-every", 0))
-    assert "going on from step 2 of 6" in capsys.readouterr().out
-    one, two = (runs.load(out / "checkpoint.pt") for out in (tmp_path / "run", finished[task]))
-    assert one["step"] == two["step"] == 6
-    assert equal(one["model"], two["model"]) and equal(one["optimizer"]["state"], two["optimizer"]["state"])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -480,11 +452,6 @@ def test_the_export_sees_what_the_task_saw(task, finished):
     else:
         wanted = f(data.standardise(x) if task == "exemplar" else data.lightness(data.to_lab(x / 2 + 0.5)))
     assert torch.allclose(backbone(x), wanted, atol=1e-5)
-
-
-def test_two_processes_run(pictures, tmp_path):
-    printed, _ = run("pretext.py", *flags("exemplar", pictures, tmp_path / "run", "--epochs", 1), processes=2)
-    assert "batch 16 = 2 cpu x 1 x 8" in printed and printed.splitlines()[-1].startswith("pretext-exemplar ")
 
 
 def test_the_test_accuracy_is_that_of_the_last_weights_and_always_the_same(finished, pictures):
@@ -541,15 +508,13 @@ def test_natural_shapes_stand_and_have_their_colours():
         (["--arch", "revnet5O_k4", "--dry-run"], "did you mean"),
     ],
 )
-def test_bad_input(words, sentence, pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_bad_input(words, sentence, pictures, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         pretext.main([*flags("rotation", pictures, tmp_path / "run"), *words])
     assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
-def test_images_without_colour_are_refused(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_images_without_colour_are_refused(tmp_path, capsys):
     for i in range(16):
         write_png(torch.full((3, 32, 32), 10 * i, dtype=torch.uint8), str(tmp_path / f"{i}.png"))
     with pytest.raises(SystemExit) as stopped:
@@ -557,8 +522,7 @@ def test_images_without_colour_are_refused(tmp_path, monkeypatch, capsys):
     assert stopped.value.code == 2 and "have no colours" in capsys.readouterr().err
 
 
-def test_questions_without_an_answer_are_warned_of(capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_questions_without_an_answer_are_warned_of(capsys, tmp_path):
     for task in ("rotation", "colorization", "jigsaw"):
         pretext.main(["--task", task, *TINY, "--data", "shapes", "--dry-run", "--out", str(tmp_path / "run")])
         assert ("use --data shapes-natural" in capsys.readouterr().out) == (task != "jigsaw")

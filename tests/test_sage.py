@@ -1,26 +1,23 @@
 import copy
 import json
 import os
-import signal
-import time
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, run, write_images
+from conftest import TINY, check_accumulation, check_two_processes, equal, run, write_images
 from torch import nn
 from torchvision.io import decode_image
 
 import backbones
 import byol
-import common
 import data
 import runs
 import sage
 
 SIZE, SIGNED = 32, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 WEIGHTS = {"d": 1.0, "pixel": 0.1, "maps": 0.1, "semantic": 0.1}
-SMALL = ["sage.py", *TINY, "--limit", "48", "--epochs", "4", "--eval-every", "2"]  # 3 steps an epoch, 12 in all
+SMALL = ["sage.py", *TINY, "--limit", "48", "--epochs", "1"]  # 3 steps
 
 
 def views(n, seed=0):
@@ -258,16 +255,9 @@ def test_accumulated_gradients_are_those_of_the_mean():
 # ============ whole runs ============
 
 
-def state(out):
-    found = runs.load(out / "checkpoint.pt")
-    return {k: found[k] for k in ("step", "model")} | {
-        f"{o} {i}": s for o in ("optimizer", "decoder_optimizer") for i, s in found[o]["state"].items()
-    }
-
-
 @pytest.fixture(scope="module")
 def unbroken(tmp_path_factory):
-    """`python sage.py` with nothing there: stage 1, then stage 2. The runs that are compared with it are forked."""
+    """`python sage.py` with nothing there: stage 1, then stage 2."""
     out = tmp_path_factory.mktemp("unbroken") / "sage"
     printed, _ = run(*SMALL, "--evaluator-epochs", "1", "--out", out)
     return out, printed, out.parent / "byol-shapes-1"
@@ -288,7 +278,7 @@ def test_a_run_writes_what_it_promises(unbroken):
     assert files <= set(os.listdir(out))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]
-    assert [line["step"] for line in steps] == list(range(1, 13))
+    assert [line["step"] for line in steps] == [1, 2, 3]
     for line in steps:
         recipe = sage.RECIPES["shapes"]
         total = line["l_d"] + 2 * sum(recipe[f"weight_{k}"] * line[k] for k in ("pixel", "maps", "semantic"))
@@ -299,27 +289,9 @@ def test_a_run_writes_what_it_promises(unbroken):
     assert all(torch.equal(v, weights[k]) for k, v in about.state_dict().items()) and not about.training
 
 
-def test_stop_and_resume_is_exact_with_both_optimisers(unbroken, tmp_path):
-    whole, _, evaluator = unbroken
-    out = tmp_path / "sage"
-    flags = ["--evaluator-epochs", "1", "--out", out]
-    (tmp_path / "byol-shapes-1").symlink_to(evaluator)
-    process = fork(*SMALL, *flags)
-    log = out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=120)
-    assert "stopped by a signal" in printed, err
-    assert 4 <= runs.load(out / "checkpoint.pt")["step"] < 12
-    again, _ = forked(*SMALL, *flags)
-    assert "going on from step" in again and "stage 1" not in again
-    assert equal(state(out), state(whole)) and len(state(out)) > 60
-
-
 def test_a_byol_run_of_other_data_is_no_evaluator(unbroken, tmp_path):
     (tmp_path / "byol-shapes-1").symlink_to(unbroken[2])
-    _, err = forked(*SMALL, "--limit", "64", "--evaluator-epochs", "1", "--out", tmp_path / "sage", code=2)
+    _, err = run(*SMALL, "--limit", "64", "--evaluator-epochs", "1", "--out", tmp_path / "sage", code=2)
     assert "--limit 48" in err and "--evaluator" in err and len(err.splitlines()) == 1
 
 
@@ -327,25 +299,6 @@ def test_a_random_evaluator_is_not_the_encoders_start():
     h, _ = sage.open_evaluator(sage.parse_args(["--seed", "3"]), "random:resnet10_16")
     torch.manual_seed(3)
     assert not torch.equal(h.net.conv1.weight, backbones.build("resnet10_16", 32).conv1.weight)
-
-
-def test_two_processes_with_stage_1(tmp_path):
-    printed, _ = forked(*SMALL, "--epochs", "1", "--evaluator-epochs", "1", "--out", tmp_path / "sage", processes=2)
-    assert "stage 1" in printed and "64 = 2 cpu" not in printed and "= 2 cpu x 1 x 8" in printed
-    assert printed.splitlines()[-1].startswith("sage shapes: knn ")
-
-
-def test_decoder_learning_rate_warms_up_and_stays(monkeypatch, tmp_path):
-    rates, step = [], torch.optim.Adam.step
-    monkeypatch.setattr(
-        torch.optim.Adam, "step", lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self, *a, **k))[1]
-    )
-    monkeypatch.setattr(common, "catch_signals", list)
-    flags = ["--evaluator", "random:resnet10_16", "--warmup-epochs", "1", "--limit", "48", "--optimizer", "sgd"]
-    folder = ["--data", str(write_images(tmp_path / "images", 64)), "--recipe", "shapes", "--workers", "0"]
-    sage.main([*TINY, *folder, *flags, "--out", str(tmp_path / "run")])
-    peak = sage.RECIPES["shapes"]["decoder_lr"] * 16 / 256
-    assert rates == pytest.approx([0, peak / 3, 2 * peak / 3, peak, peak, peak])
 
 
 def test_projector_as_semantic_feature(unbroken, tmp_path):
@@ -359,15 +312,14 @@ def test_projector_as_semantic_feature(unbroken, tmp_path):
 def test_evaluate_reads_what_a_run_recovers(unbroken):
     out, _, evaluator = unbroken
     (out / "reconstructions.png").unlink()
-    printed, _ = forked("evaluate.py", out, "--probe", "pictures", "--beside", out)
+    printed, _ = run("evaluate.py", out, "--probe", "pictures", "--beside", out)
     assert "reconstructions.png" in printed and decode_image(str(out / "reconstructions.png")).shape[0] == 3
-    _, err = forked("evaluate.py", evaluator, "--probe", "pictures", code=2)
+    _, err = run("evaluate.py", evaluator, "--probe", "pictures", code=2)
     assert "byol does not make images" in err
 
 
-def quick(tmp_path, monkeypatch, *flags, out="run"):
+def quick(tmp_path, *flags, out="run"):
     """sage.main in this process, of one epoch with a few images; returns the run folder."""
-    monkeypatch.setattr(common, "catch_signals", list)
     images = write_images(tmp_path / "images", 32)
     flags = ["--data", str(images), "--recipe", "shapes", "--workers", "0", "--limit", "16", "--epochs", "1", *flags]
     sage.main([*TINY, *flags, "--out", str(tmp_path / out)])
@@ -375,10 +327,10 @@ def quick(tmp_path, monkeypatch, *flags, out="run"):
     return tmp_path / out
 
 
-def test_a_frozen_decoder_stays_as_it_is_drawn(tmp_path, monkeypatch):
+def test_a_frozen_decoder_stays_as_it_is_drawn(tmp_path):
     random, recipe = ["--evaluator", "random:resnet10_16"], sage.RECIPES["shapes"]
-    learns = quick(tmp_path, monkeypatch, *random, "--warmup-epochs", "0", out="learns")
-    frozen = quick(tmp_path, monkeypatch, *random, "--freeze-decoder", out="frozen")
+    learns = quick(tmp_path, *random, "--warmup-epochs", "0", out="learns")
+    frozen = quick(tmp_path, *random, "--freeze-decoder", out="frozen")
     a, b = (runs.load(out / "checkpoint.pt")["model"]["decoder.layers.0.weight"] for out in (learns, frozen))
     torch.manual_seed(0)
     backbone = backbones.build("resnet10_16", 32)
@@ -387,13 +339,13 @@ def test_a_frozen_decoder_stays_as_it_is_drawn(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags", [["--pool"], ["--train-evaluator"], ["--weight-pixel", "0"], ["--weight-d", "0"]])
-def test_other_forms_run(tmp_path, monkeypatch, flags):
-    out = quick(tmp_path, monkeypatch, "--evaluator", "random:resnet10_16", *flags)
+def test_other_forms_run(tmp_path, flags):
+    out = quick(tmp_path, "--evaluator", "random:resnet10_16", *flags)
     assert isinstance(sage.autoencoder(out).bottleneck, nn.AdaptiveAvgPool2d) == ("--pool" in flags)
 
 
-def test_an_evaluator_of_another_architecture_is_trained_beside_the_run(tmp_path, monkeypatch):
-    quick(tmp_path, monkeypatch, "--evaluator", "", "--evaluator-arch", "resnet10_32", "--evaluator-epochs", "1")
+def test_an_evaluator_of_another_architecture_is_trained_beside_the_run(tmp_path):
+    quick(tmp_path, "--evaluator", "", "--evaluator-arch", "resnet10_32", "--evaluator-epochs", "1")
     assert runs.load(tmp_path / "byol-images-resnet10_32-1" / "backbone.pt")["arch"] == "resnet10_32"
 
 
@@ -412,8 +364,7 @@ def test_an_evaluator_of_another_architecture_is_trained_beside_the_run(tmp_path
         (["--evaluator-epochs", "0"], "--evaluator-epochs"),
     ],
 )
-def test_bad_flags(flags, words, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(common, "catch_signals", list)
+def test_bad_flags(flags, words, tmp_path, capsys):
     with pytest.raises(SystemExit) as stopped:
         sage.main([*SMALL[1:], "--out", str(tmp_path / "run"), *flags])
     err = capsys.readouterr().err

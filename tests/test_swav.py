@@ -1,22 +1,18 @@
 import itertools
-import json
 import math
 import os
 import random
-import signal
-import time
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, fork, forked, part, run
+from conftest import TINY, check_accumulation, check_two_processes
 from torch import nn
 
 import backbones
 import common
 import data
-import runs
 import swav
 
 SMALL = ["swav.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
@@ -274,12 +270,6 @@ def test_two_processes_have_the_codes_queue_and_prototypes_of_one(tmp_path):
 def test_accumulated_gradients_are_those_of_the_mean_but_for_the_codes(monkeypatch):
     monkeypatch.setattr(swav, "sinkhorn", lambda S, epsilon: (S / epsilon).softmax(-1))  # each sample by itself
     check_accumulation(tiny_model, batch)
-    whole, parts = tiny_model().eval(), tiny_model().eval()
-    whole(*batch(16))
-    for k in range(2):
-        parts(*part(batch(16), k, 16))
-    whole.enqueue(), parts.enqueue()
-    assert torch.allclose(whole.queue, parts.queue, atol=1e-6)
 
 
 # ============ the optimiser ============
@@ -352,57 +342,9 @@ def test_show_has_views_of_both_sizes(tmp_path, capsys):
 # ============ whole runs ============
 
 QUEUED = ["--queue-length", "32", "--queue-epoch", "2", "--freeze-epochs", "1.3", "--prototypes", "20", "--eval-every", "0"]
-UNBROKEN = [*SMALL, *QUEUED]
-
-
-def weights(out, name="checkpoint.pt"):
-    found = runs.load(out / name)
-    return {"step": found["step"], **found["model"], **{f"o{i}": s for i, s in found["optimizer"]["state"].items()}}
-
-
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory):
-    """By Python itself; the runs that are compared with it are forked."""
-    out = tmp_path_factory.mktemp("unbroken") / "run"
-    printed, err = run(*UNBROKEN, "--out", out)
-    return out, printed, err
-
-
-def test_a_run_writes_what_it_promises(unbroken):
-    out, printed, _ = unbroken
-    assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= set(os.listdir(out))
-    last = printed.splitlines()[-1]
-    assert last.startswith("swav shapes: knn ") and last.endswith(f"({out})")
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    assert {"feature_std", "batch_prototypes", "view_prototypes", "lr"} <= set(steps[0])
-    told = float(printed.split("of unrelated vectors ")[1].split(";")[0])
-    assert steps[0]["loss"] == pytest.approx(told, rel=0.1) and "ln 20 = 3.00" in printed
-    assert "queue 2 x 32 x 128, 0.0 MB a process, used from step 6" in printed
-    lr = 3.2e-2 * 16 / 256  # 3 steps of warm-up, then a cosine to a thousandth at step 12; the last is step 11
-    assert steps[-1]["lr"] == pytest.approx(lr * (0.001 + 0.999 * (1 + math.cos(math.pi * 8 / 9)) / 2))
-    found = runs.load(out / "checkpoint.pt")["model"]
-    assert found["queue"].shape == (2, 32, 128) and torch.allclose(found["queue"].norm(dim=2), torch.ones(2, 32), atol=1e-5)
-
-
-def test_stop_and_resume_equals_the_unbroken_run(unbroken, tmp_path):
-    out = tmp_path / "run"
-    command = [*UNBROKEN, "--out", out]
-    process, log = fork(*command), out / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and '"step": 4,' in log.read_text()):
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    printed, err = process.communicate(timeout=120)
-    assert process.returncode == 0 and "stopped by a signal" in printed, err
-    assert 4 <= runs.load(out / "checkpoint.pt")["step"] < 12
-    again, _ = forked(*command)
-    assert "going on from step" in again
-    assert equal(weights(out), weights(unbroken[0]))
 
 
 def test_prototypes_rest_at_first_and_the_queue_waits_for_its_epoch_and_until_it_is_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(common, "seconds_per_pass", lambda *a: 0.0)
     calls, real = [], swav.SwAV.forward
 
     def forward(self, views, queued):
@@ -423,21 +365,11 @@ def test_prototypes_rest_at_first_and_the_queue_waits_for_its_epoch_and_until_it
     assert queued == full == (False,) * 3 + (True,) * 3  # 48 = 3 batches
 
 
-def test_two_processes_run_with_accumulation(tmp_path):
-    flags = ["--epochs", "2", "--accumulate", "2", "--queue-epoch", "0", "--optimizer", "lars", "--small-crops", "1"]
-    printed, _ = forked(*UNBROKEN, *flags, "--out", tmp_path / "run", processes=2)
-    assert printed.splitlines()[-1].startswith("swav shapes: knn ")
-    assert "lars: 43 tensors, 43 decayed, 43 adapted" in printed
-    found = runs.load(tmp_path / "run" / "checkpoint.pt")
-    assert found["step"] == 6 and (found["model"]["queue"] != 0).any(2).all()
-
-
 @pytest.fixture
-def start(monkeypatch, capsys):
+def start(capsys):
     """What the script prints, stopping with exit code 2 (on stderr) or before it writes anything (on stdout)."""
 
     def attempt(*flags, code=2):
-        monkeypatch.setattr(common, "catch_signals", list)
         if code:
             with pytest.raises(SystemExit) as stopped:
                 swav.main([str(flag) for flag in flags])

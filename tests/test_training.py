@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import METHODS, write_images
 
 import common
 import data
@@ -14,8 +14,6 @@ import evaluate
 import runs
 import saliency
 import training
-
-METHODS = ["byol", "sage", "instdisc", "pretext", "simclr", "moco", "swav", "pirl", "cmc", "cpc"]
 
 
 @pytest.fixture(autouse=True)
