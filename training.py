@@ -25,7 +25,7 @@ def parse(p, method, argv):
     words = sys.argv[1:] if argv is None else argv
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}  # by hand
     if "workers" not in args.given:
-        args.workers = min(args.workers, os.cpu_count() or 1)
+        args.workers = min(args.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     args.why = "as asked for" if "recipe" in args.given else "by --data"
     if args.recipe == "folder":
         size_folder(args, data.count(args.data))
