@@ -236,10 +236,12 @@ def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
 def test_nearest_equals_a_naive_loop():
     g = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(50, 6, generator=g) * torch.rand(50, 1, generator=g), torch.randn(7, 6, generator=g)
-    for q, found in zip(queries, evaluate.nearest(bank, queries, 4), strict=True):
-        cosines = [(q @ b / q.norm() / b.norm()).item() for b in bank]
-        assert found.tolist() == sorted(range(50), key=lambda i: -cosines[i])[:4]
-    assert evaluate.nearest(bank[:2], queries, 4).shape == (7, 2)
+    for most in (2**26, 6 * 17):  # the bank whole, and in parts of 17
+        for q, *found in zip(queries, *evaluate.nearest(bank, queries, 4, chunk=3, most=most), strict=True):
+            cosines = [(q @ b / q.norm() / b.norm()).item() for b in bank]
+            order = sorted(range(50), key=lambda i: -cosines[i])[:4]
+            assert found[1].tolist() == order and found[0].tolist() == pytest.approx([cosines[i] for i in order])
+    assert evaluate.nearest(bank[:2], queries, 4)[1].shape == (7, 2)
 
 
 def test_queries_are_of_all_classes_labelled_and_chosen_by_the_seed():
@@ -273,7 +275,7 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
         assert name == test.classes[test.labels[row]] and images.shape == (43, *size) and len(captions) == len(marks) == 43
         large = lambda image: tvf_resize(image / 127.5 - 1, (32, 32))
         assert torch.allclose(images[0], large(test.images[row]), atol=1e-6) and captions[0] == f"# {row}"
-        found = evaluate.nearest(models[0].bank, models[0].queries[[row]], 20)[0]
+        found = evaluate.nearest(models[0].bank, models[0].queries[[row]], 20)[1][0]
         for k, i in enumerate(found.tolist(), 2):
             assert torch.allclose(images[k], large(train.images[i]), atol=1e-6)
             label = train.labels[i].item()
@@ -346,7 +348,7 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     command(monkeypatch, run, *ALL, "linear", "--beside", other, *flags)
     out = capsys.readouterr().out
     assert len(fits) == 2  # one for each checkpoint
-    words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "framed green", "20-NN")
+    words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "green frame", "20-NN")
     assert all(word in out for word in words)
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
     r = results["localisation"]

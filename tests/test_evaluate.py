@@ -231,7 +231,7 @@ def same(a, b):
 
 def test_fine_tuning_learns_and_moves_trunk_and_head():
     backbone = small_backbone()
-    net, r = evaluate.finetune(backbone, colours(), colours(60, seed=1), SMALL, CPU, (0.02,), (0.5,), epochs=6)
+    net, r = evaluate.finetune(backbone, colours(), colours(60, seed=1), SMALL, CPU, [(0.02, 0.5)], epochs=6)
     assert r["top1"] > 90 and r["top5"] == 100 and r["images"] == 96 and r["updates"] == 6 * (96 // 32)
     assert not any(same(net[0], backbone)) and all(same(backbone, small_backbone()))  # a copy is tuned
     assert not torch.equal(net[0].bn1.running_mean, backbone.bn1.running_mean)  # BatchNorm in train mode
@@ -261,7 +261,7 @@ def test_rates_are_chosen_on_a_tenth_of_train_and_never_on_test(monkeypatch):
     spy = lambda backbone, train, *args: (sizes.append(len(train)), fit(backbone, train, *args))[1]
     monkeypatch.setattr(evaluate, "fit_finetune", spy)
     train, test = colours(), colours(60, seed=1)
-    settings = (SMALL, CPU, (0.0,), (1e38, 0.0, 0.5))  # one that diverges, one that learns nothing
+    settings = (SMALL, CPU, [(0.0, 1e38), (0.0, 0.0), (0.0, 0.5)])  # one that diverges, one that learns nothing
     net, r = evaluate.finetune(small_backbone(), train, test, *settings, epochs=3)
     assert sizes == [87, 87, 87, 96] and r["head_lr"] == 0.5
     assert r["grid"]["trunk 0 head 1e+38"] == -1 and r["grid"]["trunk 0 head 0.5"] > 60
@@ -269,7 +269,7 @@ def test_rates_are_chosen_on_a_tenth_of_train_and_never_on_test(monkeypatch):
     again, wrong = evaluate.finetune(small_backbone(), train, test, *settings, epochs=3)
     assert wrong["grid"] == r["grid"] and all(same(net, again)) and wrong["top1"] < r["top1"] - 30
     with pytest.raises(SystemExit):
-        evaluate.finetune(small_backbone(), train, test, SMALL, CPU, (0.0,), (1e38,), epochs=3)
+        evaluate.finetune(small_backbone(), train, test, SMALL, CPU, [(0.0, 1e38)], epochs=3)
 
 
 def command(monkeypatch, *args):
