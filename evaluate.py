@@ -31,6 +31,7 @@ import json
 import math
 import os
 import re
+import sys
 import typing
 from itertools import count, zip_longest
 from pathlib import Path
@@ -654,9 +655,9 @@ def open_classifier(target, arch=None, size=None):
     try:
         if target.startswith("torchvision:"):
             name = target.removeprefix("torchvision:")
-            weights = torchvision.models.get_model_weights(name).DEFAULT
-            net, own = torchvision.models.get_model(name, weights=weights), weights.transforms()
-            return Classifier(net, len(weights.meta["categories"]), own.mean, own.std, size or own.crop_size[0])
+            best = torchvision.models.get_model_weights(name).DEFAULT
+            net, own = torchvision.models.get_model(name, weights=best), best.transforms()
+            return Classifier(net, len(best.meta["categories"]), own.mean, own.std, size or own.crop_size[0])
         if not Path(target).is_file():
             common.fail(f"--classifier {target}: no such file")
         found = runs.load(target)
@@ -1244,7 +1245,7 @@ def well_formed(path, found):
         and all(pixels(sees.get(k, 0), 0) for k in ("patch", "cell", "stride"))
         and bool(sees.get("patch")) == bool(sees.get("cell") or sees.get("stride")),
         "head": found.get("kind") != "classifier"
-        or (set(head := weights(path, found.get("head"))) == {"weight", "bias"} and head["bias"].ndim == 1),
+        or (set(head := weights(f"{path}: its head", found.get("head"))) == {"weight", "bias"} and head["bias"].ndim == 1),
         "classes": isinstance(found.get("classes", []), list),
     }  # fmt: skip
     wrong = [name for name, ok in right.items() if not ok]
@@ -1386,10 +1387,10 @@ def run_finetune(args, backbone, about, sets, preprocess, device, amp):
     how = f"{args.protocol}'s, published for ImageNet" if args.protocol else "given" if given else how
     for name, rows in label_shares(args, sets, "fine-tuning", (1, 10)).items():
         if args.protocol:
-            share = round(100 * len(rows) / len(train)) if args.label_list else float(name)
-            pairs, decay = PROTOCOLS[args.protocol].get(share) or common.fail(
-                f"--protocol {args.protocol} has rates for 1 and 10 % of the labels; {args.label_list} has {share} %"
-            )
+            share = 100 * len(rows) / len(train) if args.label_list else float(name)
+            near = [found for p, found in PROTOCOLS[args.protocol].items() if 0.8 < share / p < 1.25]
+            one_or_ten = f"--protocol {args.protocol} has rates for 1 and 10 % of the labels; {args.label_list} has {share:.3g} %"
+            pairs, decay = near[0] if near else common.fail(one_or_ten)
         settings = pairs, args.finetune_epochs, args.batch_size, decay, args.workers, amp, args.seed
         net, r = finetune(backbone, data.pick(train, rows), sets["test"], preprocess, device, *settings)
         results[name] = r
@@ -1637,6 +1638,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be UTF-8
     _, _, device = common.setup(args.device)
     amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     backbone, preprocess, about, path = open_backbone(args.checkpoint, args.arch, args.size, args.seed)
@@ -1644,6 +1646,9 @@ def main():
     what = f"{about['method']}, epoch {about['epoch']}, {about['arch']}" if "method" in about else args.checkpoint
     print(f"{what} on {name} at {preprocess['size']} px")
     backbone.to(device, memory_format=torch.channels_last)
+    files = {"schedule", "pictures", "neighbours", "gradients", "swap"} & set(args.probe)
+    if files and not os.access(folder := args.out or (path.parent if path else "."), os.W_OK):
+        common.fail(f"{folder} is read-only: say with --out where to write what {' and '.join(sorted(files))} make")
     sets = {s: data.load(name, args.root, s, device, args.limit, args.seed) for s in ("train", "test")}
     results, fitted, diagnosis = {}, None, set(args.probe) & set(DIAGNOSIS)
     frozen = set(args.probe) & set(PROBES)

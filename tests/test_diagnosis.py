@@ -264,8 +264,13 @@ def model(name, reader, train, test, size=16):
 def test_neighbours_of_several_models_side_by_side(monkeypatch):
     train, test, rows = two_colours(30, seed=1), two_colours(9), torch.tensor([4, 2])
     train.labels[3] = -1
-    pixels = Reads(lambda x: x[:, 0, 3:6, 5])  # some feature or other
-    models = [model("a", pixels, train, test), model("b", object_reader, train, test, size=32)]
+    for s in (train, test):  # so that no two images are alike, nor their features
+        g = torch.Generator().manual_seed(len(s))
+        s.images = s.images // 4 * 3 + torch.randint(40, s.images.shape, dtype=torch.uint8, generator=g)
+    some = torch.randn(3, 16 * 16 * 3, generator=torch.Generator().manual_seed(0))
+    models = [model("a", Reads(lambda x: x.flatten(1) @ some.T), train, test), model("b", object_reader, train, test, size=32)]
+    cosines, _ = evaluate.nearest(models[0].bank, models[0].queries[rows], 21)
+    assert -cosines.diff().max() > 1e-5  # so the order is no matter of rounding
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "figure", lambda *args, **kwargs: (args, kwargs))
         (table, headings), frames = evaluate.neighbours(models, train, test, rows, CPU, k=20)
@@ -391,6 +396,21 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
     assert results["localisation"]["images"] == 6 and 20 < results["localisation"]["area"] < 30  # of 40 px wide images
 
 
+def test_neighbours_need_no_labels(tmp_path, monkeypatch, capsys):
+    run, other = (make_run(tmp_path / name, write_images(tmp_path / "flat", 30, classes=1)) for name in ("run", "other"))
+    seen = []
+    monkeypatch.setattr(evaluate, "figure", lambda rows, *_, **__: seen.append(rows) or torch.zeros(3, 8, 8))
+    monkeypatch.setattr(evaluate, "fit_linear", lambda *_, **__: pytest.fail("nothing to fit without labels"))
+    command(monkeypatch, run, "--probe", "neighbours", "--beside", other, "--top", 2)
+    out = capsys.readouterr().out
+    assert "no labels: left out" in out and (run / "neighbours.png").exists() and len(seen[0]) == 8
+    for name, images, captions, marks in seen[0]:
+        assert name == "" and len(images) == 1 + 2 + 2  # the query, and two neighbours for each network: no gradients
+        assert captions[1:] == ("",) * 4 and marks == (None,) * 5
+    command(monkeypatch, run, "--probe", "neighbours", "--queries", 4)
+    assert [captions[0] for _, _, captions, _ in seen[1]] == ["# 4"]
+
+
 @pytest.mark.parametrize(
     ("probe", "flags", "words"),
     [
@@ -403,7 +423,7 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
         ("localisation", ("--data", "FOLDER"), "--masks"),
         ("swap", ("--data", "FOLDER"), "--masks"),
         ("swap", ("--data", "FLAT"), "too few labels"),
-        ("neighbours", ("--data", "FLAT"), "too few labels"),
+        ("gradients", ("--data", "FLAT"), "too few labels"),
         ("localisation", ("--limit", "9"), "too few labels"),
     ],
 )
