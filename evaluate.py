@@ -551,12 +551,8 @@ def classes_of(dataset):
 # The semi-supervised protocol of SwAV (eval_semisup.py) and SaGe (configs/benchmarks/semi_classification): SGD with momentum
 # 0.9, 20 epochs, rates x 0.2 at 60 % and 80 %, batch 256, random crops and flips, one rate for the trunk and one for the
 # head. Their rates are for ImageNet, and SaGe does not say which of its grid won. What fits the head depends on the scale of
-# the features, which differs by method, and few images need other rates: hence a small grid of our own. Measured, BYOL on
-# 16,000 CIFAR-10 images, 10 epochs, resnet10_32, features of norm 13, top-1:
-#     1 %, batch 32    head 0.02  0.2   1     5           10 %, batch 256    head 0.02  0.2
-#     trunk 0.002      38.3 36.1 28.4  22.7               trunk 0.02         49.7 49.5
-#     trunk 0.02       41.7 37.3 24.3  13.9               trunk 0.1          53.7 51.3
-#     trunk 0.1        39.4 35.1 25.1   9.9               1 % in batches of 256, an update an epoch: 30.8 at best
+# the features, which differs by method, and few images need other rates: hence a small grid of our own (measured:
+# results/README.md).
 TRUNK_LRS, HEAD_LRS = (0.02, 0.1), (0.02, 0.2)
 SCRATCH_LRS = (0.1,), (0.1,)  # random:ARCH, a network trained with labels alone: the trunk has everything to learn
 SAGE_LRS = [(lr, factor * lr) for lr in (0.1, 0.01, 0.001) for factor in (1, 10, 100)]
@@ -679,11 +675,9 @@ def open_classifier(target, arch=None, size=None):
         net = torchvision.models.get_model(arch, weights=None, num_classes=len(biases[-1]))
         net.load_state_dict(found)
         return Classifier(net, len(biases[-1]), data.MEAN, data.STD, size or 224)
-    except EOFError as error:
-        common.fail(str(error))
     except OSError as error:  # urllib's errors are of this kind
         common.fail(f"--classifier {target} could not be fetched: {runs.reason(error)}")
-    except (ValueError, AttributeError) as error:  # AttributeError: torchvision's networks for other tasks
+    except (EOFError, ValueError, AttributeError) as error:  # AttributeError: torchvision's networks for other tasks
         common.fail(f"--classifier {target}: {runs.reason(error)}")
     except RuntimeError as error:
         common.fail(f"--classifier {target} does not fit the architecture: {' '.join(str(error).split())[:300]}")
@@ -1094,6 +1088,10 @@ def first(dataset, n):
     return data.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
+def tops(r):
+    return f"top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}"
+
+
 def kept(x):
     return f"kept in {'fp16' if x.dtype == torch.float16 else 'fp32'} on {x.device.type}"
 
@@ -1102,9 +1100,7 @@ def probe(train, test, probes, say=print, **settings):
     """The label-free health figures and `judge` on (features, labels) pairs; prints and returns the results."""
     results = {"health": health(train[0])}
     say("health   " + "  ".join(f"{k} {v:.3g}" for k, v in results["health"].items()))
-    say(
-        "         of training features, no labels used; feature_std is 1 where features are spread evenly, 0 at collapse"
-    )
+    say("         of training features, no labels used; feature_std is 1 where features are spread evenly, 0 at collapse")
     if results["health"]["feature_std"] < 0.05:
         say("warning: the features are nearly constant (collapse): probes read what little is left")
     return results | judge(train, test, probes, say=say, **settings)
@@ -1134,24 +1130,19 @@ def judge(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, 
         return results
     if "linear" in probes:
         r = results["linear"] = linear_sgd(x, y, test_x, test_y, fitted, seed=seed)
-        say(
-            f"linear   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; lr {r['lr']:g}, wd {r['weight_decay']:g})"
-        )
-        say(
-            "         SGD 100 epochs, batch 256, cosine; lr and wd chosen on a tenth of TRAIN, then all of it; " + sizes
-        )
+        say(f"linear   {tops(r)}   (frozen; lr {r['lr']:g}, wd {r['weight_decay']:g})")
+        say("         SGD 100 epochs, batch 256, cosine; lr and wd chosen on a tenth of TRAIN, then all of it; " + sizes)
         say("         held-out top-1: " + ", ".join(f"{k}: {v}" for k, v in r["grid"].items()))
     if "lbfgs" in probes:
         r = linear_lbfgs(x, y, test_x, test_y, seed=seed, **({"penalties": penalties} if penalties else {}))
         results["lbfgs"] = r
         how = "chosen on a tenth of TRAIN" if r["grid"] else "given"
         how = f"standardised, penalty {how}" if penalties != "study" else "as they are, penalty 100 / (M C), 800 updates"
-        say(f"lbfgs    top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; penalty {r['penalty']:g})")
-        say(f"         logistic regression, features {how}")
-        say(f"         {sizes}")
+        say(f"lbfgs    {tops(r)}   (frozen; penalty {r['penalty']:g})")
+        say(f"         logistic regression, features {how}; {sizes}")
     if "mlp" in probes:
         r = results["mlp"] = mlp_probe(x, y, test_x, test_y, seed=seed)
-        say(f"mlp      top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; lr {r['lr']:g})")
+        say(f"mlp      {tops(r)}   (frozen; lr {r['lr']:g})")
         say("         one hidden layer of 1000, ReLU, dropout 0.5; standardised features; Adam, batch 256, cosine")
         say("         10 passes, 300 updates at least; lr chosen on a tenth of TRAIN, then all of it; " + sizes)
     return results
@@ -1394,12 +1385,11 @@ def run_finetune(args, backbone, about, sets, preprocess, device, amp):
         settings = pairs, args.finetune_epochs, args.batch_size, decay, args.workers, amp, args.seed
         net, r = finetune(backbone, data.pick(train, rows), sets["test"], preprocess, device, *settings)
         results[name] = r
-        print(f"finetune {name}{'' if args.label_list else ' %'}   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   "
-              f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})")  # fmt: skip
+        rates = f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})"
+        print(f"finetune {name}{'' if args.label_list else ' %'}   {tops(r)}   {rates}")
         print(f"         {'from random weights' if scratch else 'all weights fine-tuned'}, {r['images']} labelled images, "
               f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}, random crops and flips")  # fmt: skip
-        print(f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %; un-augmented test images")
-        print(f"         rates of trunk and head: {how}")
+        print(f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %, {how}; un-augmented test images")
         if r["grid"]:
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")
@@ -1446,7 +1436,7 @@ def run_images(args, path, dataset, device, amp):
     if "perceptual" in args.probe:
         r = perceptual(autoencoder, classifier, dataset, size, device, workers=args.workers, amp=amp)
         results["perceptual"] = r | {"classifier": args.classifier}
-        print(f"perceptual top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}  MSE {r['mse']:.4f}   (recovered images)")
+        print(f"perceptual {tops(r)}  MSE {r['mse']:.4f}   (recovered images)")
         print(f"           top-1 {r['originals_top1']:.2f}  top-5 {r['originals_top5']:.2f}               (the images)")
         print(f"         {len(dataset)} un-augmented test images at {size} px, judged by {args.classifier}; "
               "MSE of pixels in [-1, 1]")  # fmt: skip
@@ -1550,7 +1540,11 @@ def run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, 
     return results
 
 
-LARGEST = 1e6  # of rates and penalties: more cannot be meant, and overflows
+RANGES = [  # of numbers, so that none overflows later
+    (0, math.inf, "limit workers"), (1, math.inf, "finetune_epochs top most_features decay_at"), (2, math.inf, "batch_size"),
+    (0, 1e6, "weight_decay trunk_lr head_lr penalty"), (1e-4, 1e4, "temperature"), (-(2**63), 2**63 - 1, "seed"),
+    (*SIZES, "size classifier_size"),
+]  # fmt: skip
 
 
 def parse_args():
@@ -1594,26 +1588,16 @@ def parse_args():
     d.add_argument("--top", type=int, default=3, help="nearest neighbours to show")
     d.add_argument("--masks", help="folder with the masks of the TEST images, named like them (default: the set's own)")
     args = p.parse_args()
-    common.at_least(0, args, "limit", "workers", "size", "classifier_size")
-    common.at_least(1, args, "finetune_epochs", "top", "most_features")
-    common.at_least(2, args, "batch_size")
-    common.at_least(1e-4, args, "temperature", most=1e4)
-    common.at_least(-(2**63), args, "seed", most=2**63 - 1)
-    common.at_least(0, args, "weight_decay", most=LARGEST)
-    for name in ("size", "classifier_size"):
-        if getattr(args, name):  # 0: its own
-            common.at_least(SIZES[0], args, name, most=SIZES[1])
-    if args.penalty not in (None, "study"):
-        try:
-            args.penalty = [float(args.penalty)]
-        except ValueError:
-            common.fail(f"--penalty {args.penalty}: a number or 'study' is expected")
-    numbers = {"trunk_lr": args.trunk_lr, "head_lr": args.head_lr, "penalty": args.penalty if args.penalty != "study" else None}
-    for name, values in numbers.items():
-        for value in values or ():
-            common.at_least(0, argparse.Namespace(**{name: value}), name, most=LARGEST)
-    for d in args.decay_at:
-        common.at_least(1, argparse.Namespace(decay_at=d), "decay_at")
+    try:
+        args.penalty = [float(args.penalty)] if args.penalty not in (None, "study") else args.penalty
+    except ValueError:
+        common.fail(f"--penalty {args.penalty}: a number or 'study' is expected")
+    for least, most, names in RANGES:
+        for name in names.split():
+            given = getattr(args, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value not in (None, "study") and (value or name not in ("size", "classifier_size")):  # 0: its own
+                    common.at_least(least, argparse.Namespace(**{name: value}), name, most=most)
     if args.protocol and (args.trunk_lr or args.head_lr or args.weight_decay):
         common.fail(f"--protocol {args.protocol} has its own --trunk-lr, --head-lr and --weight-decay")
     if args.protocol and not set(args.labels or ()) <= set(PROTOCOLS[args.protocol]):

@@ -120,7 +120,7 @@ def test_a_trunk_comes_from_what_a_checkpoint_says(capsys):
         ("resnet18", {}, "RGB images, 32 px (bilinear), (x / 255 - mean) / std: mean (0.485, 0.456, 0.406)"),
         ("resnet10_16", {"patch": 8, "cell": 11, "standardise": True}, "patches of 8 px of them, from 3 x 3 cells of 11 px"),
         ("resnet10_16", {"patch": 8, "cell": 11, "standardise": True}, "each patch to mean 0, deviation 1"),
-        ("resnet10_16_ln", {"patch": 8, "stride": 4, "grey": True}, "in grey; the network takes patches of 8 px of them, one every"),
+        ("resnet10_16_ln", {"patch": 8, "stride": 4, "grey": True}, "in grey; the network takes patches of 8 px"),
         ("resnet10_16", {"standardise": True}, "each image to mean 0, deviation 1"),
         ("resnet10_16", {"lightness": True}, "in lightness alone"),
         ("resnet10_16_lab", {}, "makes lab channels of them"),
