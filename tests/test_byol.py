@@ -139,12 +139,12 @@ def test_a_run_writes_what_it_promises(unbroken):
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"step", "epoch", "loss", "lr", "images_per_second", "data_wait", "feature_std"} <= set(lines[1])
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 13))
-    assert [line["step"] for line in lines if "knn20" in line] == [0, 6]  # the random network; --eval-every 2
+    assert [line["step"] for line in lines if "knn20" in line] == [0, 6, 12]  # the random network; --eval-every 2; the end
     for file in out.glob("*.pt"):
         torch.load(file, weights_only=True)
     about = torch.load(out / "backbone.pt", weights_only=True)
     assert set(about) == {"arch", "state_dict", "preprocess", "method", "data", "command", "epoch"}
-    load = printed.splitlines()[-3:-1]
+    load = printed.splitlines()[-4:-1]
     exec("\n".join(load), scope := {})
     assert equal(dict(scope["net"].state_dict()), about["state_dict"])
 
