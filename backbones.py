@@ -611,15 +611,30 @@ def describe(net, name, size):
     return f"{line} ({f'below {SMALL} px: 3x3 stem, no max-pool' if size < SMALL else 'the usual stem'})"
 
 
-def loading_lines(arch, size, path):
-    """Two lines of Python that load an exported backbone; without this repository where torchvision has the network."""
+def loading_lines(arch, size, path, preprocess=None):
+    """Lines of Python that load an exported backbone, without this repository where torchvision has the network: two, and
+    with its `preprocess` a third, a comment on what the images must look like."""
     load = f'net.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
     stem = "; net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()"
+    make = f'import torch, backbones; net = backbones.build("{arch}", {size})'
     name = "resnet50" if arch == "resnet50v1_k4" and size >= 112 else arch
     if name in TORCHVISION[:-1] or (name in RESNETS and RESNETS[name][2] == 64):
         keywords, head, stay = of_torchvision(name, size)
         made = f"torchvision.models.{name}({', '.join(f'{k}={v}' for k, v in keywords.items())})"
         rest = f"net.{head}[{stay.start}:{stay.stop}]" if stay else "torch.nn.Identity()"
         stem = stem if name in RESNETS and size < SMALL else ""
-        return f"import torch, torchvision; net = {made}; net.{head} = {rest}{stem}\n{load}"
-    return f'import torch, backbones; net = backbones.build("{arch}", {size})\n{load}'
+        make = f"import torch, torchvision; net = {made}; net.{head} = {rest}{stem}"
+    return f"{make}\n{load}" + (f"\n# {seen_by(arch, preprocess)}" if preprocess else "")
+
+
+def seen_by(arch, preprocess):
+    """What the images of a backbone must look like, in words."""
+    mean, std = (tuple(round(v, 3) for v in preprocess[k]) for k in ("mean", "std"))
+    sees = {"patch": 0, "cell": 0, "stride": 0, **preprocess.get("sees", {})}
+    words = f"RGB images, {preprocess['size']} px ({preprocess['interpolation']}), (x / 255 - mean) / std: mean {mean}, std {std}"
+    words += f"; the network itself makes {unsplit(arch)[1]} channels of them" if unsplit(arch)[1] else ""
+    words += "; in lightness alone (data.lightness)" * sees.get("lightness", False) + "; in grey" * sees.get("grey", False)
+    if sees["patch"]:
+        where = f"one every {sees['stride']} px" if sees["stride"] else f"from 3 x 3 cells of {sees['cell']} px"
+        words += f"; the network takes patches of {sees['patch']} px of them, {where}, and the image's vector is their mean"
+    return words + f"; each {'patch' if sees['patch'] else 'image'} to mean 0, deviation 1" * sees.get("standardise", False)

@@ -530,7 +530,7 @@ def main(argv=None):
     log.bar.close()
     result = evaluate.finish(f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.patch, log.out / 'backbone.pt')}")
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.patch, log.out / 'backbone.pt', preprocess)}")
     say(result)
 
 

@@ -31,8 +31,9 @@ import json
 import math
 import os
 import re
+import sys
 import typing
-from itertools import zip_longest
+from itertools import count, zip_longest
 from pathlib import Path
 
 import torch
@@ -42,7 +43,6 @@ import torchvision
 from PIL import Image, ImageDraw
 from torch import nn
 from torchvision.transforms.v2 import functional as tvf
-from torchvision.utils import save_image
 from tqdm import tqdm
 
 import backbones
@@ -145,10 +145,34 @@ def in_eval(*modules):
             m.training = mode
 
 
-def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, amp=False, progress=False):
-    """Features [N, d] fp32 on `device` and labels [N] on the CPU (-1: none) of the un-augmented images, in order.
+def room(device):
+    """Bytes that features may take there: half of what a GPU has free, or of the computer's memory, in the process with
+    the least; under torchrun each process of a computer gets its part of that."""
+    if device.type == "cuda":  # torch keeps freed memory for itself, and the driver does not know that it is free
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        free = torch.cuda.mem_get_info(device)[0] + cached
+    else:
+        pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else math.inf
+        free = pages / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    free = torch.tensor(free / 2, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(free, dist.ReduceOp.MIN)
+    return free.item()
 
-    Under torchrun every process does its share and all get the whole: every process must call it.
+
+def storage(n, device):
+    """How n features are kept, {"dtype", "device"}: the first that has room of fp32 and fp16 on `device`, fp32 and fp16 in
+    the computer's memory."""
+    places = [(where, dtype) for where in (device, torch.device("cpu")) for dtype in (torch.float32, torch.float16)]
+    where, dtype = next((p for p in places if n * p[1].itemsize <= room(p[0])), places[-1])
+    return {"dtype": dtype, "device": where}
+
+
+def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, amp=False, progress=False):
+    """Features [N, d], kept as `storage` says, and labels [N] on `device` (-1: none) of the un-augmented images, in order.
+
+    Under torchrun every process does its share and all get the whole: every process must call it. It takes no more memory
+    than what it returns and a batch.
     """
     wanted = getattr(backbone, "preprocess", {})  # of a network of colour channels
     if any(tuple(preprocess[k]) != tuple(v) for k, v in wanted.items()):
@@ -157,30 +181,32 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
     if world > 1:  # without SyncBN each process has averages of its own; those of rank 0 are saved, so all use them
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)
-    share = math.ceil(len(dataset) / world)
-    mine = torch.arange(rank, share * world, world) % len(dataset)  # the last share is filled up from the front
-    features, labels = [], []
+    share, at = math.ceil(len(dataset) / world), 0
+    mine = torch.arange(rank * share, (rank + 1) * share) % len(dataset)  # the last share is filled up from the front
+    features, labels = None, torch.empty(world, share, dtype=torch.int64)
     plain = data.batches(dataset, preprocess, batch_size, device, workers, mine)
     with in_eval(backbone), torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for x, y in tqdm(plain, "features", math.ceil(share / batch_size), leave=False, disable=not progress or None):
-            features.append(backbone(x).float())
-            labels.append(y)
-    features, labels = torch.cat(features), torch.cat(labels)
-    if world > 1:
-        parts = [torch.empty_like(features) for _ in range(world)]
-        dist.all_gather(parts, features)
-        features = torch.stack(parts, 1).flatten(0, 1)[: len(dataset)]
-        parts = [torch.empty_like(labels) for _ in range(world)]
-        dist.all_gather(parts, labels)
-        labels = torch.stack(parts, 1).flatten()[: len(dataset)]
-    return features, labels
+            z = backbone(x).float()
+            if features is None:
+                with torch.inference_mode(False):  # L-BFGS differentiates through products with them
+                    features = torch.empty(world, share, z.shape[1], **storage(world * share * z.shape[1], device))
+                largest = torch.finfo(features.dtype).max
+            features[rank, at : at + len(z)] = z.clamp(-largest, largest)
+            labels[rank, at : at + len(z)] = y
+            at += len(z)
+    for r in range(world if world > 1 else 0):  # in place: no process ever holds a part twice
+        dist.broadcast(features[r], r)
+        dist.broadcast(labels[r], r)
+    return features.flatten(0, 1)[: len(dataset)], labels.flatten()[: len(dataset)].to(device)
 
 
 def labelled(features, labels):
+    """Those with a label; a copy where some have none. Labels stay on a GPU, where probes compute, though features may be
+    in the computer's memory."""
+    labels = labels.to(features.device) if labels.device.type == "cpu" else labels
     keep = labels >= 0
-    if not keep.all():
-        features, labels = features[keep.to(features.device)], labels[keep]
-    return features, labels.to(features.device)
+    return (features, labels) if keep.all() else (features[keep.to(features.device)], labels[keep])
 
 
 def health(features):
@@ -197,26 +223,45 @@ def health(features):
 # ============ k nearest neighbours ============
 
 
+def nearest(bank, queries, k, device=None, chunk=500, most=2**26):
+    """(cosines, places) [Q, k] of the k vectors of `bank` [N, d] most like each of `queries` [Q, d], nearest first, computed
+    in fp32: in bf16 the neighbours of a random or half collapsed network, all of them close, blur. `most`: of
+    the bank's numbers at a time, 256 MB of them are normalised; beside them and the result there are `chunk` cosines each."""
+    part = max(1, most // bank.shape[1])
+    best, unit = {}, lambda x: F.normalize(x.to(device, torch.float32), dim=1)
+    for start in range(0, len(bank), part):
+        some = unit(bank[start : start + part]).T
+        for i, q in enumerate(queries.split(chunk)):
+            s, at = (unit(q) @ some).topk(min(k, some.shape[1]), 1)  # [c, k]
+            at += start
+            if start:
+                s, at = torch.cat([best[i][0], s], 1), torch.cat([best[i][1], at], 1)
+                s, order = s.topk(min(k, s.shape[1]), 1)
+                at = at.gather(1, order)
+            best[i] = s, at
+    return tuple(torch.cat(t) for t in zip(*best.values(), strict=True))
+
+
 @torch.inference_mode()
-def knn(bank, bank_labels, queries, query_labels, ks=KS, temperature=0.1, chunk=500):
+def knn(bank, bank_labels, queries, query_labels, ks=KS, temperature=0.1, chunk=500, also=()):
     """Top-1 in per cent of the k-NN classifier with cosine similarity: {k: (weighted, majority)}.
 
     bank [N, d], queries [M, d], any scale; labels int64, all >= 0. One top-k of the largest k, sorted, serves every k.
     Weighted: each neighbour votes exp(s / T) (Wu et al. 2018, sec. 3.4); majority: each votes 1, the nearer class wins
-    a tie. A k beyond the bank is left out; of a bank smaller than every k, all is used. Memory is bounded by `chunk` x N
-    similarities, in fp32: in bf16 the neighbours of a random or half collapsed network, all of them close, blur.
+    a tie; also: further T, whose weighted votes follow in the tuple. A k beyond the bank is left out; of a bank smaller
+    than every k, all is used.
     """
-    classes = int(max(bank_labels.max(), query_labels.max())) + 1
+    classes, device = int(max(bank_labels.max(), query_labels.max())) + 1, bank_labels.device
     ks = [k for k in ks if k <= len(bank)] or [len(bank)]
-    bank, queries = F.normalize(bank.float(), dim=1).T, F.normalize(queries.float(), dim=1)
-    right = torch.zeros(len(ks), 2, device=bank.device)
-    for q, y in zip(queries.split(chunk), query_labels.split(chunk), strict=True):
-        s, neighbour = (q @ bank).topk(max(ks), dim=1)  # [c, k], nearest first
+    right = torch.zeros(len(ks), 2 + len(also), device=device)
+    found = (t.split(chunk) for t in (*nearest(bank, queries, max(ks), device, chunk), query_labels))
+    for s, neighbour, y in zip(*found, strict=True):
         votes = bank_labels[neighbour]
-        ballots = torch.stack([torch.exp((s - 1) / temperature), 1 + s * 1e-4])  # [2, c, k]
+        weighted, *others = (torch.exp((s - 1) / t) for t in (temperature, *also))
+        ballots = torch.stack([weighted, 1 + s * 1e-4, *others])  # [2 + len(also), c, k]
         for i, k in enumerate(ks):
-            box = torch.zeros(2, len(q), classes, device=s.device)
-            box.scatter_add_(2, votes[:, :k].expand(2, -1, -1), ballots[:, :, :k])
+            box = torch.zeros(len(ballots), len(y), classes, device=device)
+            box.scatter_add_(2, votes[:, :k].expand(len(ballots), -1, -1), ballots[:, :, :k])
             right[i] += (box.argmax(2) == y).sum(1)
     percent = (100 * right / len(queries)).tolist()
     return {k: tuple(row) for k, row in zip(ks, percent, strict=True)}
@@ -227,35 +272,55 @@ def knn(bank, bank_labels, queries, query_labels, ks=KS, temperature=0.1, chunk=
 LRS, DECAYS = (1.0, 3.0, 10.0, 30.0, 100.0), (0.0, 1e-6, 1e-5)  # for features of mean norm 1
 
 
-def fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed):
-    """Softmax regressions for every pair (lr, weight decay) at once: weights [G, C, d] and biases [G, C].
+def fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed, scale=1.0, rows=None):
+    """Softmax regressions for every pair (lr, weight decay) at once, on x / scale or on their `rows`: weights [G, C, d] and
+    biases [G, C].
 
     The G heads are one matrix of G * C rows, trained on the same batches by SGD with Nesterov momentum 0.9 and a cosine
-    to 0; the gradient of the cross-entropy is written out, (softmax - one-hot)^T x, so a step is two products.
+    to 0; the gradient of the cross-entropy is written out, (softmax - one-hot)^T x, so a step is two products. Of the
+    features only a batch is ever copied, to where the labels are.
     """
-    grid = torch.tensor([(lr, wd) for lr in lrs for wd in decays], device=x.device).repeat_interleave(classes, 0)
+    rows, lr_decay = torch.arange(len(x)) if rows is None else rows, [(lr, wd) for lr in lrs for wd in decays]
+    grid, batch_size = torch.tensor(lr_decay, device=y.device).repeat_interleave(classes, 0), min(batch_size, len(rows))
     lr, decay = grid[:, :1], grid[:, 1:]  # [G * C, 1]
-    w = torch.zeros(len(grid), x.shape[1] + 1, device=x.device)  # the last column is the bias
-    v, target = torch.zeros_like(w), F.one_hot(y, classes).to(x.dtype)
-    x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
-    batch_size = min(batch_size, len(x))
-    steps, g = len(x) // batch_size, data.generator(seed, "linear")
+    w = torch.zeros(len(grid), x.shape[1] + 1, device=y.device)  # the last column is the bias
+    v, xb, minus = torch.zeros_like(w), w.new_ones(batch_size, w.shape[1]), w.new_full((len(lr_decay), batch_size), -1)
+    steps, g = len(rows) // batch_size, data.generator(seed, "linear")
     for epoch in range(epochs):
-        order = torch.randperm(len(x), generator=g)[: steps * batch_size].to(x.device)
-        for step, rows in enumerate(order.view(steps, batch_size), epoch * steps):
-            xb = x.index_select(0, rows)
+        order = rows[torch.randperm(len(rows), generator=g)[: steps * batch_size]].view(steps, batch_size)
+        true = y[order.to(y.device)] * batch_size + torch.arange(batch_size, device=y.device)  # places in [C, b]
+        for step, (some, right) in enumerate(zip(order.to(x.device), true, strict=True), epoch * steps):
+            torch.div(x.index_select(0, some).to(y.device, torch.float32), scale, out=xb[:, :-1])
             # The batch as last dimension: a softmax over the last one is slow where there are few classes.
-            p = (w @ xb.T).view(-1, classes, batch_size).softmax(1).sub_(target[rows].T)  # [G, C, b]
+            p = (w @ xb.T).view(-1, classes, batch_size).softmax(1)  # [G, C, b]
+            p.view(len(minus), -1).scatter_add_(1, right.expand(len(minus), -1), minus)
             u = (p.flatten(0, 1) @ xb).div_(batch_size).addcmul_(w, decay)
             v.mul_(0.9).add_(u)
             w.addcmul_(lr, u.add_(v, alpha=0.9), value=-common.cosine(step, epochs * steps, 1.0, 0.0))
-    return w.view(-1, classes, x.shape[1]).split([x.shape[1] - 1, 1], 2)
+    return w.view(-1, classes, x.shape[1] + 1).split([x.shape[1], 1], 2)
+
+
+def hits(logits, y):
+    """Whether each of the five best classes is the right one, bool [..., N, 5], for logits [..., N, C] and labels [N]."""
+    return logits.topk(min(5, logits.shape[-1]), -1).indices == y[:, None]
+
+
+def per_cent(right):
+    """(top-1, top-5) of `hits`."""
+    return 100 * right[..., 0].float().mean(-1), 100 * right.any(-1).float().mean(-1)
 
 
 def accuracy(logits, y):
     """(top-1, top-5) in per cent for logits [..., N, C] and labels [N]."""
-    right = logits.topk(min(5, logits.shape[-1]), -1).indices == y[:, None]
-    return 100 * right[..., 0].float().mean(-1), 100 * right.any(-1).float().mean(-1)
+    return per_cent(hits(logits, y))
+
+
+def judged(net, x, y, rows=None, chunk=1024):
+    """The same of `net`, features [n, d] to logits, on x and y or on their `rows`; in parts, so that not all logits (of a
+    whole grid, of 1000 classes) are there at a time, nor a copy of the features."""
+    parts = (torch.arange(len(x)) if rows is None else rows).split(chunk)
+    x_of = lambda rows: x[rows.to(x.device)].to(y.device, torch.float32)
+    return per_cent(torch.cat([hits(net(x_of(part)), y[part.to(y.device)]) for part in parts], -2))
 
 
 def held_out(n, seed):
@@ -268,18 +333,17 @@ def held_out(n, seed):
 @torch.no_grad()
 def fit_linear(x, y, classes, epochs=100, batch_size=256, lrs=LRS, decays=DECAYS, seed=0):
     """A softmax regression: the whole grid on nine tenths of the training features, the best pair on the last tenth, then
-    that pair on all of them (BYOL's procedure). Features are divided by their mean norm, one number, so that one grid
+    that pair on all of them, which BYOL does not do. Features are divided by their mean norm, one number, so that one grid
     fits every method. Returns that number, w [1, C, d], b [1, C, 1] and {"lr", "weight_decay", "grid"}; `grid` has the
     held-out top-1 of each pair."""
-    scale = x.norm(dim=1).mean()
-    x = x / scale
+    scale = torch.cat([part.to(y.device, torch.float32).norm(dim=1) for part in x.split(8192)]).mean()
     train, val = held_out(len(x), seed)
-    w, b = fit_sgd(x[train], y[train], classes, lrs, decays, epochs, batch_size, seed)
-    scores = accuracy(x[val] @ w.mT + b.mT, y[val])[0]  # [G]
+    w, b = fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed, scale, train)
+    scores = judged(lambda z: z / scale @ w.mT + b.mT, x, y, val)[0]  # [G]
     pairs = [(lr, wd) for lr in lrs for wd in decays]
     lr, wd = pairs[int(scores.argmax())]
     grid = {f"lr {a:g} wd {c:g}": round(s, 2) for (a, c), s in zip(pairs, scores.tolist(), strict=True)}
-    w, b = fit_sgd(x, y, classes, [lr], [wd], epochs, batch_size, seed)
+    w, b = fit_sgd(x, y, classes, [lr], [wd], epochs, batch_size, seed, scale)
     return scale, w, b, {"lr": lr, "weight_decay": wd, "grid": grid}
 
 
@@ -288,7 +352,7 @@ def linear_sgd(x, y, test_x, test_y, fitted=None, **settings):
     """Linear probe: `fit_linear`, or what it has `fitted` already, judged on the test features. Returns {"top1", "top5",
     "lr", "weight_decay", "grid"}."""
     scale, w, b, chosen = fitted or fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, **settings)
-    top1, top5 = accuracy((test_x / scale @ w.mT + b.mT)[0], test_y)
+    top1, top5 = judged(lambda z: (z / scale @ w.mT + b.mT)[0], test_x, test_y)
     return {"top1": top1.item(), "top5": top5.item(), **chosen}
 
 
@@ -318,6 +382,7 @@ def fit_lbfgs(x, y, classes, penalty, start=None, iterations=200):
 
 def standardised(x, test_x):
     """Both sets of features, each dimension to mean 0 and deviation 1 over the training set `x`."""
+    x, test_x = x.float(), test_x.float()
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
     return (x - mean) / std, (test_x - mean) / std
 
@@ -329,8 +394,9 @@ def linear_lbfgs(x, y, test_x, test_y, penalties=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     penalties = "study": that of Kolesnikov et al. 2019, 100 / (M C) for M features and C classes, on features as they are
     and with their 800 updates. It counts per image, as the cross-entropy here is a mean (their sum or mean is not said)."""
     classes, updates = int(max(y.max(), test_y.max())) + 1, 200
+    y, test_y = y.to(x.device), test_y.to(x.device)  # it computes where the features are
     if penalties == "study":
-        penalties, updates = [100 / (x.shape[1] * classes)], 800
+        x, test_x, penalties, updates = x.float(), test_x.float(), [100 / (x.shape[1] * classes)], 800
     else:
         x, test_x = standardised(x, test_x)
     head, scores = None, []
@@ -338,10 +404,10 @@ def linear_lbfgs(x, y, test_x, test_y, penalties=(1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
         train, val = held_out(len(x), seed)
         for penalty in penalties:  # from strong to weak, each starting where the last ended
             head = fit_lbfgs(x[train], y[train], classes, penalty, head)
-            scores.append(accuracy(x[val] @ head[0] + head[1], y[val])[0].item())
+            scores.append(judged(lambda z: z @ head[0] + head[1], x, y, val)[0].item())  # noqa: B023, called here
     best = penalties[scores.index(max(scores))] if scores else penalties[0]
     w, b = fit_lbfgs(x, y, classes, best, iterations=updates)
-    top1, top5 = accuracy(test_x @ w + b, test_y)
+    top1, top5 = judged(lambda z: z @ w + b, test_x, test_y)
     grid = {f"penalty {p:g}": round(s, 2) for p, s in zip(penalties, scores, strict=False)}
     return {"top1": top1.item(), "top5": top5.item(), "penalty": best, "grid": grid}
 
@@ -352,7 +418,7 @@ def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, 
     momentum 0.9, no weight decay, lr 0.1 * batch / 256, x 0.1 after D and D + 20 epochs of D + 40. Returns {D: test top-1
     in per cent after each epoch}. Until its first decay every D trains alike: one run at the full rate serves all."""
     batch_size = min(batch_size, len(x))
-    steps, lr, columns = len(x) // batch_size, 0.1 * batch_size / 256, torch.arange(batch_size, device=x.device)
+    steps, lr, columns = len(x) // batch_size, 0.1 * batch_size / 256, torch.arange(batch_size, device=y.device)
 
     def train(w, v, first, last, lr):
         """Epochs `first` to `last`, not included, of weights and momentum [C, 1 + d], in place: top-1 after each. The first
@@ -360,16 +426,16 @@ def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, 
         curve = []
         for epoch in tqdm(range(first, last), f"lr {lr:g}", unit="epoch", leave=False, disable=None):
             order = torch.randperm(len(x), generator=data.generator(seed, "late decays", epoch))
-            for rows in order[: steps * batch_size].to(x.device).view(steps, batch_size):
-                xb = x.index_select(0, rows)
+            for rows in order[: steps * batch_size].view(steps, batch_size):
+                xb = x.index_select(0, rows.to(x.device)).to(y.device, torch.float32)
                 p = (w[:, 1:] @ xb.T).add_(w[:, :1]).softmax(0)  # [C, b]
-                p[y[rows], columns] -= 1  # the gradient of the cross-entropy, as in `fit_sgd`
+                p[y[rows.to(y.device)], columns] -= 1  # the gradient of the cross-entropy, as in `fit_sgd`
                 gradient = torch.cat([p.sum(1, keepdim=True), p @ xb], 1)
                 w.sub_(v.mul_(0.9).add_(gradient, alpha=1 / batch_size), alpha=lr)
-            curve.append(accuracy(test_x @ w[:, 1:].T + w[:, 0], test_y)[0])
+            curve.append(judged(lambda z: z @ w[:, 1:].T + w[:, 0], test_x, test_y)[0])
         return curve
 
-    w = torch.zeros(int(max(y.max(), test_y.max())) + 1, 1 + x.shape[1], device=x.device)
+    w = torch.zeros(int(max(y.max(), test_y.max())) + 1, 1 + x.shape[1], device=y.device)
     v, start, full, curves = torch.zeros_like(w), 0, [], {}
     for d in sorted(set(decay_at)):
         full += train(w, v, start, d, lr)
@@ -385,7 +451,7 @@ def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, 
 def fit_mlp(x, y, classes, lrs, passes, hidden, batch_size, seed):
     """A network for each rate, with one hidden layer, ReLU and dropout 0.5, all from one start and on the same batches:
     Adam and a cosine to 0. Where a pass has fewer than 30 updates, there are more than `passes`."""
-    device, batch_size = x.device, min(batch_size, len(x))
+    device, batch_size = y.device, min(batch_size, len(x))
     steps = len(x) // batch_size
     epochs, g = math.ceil(passes * max(1, 30 / steps)), data.generator(seed, "mlp")
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
@@ -396,9 +462,9 @@ def fit_mlp(x, y, classes, lrs, passes, hidden, batch_size, seed):
         optimizer = torch.optim.Adam(groups, fused=True)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
         for _ in range(epochs):
-            order = torch.randperm(len(x), generator=g)[: steps * batch_size].to(device)
+            order = torch.randperm(len(x), generator=g)[: steps * batch_size]
             for rows in order.view(steps, batch_size):
-                xb, yb = x[rows], y[rows]
+                xb, yb = x[rows.to(x.device)].to(device), y[rows.to(device)]
                 loss = sum(F.cross_entropy(net(xb), yb) for net in nets)  # no weight is in two of them
                 optimizer.zero_grad()
                 loss.backward()
@@ -411,14 +477,15 @@ def fit_mlp(x, y, classes, lrs, passes, hidden, batch_size, seed):
 def mlp_probe(x, y, test_x, test_y, lrs=(3e-4, 1e-3, 3e-3), passes=10, hidden=1000, batch_size=256, seed=0):
     """What is in the features, but not linearly (Kolesnikov et al. 2019, Figure 3): one hidden layer on standardised
     features. The rate is chosen on the held-out tenth of the training set by runs of `passes` // 3, then all of it is used.
-    Returns {"top1", "top5", "lr", "grid"}."""
+    Theirs has the same layers, but SGD with momentum 0.9 and lr 0.1 * batch / 256 on features that are not standardised,
+    of random crops. Returns {"top1", "top5", "lr", "grid"}."""
     classes, (x, test_x) = int(max(y.max(), test_y.max())) + 1, standardised(x, test_x)
     train, val = held_out(len(x), seed)
     nets = fit_mlp(x[train], y[train], classes, lrs, passes // 3, hidden, batch_size, seed)
-    scores = [accuracy(net(x[val]), y[val])[0].item() for net in nets]
+    scores = [judged(net, x, y, val)[0].item() for net in nets]
     lr = lrs[scores.index(max(scores))]
     (net,) = fit_mlp(x, y, classes, [lr], passes, hidden, batch_size, seed)
-    top1, top5 = accuracy(net(test_x), test_y)
+    top1, top5 = judged(net, test_x, test_y)
     grid = {f"lr {a:g}": round(s, 2) for a, s in zip(lrs, scores, strict=True)}
     return {"top1": top1.item(), "top5": top5.item(), "lr": lr, "grid": grid}
 
@@ -429,7 +496,11 @@ def mlp_probe(x, y, test_x, test_y, lrs=(3e-4, 1e-3, 3e-3), passes=10, hidden=10
 class Depths(nn.Module):
     """The `layers` of a backbone (none: all), each pooled to `most` features at most, as one long vector of an image:
     [B, 3, size, size] to [B, n]. `shapes`: {layer: (C, h, w) or (dim,)}, in order of depth. A layer that the network does
-    not have ends the program with exit code 2."""
+    not have ends the program with exit code 2.
+
+    As in the study's code, root is after the first pooling, and a RevNet's block before the pooling that follows it. Unlike
+    there, the last block of a ResNet v2 or RevNet is after the last BatchNorm (and ReLU), and a VGG's block after its
+    max-pooling."""
 
     def __init__(self, backbone, layers, size, most=9000):
         super().__init__()
@@ -451,19 +522,22 @@ class Depths(nn.Module):
 
 def depth(net, train, test, preprocess, device, workers=0, amp=False, seed=0):
     """A linear probe on each of the layers of a `Depths` (Kolesnikov et al. 2019, Figure 5), whose features are extracted in
-    one pass over each set: {layer: {"shape", "features", "top1", "top5", "lr", "weight_decay", "grid"}}.
-
-    Memory: 4 bytes for each feature of all these layers and of all images, twice while they are put together, and three
-    times those of the layer that is fitted: 10,000 images of 9000 features are 0.4 GB a layer. No weight decay is tried: the
-    study has none."""
-    (x, y), (test_x, test_y) = (
-        labelled(*extract(net, s, preprocess, device, 128, workers, amp, progress=True)) for s in (train, test)
-    )
-    sizes, results = [math.prod(shape) for shape in net.shapes.values()], {}
-    parts = x.split(sizes, 1), test_x.split(sizes, 1)
-    for (name, shape), n, a, b in zip(net.shapes.items(), sizes, *parts, strict=True):
-        r = linear_sgd(a, y, b, test_y, decays=(0.0,), seed=seed)
-        results[name] = {"shape": list(shape), "features": n} | r
+    one pass over each set: {layer: {"shape", "features", "top1", "top5", "lr", "weight_decay", "grid"}}. Where those of all
+    layers would need more memory than there is `room` for, in one pass for each layer. No weight decay is tried: the study
+    has none."""
+    shapes, images, results = net.shapes, len(train) + len(test), {}
+    fits = 4 * images * sum(map(math.prod, shapes.values())) <= room(device)
+    for names in [list(shapes)] if fits else [[name] for name in shapes]:
+        net.shapes = {name: shapes[name] for name in names}  # what its forward gives
+        sizes = [math.prod(shapes[name]) for name in names]
+        (x, y), (test_x, test_y) = (
+            labelled(*extract(net, s, preprocess, device, 128, workers, amp, progress=True)) for s in (train, test)
+        )
+        for name, n, a, b in zip(names, sizes, x.split(sizes, 1), test_x.split(sizes, 1), strict=True):
+            r = linear_sgd(a, y, b, test_y, decays=(0.0,), seed=seed)
+            results[name] = {"shape": list(shapes[name]), "features": n, "kept": kept(x)} | r
+        del x, test_x, a, b  # before the next layer's are there
+    net.shapes = shapes
     return results
 
 
@@ -474,17 +548,18 @@ def classes_of(dataset):
 
 # ============ fine-tuning on a share of the labels ============
 
-# The semi-supervised protocol of SwAV (eval_semisup.py), which SaGe follows: SGD with momentum 0.9, 20 epochs, rates x 0.2
-# at 60 % and 80 %, batch 256, no weight decay, random crops and flips, one rate for the trunk and one for the head.
-# SwAV's rates on ImageNet (trunk, head) are 0.02, 5 for 1 % and 0.01, 0.2 for 10 %; SaGe's configs have a grid of 0.1, 0.01
-# and 0.001, the head's 1, 10 or 100 times that. What fits the head depends on the scale of the features, which differs by
-# method: a small grid. Measured, BYOL on 16,000 CIFAR-10 images, 10 epochs, resnet10_32, features of norm 13, top-1:
-#     1 %, batch 32    head 0.02  0.2   1     5           10 %, batch 256    head 0.02  0.2
-#     trunk 0.002      38.3 36.1 28.4  22.7               trunk 0.02         49.7 49.5
-#     trunk 0.02       41.7 37.3 24.3  13.9               trunk 0.1          53.7 51.3
-#     trunk 0.1        39.4 35.1 25.1   9.9               1 % in batches of 256, an update an epoch: 30.8 at best
+# The semi-supervised protocol of SwAV (eval_semisup.py) and SaGe (configs/benchmarks/semi_classification): SGD with momentum
+# 0.9, 20 epochs, rates x 0.2 at 60 % and 80 %, batch 256, random crops and flips, one rate for the trunk and one for the
+# head. Their rates are for ImageNet, and SaGe does not say which of its grid won. What fits the head depends on the scale of
+# the features, which differs by method, and few images need other rates: hence a small grid of our own (measured:
+# results/README.md).
 TRUNK_LRS, HEAD_LRS = (0.02, 0.1), (0.02, 0.2)
 SCRATCH_LRS = (0.1,), (0.1,)  # random:ARCH, a network trained with labels alone: the trunk has everything to learn
+SAGE_LRS = [(lr, factor * lr) for lr in (0.1, 0.01, 0.001) for factor in (1, 10, 100)]
+PROTOCOLS = {  # {per cent of the labels: (pairs of rates for trunk and head, weight decay)}
+    "swav": {1: ([(0.02, 5.0)], 0.0), 10: ([(0.01, 0.2)], 0.0)},
+    "sage": {1: (SAGE_LRS, 5e-4), 10: (SAGE_LRS, 1e-4)},
+}
 
 
 def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs, batch_size, weight_decay=0.0, workers=0,
@@ -520,15 +595,15 @@ def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs,
     return net, mean
 
 
-def finetune(backbone, train, test, preprocess, device, trunk_lrs=TRUNK_LRS, head_lrs=HEAD_LRS, epochs=20, batch_size=256,
-             weight_decay=0.0, workers=0, amp=False, seed=0):  # fmt: skip
+def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_size=256, weight_decay=0.0, workers=0, amp=False,
+             seed=0):  # fmt: skip
     """Fine-tune `backbone`, which stays as it is, on `train`, all of it labelled, and classify `test`.
 
-    Of several pairs of learning rates the best is chosen on a held-out tenth of `train`, then fitted on all of it.
+    Of several `pairs` of learning rates (trunk, head) the best is chosen on a held-out tenth of `train`, then fitted on all.
     Returns (nn.Sequential of trunk and head in eval mode, {"top1", "top5", "images", "trunk_lr", "head_lr",
     "weight_decay", "epochs", "batch_size", "updates", "grid"}). Ends the program where training diverges.
     """
-    pairs, grid = [(a, b) for a in trunk_lrs for b in head_lrs], {}
+    grid = {}
     # Of few images smaller batches, so that an epoch still has updates; BatchNorm needs some images in each.
     batch_size = min(batch_size, max(32, len(train) // 16))
     settings = (epochs, batch_size, weight_decay, workers, amp, seed)
@@ -576,14 +651,14 @@ def open_classifier(target, arch=None, size=None):
     try:
         if target.startswith("torchvision:"):
             name = target.removeprefix("torchvision:")
-            weights = torchvision.models.get_model_weights(name).DEFAULT
-            net, own = torchvision.models.get_model(name, weights=weights), weights.transforms()
-            return Classifier(net, len(weights.meta["categories"]), own.mean, own.std, size or own.crop_size[0])
+            best = torchvision.models.get_model_weights(name).DEFAULT
+            net, own = torchvision.models.get_model(name, weights=best), best.transforms()
+            return Classifier(net, len(best.meta["categories"]), own.mean, own.std, size or own.crop_size[0])
         if not Path(target).is_file():
             common.fail(f"--classifier {target}: no such file")
         found = runs.load(target)
-        if found.get("kind") == "classifier":
-            own = found["preprocess"]
+        if found.get("kind") == "classifier" and {"state_dict", "preprocess"} <= set(found):
+            own = well_formed(target, found)["preprocess"]
             backbone = backbones.build(found["arch"], found.get("built_for", own["size"]))
             backbone.load_state_dict(found["state_dict"])
             head = nn.Linear(backbone.dim, len(found["head"]["bias"]))
@@ -594,17 +669,15 @@ def open_classifier(target, arch=None, size=None):
             common.fail(f"--classifier {target} holds no classifier: --probe finetune --save FILE makes one")
         if not arch:
             common.fail(f"--classifier {target} holds a plain state dict: say of which network with --classifier-arch")
-        biases = [v for k, v in found.items() if k.endswith(".bias")]
+        biases = [v for k, v in weights(f"--classifier {target}", found).items() if k.endswith(".bias") and v.ndim == 1]
         if not biases:
             common.fail(f"--classifier {target} is not a state dict: it holds no weights by name")
         net = torchvision.models.get_model(arch, weights=None, num_classes=len(biases[-1]))
         net.load_state_dict(found)
         return Classifier(net, len(biases[-1]), data.MEAN, data.STD, size or 224)
-    except EOFError as error:
-        common.fail(str(error))
     except OSError as error:  # urllib's errors are of this kind
         common.fail(f"--classifier {target} could not be fetched: {runs.reason(error)}")
-    except (ValueError, AttributeError) as error:  # AttributeError: torchvision's networks for other tasks
+    except (EOFError, ValueError, AttributeError) as error:  # AttributeError: torchvision's networks for other tasks
         common.fail(f"--classifier {target}: {runs.reason(error)}")
     except RuntimeError as error:
         common.fail(f"--classifier {target} does not fit the architecture: {' '.join(str(error).split())[:300]}")
@@ -753,11 +826,11 @@ def class_gradients(net, x, y):
 
 
 class Model(typing.NamedTuple):
-    """What the pictures need of a backbone: `net` is it with a linear head on top, bank and queries are its features of
-    the training and of the test images, [N, d]."""
+    """What the pictures need of a backbone: `net` is it with a linear head on top (None without labels), bank and queries
+    are its features of the training and of the test images, [N, d]."""
 
     name: str
-    net: nn.Sequential
+    net: nn.Sequential | None
     preprocess: dict
     bank: torch.Tensor
     queries: torch.Tensor
@@ -772,11 +845,6 @@ def choose(labels, n, seed):
     y = labels[order]
     turn = torch.arange(len(y)) - torch.searchsorted(y, y)  # 0: the first image of a class, 1: the second, ...
     return order[(turn + torch.rand(len(y), generator=g)).argsort()[:n].sort().values]
-
-
-def nearest(bank, queries, k):
-    """Places [Q, k] in `bank` [N, d] of the k vectors most like each of `queries` [Q, d] by cosine, nearest first."""
-    return (F.normalize(queries, dim=1) @ F.normalize(bank, dim=1).T).topk(min(k, len(bank)), 1).indices.cpu()
 
 
 def title(dataset, label):
@@ -803,15 +871,17 @@ def attention(model, dataset, rows, device, size):
 
 def neighbours(models, train, test, rows, device, k=3):
     """A `figure` with a row for each test image of `rows`: for every model the class gradients and the k nearest training
-    images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13)."""
+    images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without labels
+    no gradients (a model's `net` is None), no frames and no captions."""
     size, labels, y = max(m.preprocess["size"] for m in models), data.labels_of(train), data.labels_of(test)[rows]
     none = [None] * len(rows)
     columns = [(shown(models[0], test, rows, device, size), [f"# {i}" for i in rows.tolist()], none)]
     headings = {0: "query"}
     for m in models:
         headings[len(columns)] = m.name
-        columns.append((attention(m, test, rows, device, size), ["gradient"] * len(rows), none))
-        for places in nearest(m.bank, m.queries[rows.to(m.queries.device)], k).T:
+        if m.net is not None:
+            columns.append((attention(m, test, rows, device, size), ["gradient"] * len(rows), none))
+        for places in nearest(m.bank, m.queries[rows.to(m.queries.device)], k, device)[1].T.cpu():
             theirs = labels[places].tolist()
             marks = [None if a < 0 else a == b for a, b in zip(theirs, y.tolist(), strict=True)]
             columns.append((shown(m, train, places, device, size), [title(train, a) for a in theirs], marks))
@@ -828,7 +898,7 @@ def gradients(models, test, rows, device):
     size, y = max(m.preprocess["size"] for m in models), data.labels_of(test)[rows].tolist()
     table = [("image", shown(models[0], test, rows, device, size), [title(test, label) for label in y], None)]
     for m in models:
-        best = m.net[1](m.queries[rows.to(m.queries.device)]).argmax(1).tolist()
+        best = m.net[1](m.queries[rows.to(m.queries.device)].to(device, torch.float32)).argmax(1).tolist()
         marks = [a == b for a, b in zip(best, y, strict=True)]
         table.append((m.name, attention(m, test, rows, device, size), [title(test, label) for label in best], marks))
     return figure(table)
@@ -986,22 +1056,30 @@ def swap_picture(net, dataset, masks, preprocess, device, rows, seed=0):
 # ============ all of it for one backbone ============
 
 
+BANK, QUERIES = 50_000, 10_000  # at most so many training and test images make a point of the k-NN curves
+
+
+def curve(bank, test):
+    """{"knn20", "knn200"}, weighted k-NN (T 0.1) on (features, labels) pairs; {} where either has no labels."""
+    (x, y), (test_x, test_y) = labelled(*bank), labelled(*test)
+    scores = knn(x, y, test_x, test_y, (20, 200)) if len(x) and len(test_x) else {}
+    return {f"knn{k}": weighted for k, (weighted, _) in scores.items()}
+
+
 def online(backbone, bank, test, preprocess, device, workers=0, amp=False, head=None):
-    """What a training script logs between epochs: 20-NN and 200-NN (weighted, T 0.1) where there are labels, and the
-    label-free health figures; with a `head`, the 200-NN of what that makes of the features as well (embedding_knn200).
-    Every process must call it; at most 50,000 bank and 10,000 test images are used."""
-    x, y = extract(backbone, first(bank, 50_000), preprocess, device, workers=workers, amp=amp)
-    numbers = health(x)
-    x, y = labelled(x, y)
-    if not len(x):  # on every process alike; the test images would tell nothing
+    """What a training script logs between epochs: 20-NN and 200-NN (`curve`) of BANK training and QUERIES test images at
+    most, where there are labels, and the label-free health figures; with a `head`, the 200-NN of what that makes of the
+    features as well (embedding_knn200). Every process must call it."""
+    pair = extract(backbone, first(bank, BANK), preprocess, device, workers=workers, amp=amp)
+    numbers = health(pair[0])
+    if not (pair[1] >= 0).any():  # on every process alike; the test images would tell nothing
         return numbers
-    test_x, test_y = labelled(*extract(backbone, first(test, 10_000), preprocess, device, workers=workers, amp=amp))
-    if len(test_x):
-        scores = knn(x, y, test_x, test_y, (20, 200))
-        numbers |= {f"knn{k}": weighted for k, (weighted, _) in scores.items()}
-    if head is not None and len(test_x):
+    pairs = pair, extract(backbone, first(test, QUERIES), preprocess, device, workers=workers, amp=amp)
+    numbers |= curve(*pairs)
+    if head is not None and (pairs[1][1] >= 0).any():
         with in_eval(head), torch.inference_mode():
-            scores = knn(head(x), y, head(test_x), test_y, (200,))
+            (x, y), (test_x, test_y) = ((head(x.to(device, torch.float32)), y) for x, y in (labelled(*p) for p in pairs))
+            scores = knn(x, y, test_x, test_y, (200,))
         numbers |= {f"embedding_knn{k}": weighted for k, (weighted, _) in scores.items()}
     return numbers
 
@@ -1010,54 +1088,61 @@ def first(dataset, n):
     return data.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
-def probe(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, penalties=None):
+def tops(r):
+    return f"top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}"
+
+
+def kept(x):
+    return f"kept in {'fp16' if x.dtype == torch.float16 else 'fp32'} on {x.device.type}"
+
+
+def probe(train, test, probes, say=print, **settings):
     """The label-free health figures and `judge` on (features, labels) pairs; prints and returns the results."""
     results = {"health": health(train[0])}
     say("health   " + "  ".join(f"{k} {v:.3g}" for k, v in results["health"].items()))
-    say(
-        "         of training features, no labels used; feature_std is 1 where features are spread evenly, 0 at collapse"
-    )
-    return results | judge(train, test, probes, temperature, seed, say, fitted, penalties)
+    say("         of training features, no labels used; feature_std is 1 where features are spread evenly, 0 at collapse")
+    if results["health"]["feature_std"] < 0.05:
+        say("warning: the features are nearly constant (collapse): probes read what little is left")
+    return results | judge(train, test, probes, say=say, **settings)
 
 
-def judge(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, penalties=None):
+def judge(train, test, probes, temperature=0.1, seed=0, say=print, fitted=None, penalties=None, amp=False):
     """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict. `fitted`:
-    what `fit_linear` found on them, where it has been called already. penalties: of `linear_lbfgs`, if not its own."""
+    what `fit_linear` found on them, where it has been called already. penalties: of `linear_lbfgs`, if not its own. amp:
+    whether the backbone ran in bf16, for the protocol."""
     (x, y), (test_x, test_y), results = labelled(*train), labelled(*test), {}
     if not len(x) or not len(test_x):
         say("no labels: k-NN and linear probes left out")
         return results
     sizes = f"{len(x)} training and {len(test_x)} test images, no augmentation, frozen pooled {x.shape[1]}-d features"
+    sizes += f" of a {'bf16' if amp else 'fp32'} backbone, {kept(x)}"
     if "knn" in probes:
-        scores = knn(x, y, test_x, test_y, temperature=temperature)
-        results["knn"] = {f"{k}": {"weighted": w, "majority": m} for k, (w, m) in scores.items()}
+        also = (0.07,) if temperature != 0.07 else ()  # that of published 20-NN figures, in DINO's code
+        scores = knn(x, y, test_x, test_y, temperature=temperature, also=also)
+        names = ["weighted", "majority", *(f"T {t:g}" for t in also)]
+        results["knn"] = {f"{k}": dict(zip(names, row, strict=True)) for k, row in scores.items()}
         say("k-NN     " + "".join(f"{f'k={k}':>8}" for k in scores))
-        say("weighted " + "".join(f"{w:8.2f}" for w, _ in scores.values()))
-        say("majority " + "".join(f"{m:8.2f}" for _, m in scores.values()))
-        say(f"         cosine similarity, weight exp(s / {temperature:g}); {sizes}")
+        for name, row in zip(names, zip(*scores.values(), strict=True), strict=True):
+            say(f"{name:<9}" + "".join(f"{v:8.2f}" for v in row))
+        say(f"         cosine similarity, weight exp(s / {temperature:g}){'; T 0.07: as in DINO' if also else ''}; {sizes}")
     if len(x) < FEWEST:
         say(f"fewer than {FEWEST} labelled images: linear probes left out")
         return results
     if "linear" in probes:
         r = results["linear"] = linear_sgd(x, y, test_x, test_y, fitted, seed=seed)
-        say(
-            f"linear   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; lr {r['lr']:g}, wd {r['weight_decay']:g})"
-        )
-        say(
-            "         SGD 100 epochs, batch 256, cosine; lr and wd chosen on a tenth of TRAIN, then all of it; " + sizes
-        )
+        say(f"linear   {tops(r)}   (frozen; lr {r['lr']:g}, wd {r['weight_decay']:g})")
+        say("         SGD 100 epochs, batch 256, cosine; lr and wd chosen on a tenth of TRAIN, then all of it; " + sizes)
         say("         held-out top-1: " + ", ".join(f"{k}: {v}" for k, v in r["grid"].items()))
     if "lbfgs" in probes:
         r = linear_lbfgs(x, y, test_x, test_y, seed=seed, **({"penalties": penalties} if penalties else {}))
         results["lbfgs"] = r
         how = "chosen on a tenth of TRAIN" if r["grid"] else "given"
         how = f"standardised, penalty {how}" if penalties != "study" else "as they are, penalty 100 / (M C), 800 updates"
-        say(f"lbfgs    top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; penalty {r['penalty']:g})")
-        say(f"         logistic regression, features {how}")
-        say(f"         {sizes}")
+        say(f"lbfgs    {tops(r)}   (frozen; penalty {r['penalty']:g})")
+        say(f"         logistic regression, features {how}; {sizes}")
     if "mlp" in probes:
         r = results["mlp"] = mlp_probe(x, y, test_x, test_y, seed=seed)
-        say(f"mlp      top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   (frozen; lr {r['lr']:g})")
+        say(f"mlp      {tops(r)}   (frozen; lr {r['lr']:g})")
         say("         one hidden layer of 1000, ReLU, dropout 0.5; standardised features; Adam, batch 256, cosine")
         say("         10 passes, 300 updates at least; lr chosen on a tenth of TRAIN, then all of it; " + sizes)
     return results
@@ -1074,33 +1159,92 @@ def finish(backbone, bank, test, preprocess, device, args, log, method, step):
 
 
 def report(pairs, test, preprocess, device, args, log, method, step):
-    results, figures = probe(*pairs, args.probes, seed=args.seed, say=log.say), {}
+    results, figures = probe(*pairs, args.probes, seed=args.seed, say=log.say, amp=args.amp), {}
     write_json(log.out, args.data, results)
+    few = [first(data.Images("", *pair), n) for pair, n in zip(pairs, (BANK, QUERIES), strict=True)]  # as `online` draws them
+    if "knn" in results and all(len(f) == len(x) for f, (x, _) in zip(few, pairs, strict=True)):
+        last = {f"knn{k}": results["knn"][f"{k}"]["weighted"] for k in (20, 200) if f"{k}" in results["knn"]}
+    else:
+        last = curve(*((f.images, f.labels) for f in few))
     if "knn" in results:
         figures["knn"] = results["knn"]["20" if "20" in results["knn"] else "1"]["weighted"]
     figures |= {k: results[k]["top1"] for k in ("linear", "lbfgs", "mlp") if k in results}
-    log.record("eval", step, **{f"final_{k}": v for k, v in figures.items()}, **results["health"])
+    finals = {f"final_{k}": v for k, v in figures.items()}
+    log.record("eval", step, epoch=args.epochs, **finals, **last, **results["health"])
     some = torch.randperm(len(test), generator=data.generator("projector"))[:1000]
     x, _ = next(data.batches(test, preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}, len(some), "cpu", 0, some))
-    names = [str(test.classes[i]) if test.classes and i >= 0 else "?" for i in pairs[1][1][some].tolist()]
-    log.writer.add_embedding(pairs[1][0][some.to(device)].cpu(), names, x, step)
+    names = [str(test.classes[i]) if test.classes and i >= 0 else "?" for i in pairs[1][1].cpu()[some].tolist()]
+    log.writer.add_embedding(pairs[1][0][some.to(pairs[1][0].device)].float().cpu(), names, x, step)
     log.writer.close()
-    return f"{method} {args.data}: {' '.join(f'{k} {v:.1f}' for k, v in figures.items())} ({args.out})"
+    found = [f"{k} {v:.1f}" for k, v in figures.items()] or [f"{k} {v:.2f}" for k, v in results["health"].items()]
+    return f"{method} {args.data}: {' '.join(found)} ({args.out})"
+
+
+MERGED = {"finetune": 1, "depth": 1, "schedule": 1, "labels": 2}  # of these, other shares, layers and epochs stay
+
+
+def merged(old, new, levels):
+    return old | {k: merged(old.get(k, {}), v, levels - 1) for k, v in new.items()} if levels else new
 
 
 def write_json(out, name, results):
-    path = Path(out, "evaluate.json")
-    known = json.loads(path.read_text()) if path.exists() else {}
-    own = known.setdefault(str(name), {})
-    for key, r in results.items():
-        if key in ("finetune", "depth", "schedule"):  # other shares, layers and epochs stay
-            r = own.get(key, {}) | r
-        elif key == "labels":  # and, of the same share, other probes
-            was = own.get(key, {})
-            r = was | {share: was.get(share, {}) | its for share, its in r.items()}
-        own[key] = r
+    """OUT/evaluate.json, in which results of other data and other probes stay. A broken one is set aside, not lost."""
+    path, name = Path(out, "evaluate.json"), str(name)
+    try:
+        known = json.loads(path.read_text()) if path.exists() else {}
+        own = known.get(name, {})
+        known[name] = own | {key: merged(own.get(key, {}), r, MERGED.get(key, 0)) for key, r in results.items()}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
+        known, aside = {name: results}, (path.with_name(f"evaluate.json.broken{i}") for i in count(1))
+        os.replace(path, aside := next(p for p in aside if not p.exists()))
+        print(f"warning: {path} cannot be read ({runs.reason(error)}): set aside as {aside.name}", flush=True)
     runs.write_text(path, json.dumps(known, indent=1) + "\n")
     return path
+
+
+SIZES = 2, 4096  # px, the least and the most
+SEES = dict(lightness=bool, standardise=bool, grey=bool, patch=int, cell=int, stride=int)  # the arguments of a Trunk
+
+
+def weights(path, found):
+    """`found` if it is a dict of finite tensors by name, as `load_state_dict` takes it; else exit code 2."""
+    if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in found.items()):
+        common.fail(f"{path} is not a state dict: it holds other things than weights by name")
+    bad = [k for k, v in found.items() if not v.isfinite().all()]
+    return found if not bad else common.fail(f"{path}: the weights {bad[0]} are not finite")
+
+
+def well_formed(path, found):
+    """`found` if it says all that a backbone.pt or a file of --save says, each of its kind and in its bounds; else exit
+    code 2. What is read after it needs no checks of its own."""
+    number = lambda v: isinstance(v, int | float) and math.isfinite(v)
+    three = lambda v: isinstance(v, list | tuple) and len(v) == 3 and all(map(number, v))
+    pixels = lambda v, least=SIZES[0]: type(v) is int and least <= v <= SIZES[1]
+    preprocess = found["preprocess"] if isinstance(found["preprocess"], dict) else {}
+    mean, std, size, sees = (preprocess.get(k, {}) for k in ("mean", "std", "size", "sees"))
+    right = {
+        "arch": isinstance(found.get("arch"), str),
+        "data": isinstance(found.get("data", ""), str),
+        "method": isinstance(method := found.get("method", "byol"), str) and method.isidentifier(),  # never a path
+        "epoch": "method" not in found or (type(found.get("epoch")) is int and found["epoch"] >= 0),
+        "built_for": pixels(found.get("built_for", SIZES[0])),
+        "size": pixels(size),
+        "mean": three(mean),
+        "std": three(std) and min(std) > 0,
+        "interpolation": preprocess.get("interpolation") in ("bilinear", "bicubic"),
+        "sees": isinstance(sees, dict)
+        and all(type(v) is SEES.get(k) for k, v in sees.items())
+        and all(pixels(sees.get(k, 0), 0) for k in ("patch", "cell", "stride"))
+        and bool(sees.get("patch")) == bool(sees.get("cell") or sees.get("stride")),
+        "head": found.get("kind") != "classifier"
+        or (set(head := weights(f"{path}: its head", found.get("head"))) == {"weight", "bias"} and head["bias"].ndim == 1),
+        "classes": isinstance(found.get("classes", []), list),
+    }  # fmt: skip
+    wrong = [name for name, ok in right.items() if not ok]
+    if wrong:
+        common.fail(f"{path} is no checkpoint of ours: what it says of {', '.join(wrong)} is missing or cannot be")
+    weights(path, found["state_dict"])
+    return found
 
 
 def open_backbone(target, arch, size, seed):
@@ -1116,7 +1260,7 @@ def open_backbone(target, arch, size, seed):
             common.fail(f"{path}: no such checkpoint (a run folder, a .pt file, or random:ARCH is expected)")
         found = runs.load(path)
         if "state_dict" in found and "preprocess" in found:
-            preprocess = found["preprocess"] | ({"size": size} if size else {})
+            preprocess = well_formed(path, found)["preprocess"] | ({"size": size} if size else {})
             backbone = backbones.build(found["arch"], found.get("built_for", found["preprocess"]["size"]))
             backbone.load_state_dict(found["state_dict"])
             return as_trained(backbone, found["preprocess"], size), preprocess, found, path
@@ -1126,7 +1270,7 @@ def open_backbone(target, arch, size, seed):
             common.fail(f"{path} holds a plain state dict; only evaluate.py --arch can say of which network")
         backbone = backbones.build(arch, preprocess["size"])
         heads, own = ("fc.", "classifier.", "head.", "heads.", "AuxLogits.", "aux1.", "aux2."), backbone.state_dict()
-        backbone.load_state_dict({k: v for k, v in found.items() if k in own or not k.startswith(heads)})
+        backbone.load_state_dict({k: v for k, v in weights(path, found).items() if k in own or not k.startswith(heads)})
         return backbone, preprocess | getattr(backbone, "preprocess", {}), {}, path
     except EOFError as error:
         common.fail(str(error))
@@ -1143,16 +1287,17 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
     key.update(f"{dataset.fingerprint()} {sorted(preprocess.items())} {amp}".encode())
     name = f"features-{path.stem}-{Path(dataset.name).name}-{split}-"
     file = path.parent / f"{name}{key.hexdigest()[:16]}.pt"
-    if file.exists():
-        try:
-            found = runs.load(file)
-            return found["features"].to(device), found["labels"]
-        except EOFError:
-            pass  # a damaged cache is made again
+    if file.is_file():
+        with contextlib.suppress(EOFError, KeyError, AttributeError, ValueError):  # a damaged cache is made again
+            features, labels = (runs.load(file)[k] for k in ("features", "labels"))
+            n, _ = features.shape
+            if features.is_floating_point() and n == len(dataset) and labels.shape == (n,) and labels.dtype == torch.int64:
+                return features.to(**storage(features.numel(), device)), labels.to(device)
     features, labels = extract(backbone, dataset, preprocess, device, workers=workers, amp=amp, progress=True)
-    for old in path.parent.glob(f"{name}*.pt"):
+    for old in filter(Path.is_file, path.parent.glob(f"{name}*.pt")):
         old.unlink()
-    runs.write(file, {"features": features.cpu(), "labels": labels})
+    if not file.is_dir():
+        runs.write(file, {"features": features.cpu(), "labels": labels.cpu()})
     return features, labels
 
 
@@ -1180,9 +1325,9 @@ def label_shares(args, sets, what, default=()):
     return shares
 
 
-def run_frozen(args, sets, pairs, shares, fitted):
+def run_frozen(args, sets, pairs, shares, fitted, amp):
     """The probes of PROBES that were asked for, on all labels or on the shares; prints and returns the results."""
-    settings = dict(probes=args.probe, temperature=args.temperature, seed=args.seed, penalties=args.penalty)
+    settings = dict(probes=args.probe, temperature=args.temperature, seed=args.seed, penalties=args.penalty, amp=amp)
     results, (x, y) = {}, pairs[0]
     if not shares or 100 in (args.labels or ()):
         results = probe(*pairs, fitted=fitted, **settings)
@@ -1228,18 +1373,24 @@ def run_depth(args, net, sets, preprocess, device, amp):
 def run_finetune(args, backbone, about, sets, preprocess, device, amp):
     """Fine-tune on every share that was asked for; prints the results, and returns them as {share: result}."""
     train, results, scratch = sets["train"], {}, args.checkpoint.startswith("random:")
+    trunk, head = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
+    pairs, decay = [(a, b) for a in args.trunk_lr or trunk for b in args.head_lr or head], args.weight_decay
+    given, how = args.trunk_lr or args.head_lr, "a small grid of our own, for small data (published ones: --protocol)"
+    how = f"{args.protocol}'s, published for ImageNet" if args.protocol else "given" if given else how
     for name, rows in label_shares(args, sets, "fine-tuning", (1, 10)).items():
-        trunk, head = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
-        net, r = finetune(
-            backbone, data.pick(train, rows), sets["test"], preprocess, device, args.trunk_lr or trunk, args.head_lr or head,
-            args.finetune_epochs, args.batch_size, args.weight_decay, args.workers, amp, args.seed,
-        )  # fmt: skip
+        if args.protocol:
+            share = 100 * len(rows) / len(train) if args.label_list else float(name)
+            near = [found for p, found in PROTOCOLS[args.protocol].items() if 0.8 < share / p < 1.25]
+            one_or_ten = f"--protocol {args.protocol} has rates for 1 and 10 % of the labels; {args.label_list} has {share:.3g} %"
+            pairs, decay = near[0] if near else common.fail(one_or_ten)
+        settings = pairs, args.finetune_epochs, args.batch_size, decay, args.workers, amp, args.seed
+        net, r = finetune(backbone, data.pick(train, rows), sets["test"], preprocess, device, *settings)
         results[name] = r
-        print(f"finetune {name}{'' if args.label_list else ' %'}   top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}   "
-              f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})")  # fmt: skip
+        rates = f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})"
+        print(f"finetune {name}{'' if args.label_list else ' %'}   {tops(r)}   {rates}")
         print(f"         {'from random weights' if scratch else 'all weights fine-tuned'}, {r['images']} labelled images, "
               f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}, random crops and flips")  # fmt: skip
-        print(f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %; un-augmented test images")
+        print(f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %, {how}; un-augmented test images")
         if r["grid"]:
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")
@@ -1286,7 +1437,7 @@ def run_images(args, path, dataset, device, amp):
     if "perceptual" in args.probe:
         r = perceptual(autoencoder, classifier, dataset, size, device, workers=args.workers, amp=amp)
         results["perceptual"] = r | {"classifier": args.classifier}
-        print(f"perceptual top-1 {r['top1']:.2f}  top-5 {r['top5']:.2f}  MSE {r['mse']:.4f}   (recovered images)")
+        print(f"perceptual {tops(r)}  MSE {r['mse']:.4f}   (recovered images)")
         print(f"           top-1 {r['originals_top1']:.2f}  top-5 {r['originals_top5']:.2f}               (the images)")
         print(f"         {len(dataset)} un-augmented test images at {size} px, judged by {args.classifier}; "
               "MSE of pixels in [-1, 1]")  # fmt: skip
@@ -1304,7 +1455,7 @@ def run_images(args, path, dataset, device, amp):
         views = [data.view(size, **{**v, "mean": HALF, "std": HALF}) for v in script.RECIPES[recipe]["views"]]
         file = Path(args.out or path.parent, "reconstructions.png")
         picture = reconstructions(autoencoders, dataset, views, device, classifier, seed=args.seed, amp=amp)
-        save_image(picture, file)
+        runs.write_picture(file, picture)
         print(f"{file}: images, their views, and what is recovered of each, with its MSE in [-1, 1]")
         if classifier:
             print(f"         green: {args.classifier} has the right class among its first {guesses(classifier)}")
@@ -1314,6 +1465,7 @@ def run_images(args, path, dataset, device, amp):
 def ready_for_diagnosis(args, sets, preprocess):
     """(places of the queries, masks or None, backbones of --beside as `open_backbone` gives them), or exit code 2."""
     test, labels = sets["test"], data.labels_of(sets["test"])
+    labels = labels if (labels >= 0).any() else torch.zeros_like(labels)  # neighbours are shown without, too
     for i in args.queries or []:
         if not 0 <= i < len(test) or labels[i] < 0:
             common.fail(f"--queries {i}: the test images of {test.name} with a label are among 0 to {len(test) - 1}")
@@ -1332,31 +1484,33 @@ def ready_for_diagnosis(args, sets, preprocess):
 
 
 def fit_pairs(train, test, seed):
-    """`fit_linear` on a pair of training features and labels, for all classes that it or the test pair has."""
+    """`fit_linear` on a pair of training features and labels, for all classes that it or the test pair has; None where there
+    are too few labels."""
     (x, y), (_, test_y) = labelled(*train), labelled(*test)
-    return fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed)
+    enough = len(x) >= FEWEST and len(test_y)
+    return fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed) if enough else None
 
 
 def run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, device, amp):
     """The probes of DIAGNOSIS that were asked for; writes the pictures, prints and returns the numbers."""
     (rows, masks, beside), results, folder = ready, {}, Path(args.out or (path.parent if path else "."))
-    test, size, head = sets["test"], preprocess["size"], linear_head(*fitted)
-    lr, wd = fitted[3]["lr"], fitted[3]["weight_decay"]
-    how = f"linear classifier on frozen features (that of the linear probe; lr {lr:g}, wd {wd:g})"
+    test, size, head = sets["test"], preprocess["size"], linear_head(*fitted) if fitted else None
+    how = "linear classifier on frozen features (that of the linear probe{})"
+    how = how.format(f"; lr {fitted[3]['lr']:g}, wd {fitted[3]['weight_decay']:g}" if fitted else "")
     if {"neighbours", "gradients"} & set(args.probe):
         names = names_of([path or args.checkpoint, *args.beside])
-        models = [Model(names[0], nn.Sequential(backbone, head), preprocess, pairs[0][0], pairs[1][0])]
+        models = [Model(names[0], head and nn.Sequential(backbone, head), preprocess, pairs[0][0], pairs[1][0])]
         for name, (net, its, _, file) in zip(names[1:], beside, strict=True):
             net.to(device, memory_format=torch.channels_last)
             both = [cached(net, file, sets[s], s, its, device, args.workers, amp) for s in sets]
-            net = nn.Sequential(net, linear_head(*fit_pairs(*both, args.seed)))
+            net = head and nn.Sequential(net, linear_head(*fit_pairs(*both, args.seed)))
             models.append(Model(name, net, its, both[0][0], both[1][0]))
     if "neighbours" in args.probe:
-        save_image(neighbours(models, sets["train"], test, rows, device, args.top), folder / "neighbours.png")
-        print(f"{folder / 'neighbours.png'}: test images, class gradients, {args.top} nearest training images by cosine")
-        print("         framed green: of the image's class, red: of another")
+        runs.write_picture(folder / "neighbours.png", neighbours(models, sets["train"], test, rows, device, args.top))
+        print(f"{folder / 'neighbours.png'}: test images, {args.top} nearest training images by cosine")
+        print("         class gradients; green frame: the image's class, red: another" + "; no labels: left out" * (not head))
     if "gradients" in args.probe:
-        save_image(gradients(models, test, rows, device), folder / "gradients.png")
+        runs.write_picture(folder / "gradients.png", gradients(models, test, rows, device))
         print(f"{folder / 'gradients.png'}: |d score / d pixel| for the TRUE label, through a {how}")
         print("         below: the class that it names; green: right, red: wrong")
     if "localisation" in args.probe:
@@ -1381,10 +1535,17 @@ def run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, 
         print(f"         20-NN, cosine, weight exp(s / {args.temperature:g}); {how}")
         print("         both made with ordinary training images")
         print(f"object   {r['object']:.2f} % of the swapped images are nearer to the object's image than to the ground's")
-        save_image(swap_picture(nn.Sequential(backbone, head), test, masks, preprocess, device, rows, args.seed),
-                   folder / "swap.png")  # fmt: skip
+        picture = swap_picture(nn.Sequential(backbone, head), test, masks, preprocess, device, rows, args.seed)
+        runs.write_picture(folder / "swap.png", picture)
         print(f"{folder / 'swap.png'}: some of them, with what the linear classifier takes them for")
     return results
+
+
+RANGES = [  # of numbers, so that none overflows later
+    (0, math.inf, "limit workers"), (1, math.inf, "finetune_epochs top most_features decay_at"), (2, math.inf, "batch_size"),
+    (0, 1e6, "weight_decay trunk_lr head_lr penalty"), (1e-4, 1e4, "temperature"), (-(2**63), 2**63 - 1, "seed"),
+    (*SIZES, "size classifier_size"),
+]  # fmt: skip
 
 
 def parse_args():
@@ -1413,6 +1574,7 @@ def parse_args():
     f = p.add_argument_group("finetune")
     f.add_argument("--trunk-lr", type=float, nargs="+", help=f"(default: {TRUNK_LRS}, random:ARCH {SCRATCH_LRS[0]})")
     f.add_argument("--head-lr", type=float, nargs="+", help=f"(default: {HEAD_LRS}, random:ARCH {SCRATCH_LRS[1]})")
+    f.add_argument("--protocol", choices=PROTOCOLS, help="rates and decay as published for 1 and 10 %% of ImageNet's labels")
     f.add_argument("--finetune-epochs", type=int, default=20, help="passes over the labelled images")
     f.add_argument("--batch-size", type=int, default=256, help="at most; smaller where there are few images")
     f.add_argument("--weight-decay", type=float, default=0.0, help="on all weights")
@@ -1427,29 +1589,25 @@ def parse_args():
     d.add_argument("--top", type=int, default=3, help="nearest neighbours to show")
     d.add_argument("--masks", help="folder with the masks of the TEST images, named like them (default: the set's own)")
     args = p.parse_args()
-    if args.temperature <= 0:
-        common.fail(f"--temperature {args.temperature}: it must be above 0")
-    common.at_least(0, args, "limit", "size", "workers", "weight_decay", "classifier_size")
-    common.at_least(1, args, "finetune_epochs", "top", "most_features")
-    common.at_least(2, args, "batch_size")
+    try:
+        args.penalty = [float(args.penalty)] if args.penalty not in (None, "study") else args.penalty
+    except ValueError:
+        common.fail(f"--penalty {args.penalty}: a number or 'study' is expected")
+    for least, most, names in RANGES:
+        for name in names.split():
+            given = getattr(args, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value not in (None, "study") and (value or name not in ("size", "classifier_size")):  # 0: its own
+                    common.at_least(least, argparse.Namespace(**{name: value}), name, most=most)
+    if args.protocol and (args.trunk_lr or args.head_lr or args.weight_decay):
+        common.fail(f"--protocol {args.protocol} has its own --trunk-lr, --head-lr and --weight-decay")
+    if args.protocol and not set(args.labels or ()) <= set(PROTOCOLS[args.protocol]):
+        common.fail(f"--protocol {args.protocol} has rates for 1 and 10 % of the labels only")
     if args.labels and args.label_list:
         common.fail("--labels and --label-list exclude each other")
-    for d in args.decay_at:
-        if d < 1:
-            common.fail(f"--decay-at {d}: it must be at least 1")
-    if args.penalty not in (None, "study"):
-        try:
-            args.penalty = [float(args.penalty)]
-        except ValueError:
-            common.fail(f"--penalty {args.penalty}: a number or 'study' is expected")
-        if not 0 <= args.penalty[0] < math.inf:
-            common.fail(f"--penalty {args.penalty[0]:g}: it must be finite and at least 0")
     for percent in args.labels or ():
         if not 0 < percent <= 100:
             common.fail(f"--labels {percent:g}: a share is above 0 and at most 100 per cent")
-    for name in ("trunk_lr", "head_lr"):
-        if getattr(args, name) and not all(lr >= 0 and math.isfinite(lr) for lr in getattr(args, name)):
-            common.fail(f"--{name.replace('_', '-')}: a learning rate is at least 0")
     if args.save and "finetune" not in args.probe:
         common.fail("--save keeps a fine-tuned network: add --probe finetune")
     if args.save and not Path(args.save).absolute().parent.is_dir():
@@ -1465,6 +1623,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be UTF-8
     _, _, device = common.setup(args.device)
     amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     backbone, preprocess, about, path = open_backbone(args.checkpoint, args.arch, args.size, args.seed)
@@ -1472,10 +1631,13 @@ def main():
     what = f"{about['method']}, epoch {about['epoch']}, {about['arch']}" if "method" in about else args.checkpoint
     print(f"{what} on {name} at {preprocess['size']} px")
     backbone.to(device, memory_format=torch.channels_last)
+    files = {"schedule", "pictures", "neighbours", "gradients", "swap"} & set(args.probe)
+    if files and not os.access(folder := args.out or (path.parent if path else "."), os.W_OK):
+        common.fail(f"{folder} is read-only: say with --out where to write what {' and '.join(sorted(files))} make")
     sets = {s: data.load(name, args.root, s, device, args.limit, args.seed) for s in ("train", "test")}
     results, fitted, diagnosis = {}, None, set(args.probe) & set(DIAGNOSIS)
     frozen = set(args.probe) & set(PROBES)
-    if more := diagnosis | set(args.probe) & {"depth", "schedule"}:
+    if more := (diagnosis - {"neighbours"}) | set(args.probe) & {"depth", "schedule"}:
         need_labels(" ".join(p for p in MORE if p in more), sets)
     if diagnosis:
         ready = ready_for_diagnosis(args, sets, preprocess)
@@ -1487,7 +1649,7 @@ def main():
     if diagnosis:
         fitted = fit_pairs(*pairs, args.seed)
     if frozen:
-        results = run_frozen(args, sets, pairs, shares, fitted)
+        results = run_frozen(args, sets, pairs, shares, fitted, amp)
     if "depth" in args.probe:
         results["depth"] = run_depth(args, depths, sets, preprocess, device, amp)
     if "schedule" in args.probe:
@@ -1499,7 +1661,8 @@ def main():
     if {"perceptual", "pictures"} & set(args.probe):
         results |= run_images(args, path, sets["test"], device, amp)
     if path and results:
-        print(f"written to {write_json(path.parent, name, results)}")
+        writable = os.access(path.parent, os.W_OK)
+        print(f"written to {write_json(path.parent, name, results)}" if writable else f"not written: {path.parent} is read-only")
 
 
 if __name__ == "__main__":

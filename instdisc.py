@@ -607,7 +607,7 @@ def main(argv=None):
         log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
     result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
     say(result)
 
 

@@ -755,7 +755,7 @@ def main(argv=None):
         evaluate.write_json(log.out, args.data, {"pretext": pretext})
         result += f" pretext accuracy {accuracy:.1f} (chance {pretext['chance']:.3g})"
     checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(arch, patch or args.size, log.out / 'backbone.pt')}")
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(arch, patch or args.size, log.out / 'backbone.pt', preprocess)}")
     say(result)
 
 

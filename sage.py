@@ -24,6 +24,8 @@ the painting with the view. The decoder and the evaluator are thrown away afterw
                                                      adapts the shortcuts' BatchNorm
     decoder call        fig. 1                       missing                         as figure 1 and its decoder.py say
     linear probe        two layers, centre crops     one layer, crops and flips      one layer, un-augmented features
+    fine-tuning, 1 and  -                            lr .1 .01 .001, the head's x 1  evaluate.py: a small grid, for small
+    10 % of the labels                               10 100; decay 5e-4 and 1e-4     data; --protocol sage: the code's
 
 Measured with this file (k-NN: 20 neighbours; protocols, curves and more in results/README.md):
 
@@ -621,7 +623,7 @@ def main(argv=None):
     picture()
     result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt')}")
+    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
     say(result)
 
 

@@ -1,4 +1,4 @@
-"""Probes: k-NN against its bare products and against lightly's, and the linear probe against a frozen-backbone loop.
+"""Probes: k-NN against its bare products and against lightly's, the linear probe against a frozen-backbone loop, and memory.
 
     python benchmarks/probes.py                                          about ten minutes on two CPU cores
     python benchmarks/probes.py --size 5000 --epochs 5 --repeats 2       short
@@ -7,13 +7,14 @@ Features are synthetic: clusters in 512 dimensions, several to a class, wide eno
 """
 
 import argparse
-import ctypes
+import itertools
 import statistics
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing
@@ -37,26 +38,31 @@ def features(n, g, centres):
     return centres[cluster] + 4 * torch.randn(n, DIM, generator=g), cluster % CLASSES
 
 
-def peak_mib(f, device):
-    """Memory that a call takes on top of what was in use, in MiB; on the CPU from Linux's high-water mark."""
+def peak_bytes(f, device):
+    """The most that tensors take while `f` runs, on top of what they took before: by torch's own count of allocations."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         f()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-
-    def status(key):
-        line = next(s for s in Path("/proc/self/status").read_text().splitlines() if s.startswith(key))
-        return int(line.split()[1]) / 1024
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)  # what earlier calls left behind would hide new memory
-        Path("/proc/self/clear_refs").write_text("5")  # the mark starts again from here
-        before = status("VmRSS")
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as found:
         f()
-        return status("VmHWM") - before
-    except (OSError, AttributeError):
-        return float("nan")
+    steps = [e for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(steps, key=lambda e: e.start_ns())), default=0)
+
+
+def memory_benchmark(device, n, dim, classes=100):
+    """Peaks beside the features themselves, in sizes of these; one epoch of the linear probe, whose memory epochs leave alone."""
+    g = data.generator("memory")
+    x, y = torch.randn(n, dim, generator=g).to(device), torch.randint(classes, (n,), generator=g).to(device)
+    settings = {"batch_size": max(256, n // 100), "epochs": 1}  # fewer steps: each leaves its notes in the profiler
+    calls = {
+        "linear probe": lambda: evaluate.linear_sgd(x, y, x[:1000], y[:1000], **settings),
+        "k-NN, 1000 queries": lambda: evaluate.knn(x, y, x[:1000], y[:1000]),
+    }
+    rows = [[name, f"{1 + peak_bytes(f, device) / x.nbytes:.2f}x"] for name, f in calls.items()]
+    title = f"memory at most, of that of the features, {n} x {dim} = {x.nbytes / 1e6:.0f} MB, {classes} classes"
+    timing.table(title, ["", "features included"], rows)
 
 
 def knn_benchmark(args, device, bank, labels, queries, answers):
@@ -86,7 +92,7 @@ def knn_benchmark(args, device, bank, labels, queries, answers):
     for name, seconds in times.items():
         row = [name, f"{statistics.median(seconds):.3f}", timing.spread(seconds)]
         row += [timing.ratio(times, name, reference) for reference in ("product + topk", f"lightly, k={K}")]
-        rows.append([*row, f"{peak_mib(variants[name], device):.0f}", accuracy.get(name, "-")])
+        rows.append([*row, f"{peak_bytes(variants[name], device) / 2**20:.0f}", accuracy.get(name, "-")])
     title = f"k-NN, {len(queries)} queries, bank {len(bank)} x {DIM}, k = {' '.join(map(str, evaluate.KS))}"
     head = ["", "s", "spread", "speed vs product + topk", "vs lightly", "extra MiB", "top-1 % (weighted)"]
     timing.table(title, head, rows)
@@ -145,6 +151,7 @@ def main():
     tensors = [t.to(device) for pair in pairs for t in pair]
     knn_benchmark(args, device, *tensors)
     linear_benchmark(args, device, *tensors)
+    memory_benchmark(device, 2 * args.size, 4 * DIM)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -58,6 +59,16 @@ def test_patches_come_from_where_they_should(size, patch, stride, border):
             for j in range(rows):
                 top, left = i * stride + shift[b, i, j, 0], j * stride + shift[b, i, j, 1]
                 assert torch.equal(patches[b, i, j], x[b, :, top : top + patch - 2 * border, left : left + patch - 2 * border])
+
+
+def test_each_process_and_each_pass_draws_patches_of_its_own(monkeypatch):
+    model, x, rank = tiny("--v", "1", "--patch", "8", "--stride", "4", "--steps", "1", "--border", "2"), images(4), 0
+    alone = model.patches(x, (0,))
+    group = types.SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: rank)
+    monkeypatch.setattr(cpc, "dist", group)
+    assert torch.equal(model.patches(x, (0,)), alone) and not torch.equal(model.patches(x, (1,)), alone)
+    rank = 1
+    assert not torch.equal(model.patches(x, (0,)), alone) and torch.equal(model.patches(x, (0,)), model.patches(x, (0,)))
 
 
 def test_borders_are_grey_in_training_and_windows_stay_within_their_patches():

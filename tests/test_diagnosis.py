@@ -236,10 +236,12 @@ def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
 def test_nearest_equals_a_naive_loop():
     g = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(50, 6, generator=g) * torch.rand(50, 1, generator=g), torch.randn(7, 6, generator=g)
-    for q, found in zip(queries, evaluate.nearest(bank, queries, 4), strict=True):
-        cosines = [(q @ b / q.norm() / b.norm()).item() for b in bank]
-        assert found.tolist() == sorted(range(50), key=lambda i: -cosines[i])[:4]
-    assert evaluate.nearest(bank[:2], queries, 4).shape == (7, 2)
+    for most in (2**26, 6 * 17):  # the bank whole, and in parts of 17
+        for q, *found in zip(queries, *evaluate.nearest(bank, queries, 4, chunk=3, most=most), strict=True):
+            cosines = [(q @ b / q.norm() / b.norm()).item() for b in bank]
+            order = sorted(range(50), key=lambda i: -cosines[i])[:4]
+            assert found[1].tolist() == order and found[0].tolist() == pytest.approx([cosines[i] for i in order])
+    assert evaluate.nearest(bank[:2], queries, 4)[1].shape == (7, 2)
 
 
 def test_queries_are_of_all_classes_labelled_and_chosen_by_the_seed():
@@ -262,8 +264,13 @@ def model(name, reader, train, test, size=16):
 def test_neighbours_of_several_models_side_by_side(monkeypatch):
     train, test, rows = two_colours(30, seed=1), two_colours(9), torch.tensor([4, 2])
     train.labels[3] = -1
-    pixels = Reads(lambda x: x[:, 0, 3:6, 5])  # some feature or other
-    models = [model("a", pixels, train, test), model("b", object_reader, train, test, size=32)]
+    for s in (train, test):  # so that no two images are alike, nor their features
+        g = torch.Generator().manual_seed(len(s))
+        s.images = s.images // 4 * 3 + torch.randint(40, s.images.shape, dtype=torch.uint8, generator=g)
+    some = torch.randn(3, 16 * 16 * 3, generator=torch.Generator().manual_seed(0))
+    models = [model("a", Reads(lambda x: x.flatten(1) @ some.T), train, test), model("b", object_reader, train, test, size=32)]
+    cosines, _ = evaluate.nearest(models[0].bank, models[0].queries[rows], 21)
+    assert -cosines.diff().max() > 1e-5  # so the order is no matter of rounding
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "figure", lambda *args, **kwargs: (args, kwargs))
         (table, headings), frames = evaluate.neighbours(models, train, test, rows, CPU, k=20)
@@ -273,7 +280,7 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
         assert name == test.classes[test.labels[row]] and images.shape == (43, *size) and len(captions) == len(marks) == 43
         large = lambda image: tvf_resize(image / 127.5 - 1, (32, 32))
         assert torch.allclose(images[0], large(test.images[row]), atol=1e-6) and captions[0] == f"# {row}"
-        found = evaluate.nearest(models[0].bank, models[0].queries[[row]], 20)[0]
+        found = evaluate.nearest(models[0].bank, models[0].queries[[row]], 20)[1][0]
         for k, i in enumerate(found.tolist(), 2):
             assert torch.allclose(images[k], large(train.images[i]), atol=1e-6)
             label = train.labels[i].item()
@@ -346,7 +353,7 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     command(monkeypatch, run, *ALL, "linear", "--beside", other, *flags)
     out = capsys.readouterr().out
     assert len(fits) == 2  # one for each checkpoint
-    words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "framed green", "20-NN")
+    words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "green frame", "20-NN")
     assert all(word in out for word in words)
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
     r = results["localisation"]
@@ -389,6 +396,21 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
     assert results["localisation"]["images"] == 6 and 20 < results["localisation"]["area"] < 30  # of 40 px wide images
 
 
+def test_neighbours_need_no_labels(tmp_path, monkeypatch, capsys):
+    run, other = (make_run(tmp_path / name, write_images(tmp_path / "flat", 30, classes=1)) for name in ("run", "other"))
+    seen = []
+    monkeypatch.setattr(evaluate, "figure", lambda rows, *_, **__: seen.append(rows) or torch.zeros(3, 8, 8))
+    monkeypatch.setattr(evaluate, "fit_linear", lambda *_, **__: pytest.fail("nothing to fit without labels"))
+    command(monkeypatch, run, "--probe", "neighbours", "--beside", other, "--top", 2)
+    out = capsys.readouterr().out
+    assert "no labels: left out" in out and (run / "neighbours.png").exists() and len(seen[0]) == 8
+    for name, images, captions, marks in seen[0]:
+        assert name == "" and len(images) == 1 + 2 + 2  # the query, and two neighbours for each network: no gradients
+        assert captions[1:] == ("",) * 4 and marks == (None,) * 5
+    command(monkeypatch, run, "--probe", "neighbours", "--queries", 4)
+    assert [captions[0] for _, _, captions, _ in seen[1]] == ["# 4"]
+
+
 @pytest.mark.parametrize(
     ("probe", "flags", "words"),
     [
@@ -401,7 +423,7 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
         ("localisation", ("--data", "FOLDER"), "--masks"),
         ("swap", ("--data", "FOLDER"), "--masks"),
         ("swap", ("--data", "FLAT"), "too few labels"),
-        ("neighbours", ("--data", "FLAT"), "too few labels"),
+        ("gradients", ("--data", "FLAT"), "too few labels"),
         ("localisation", ("--limit", "9"), "too few labels"),
     ],
 )

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import run, write_images
+from conftest import write_images
 from torch import nn
 
 import backbones
@@ -129,68 +130,113 @@ def test_extraction_leaves_the_backbone_as_it_was():
     assert torch.allclose(x, again, atol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    out = tmp_path_factory.mktemp("run") / "byol"
-    run("byol.py", "--limit", 200, "--epochs", 1, "--probes", "knn", "--device", "cpu", "--out", out)
+CPU = torch.device("cpu")
+SMALL = {"mean": data.MEAN, "std": data.STD, "size": 16, "interpolation": "bilinear"}
+
+
+def small_backbone(seed=0):
+    torch.manual_seed(seed)
+    return backbones.build("resnet10_16", 16)
+
+
+def command(monkeypatch, *args):
+    """evaluate.py as a user calls it, in this process."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu", "--workers", "0"])
+    evaluate.main()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The call, or the command of these words, ends with exit code 2 and one sentence; returns that."""
+
+    def check(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            args[0]() if callable(args[0]) else command(monkeypatch, *args)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and len(err.splitlines()) == 1, err
+        return err
+
+    return check
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A run folder with a random backbone, and 60 images that it was "trained" on."""
+    folder, out = write_images(tmp_path / "images", 60, classes=3, size=16), tmp_path / "run"
+    out.mkdir()
+    about = {"method": "byol", "data": str(folder), "epoch": 0, "arch": "resnet10_16", "preprocess": SMALL}
+    runs.write(out / "backbone.pt", about | {"state_dict": small_backbone().state_dict()})
     return out
 
 
-def test_command_probes_caches_and_writes_json(trained):
-    first, _ = run("evaluate.py", trained, "--limit", 200, "--probe", "knn", "linear", "lbfgs")
-    assert all(
-        word in first for word in ("weighted", "majority", "linear   top-1", "lbfgs    top-1", "held-out", "frozen")
-    )
-    files = sorted(trained.glob("features-*.pt"))
+def test_command_probes_caches_and_writes_json(tiny_run, monkeypatch, capsys):
+    command(monkeypatch, tiny_run, "--probe", "knn", "linear", "lbfgs")
+    first = capsys.readouterr().out
+    words = ("weighted", "T 0.07", "majority", "linear   top-1", "lbfgs    top-1", "held-out", "frozen")
+    assert all(word in first for word in words)
+    files = sorted(tiny_run.glob("features-*.pt"))
     assert len(files) == 2
     stamps = [f.stat().st_mtime_ns for f in files]
-    second, _ = run("evaluate.py", trained, "--limit", 200, "--probe", "knn")
+    command(monkeypatch, tiny_run, "--probe", "knn")
+    second = capsys.readouterr().out
     assert [f.stat().st_mtime_ns for f in files] == stamps  # read, not made again
-    assert [s for s in first.splitlines() if s.startswith("weighted")] == [
-        s for s in second.splitlines() if s.startswith("weighted")
-    ]
-    results = json.loads((trained / "evaluate.json").read_text())["shapes"]
-    assert {"knn", "linear", "lbfgs", "health"} <= set(results) and results["knn"]["1"]["weighted"] > 0
+    votes = lambda out: [line for line in out.splitlines() if line.startswith(("weighted", "T 0.07", "majority"))]
+    assert votes(first) == votes(second) and len(votes(first)) == 3
+    (results,) = json.loads((tiny_run / "evaluate.json").read_text()).values()
+    assert {"knn", "linear", "lbfgs", "health"} <= set(results) and set(results["knn"]["1"]) == {"weighted", "majority", "T 0.07"}
 
 
-def test_cache_is_made_again_when_data_or_checkpoint_change(trained):
-    run("evaluate.py", trained, "--limit", 100, "--probe", "knn")
-    names = {f.name for f in trained.glob("features-*")}
-    run("evaluate.py", trained, "--limit", 120, "--probe", "knn")
-    other = {f.name for f in trained.glob("features-*")}
-    assert len(names) == len(other) == 2 and len(names & other) == 1  # the test set is the same
-    about = torch.load(trained / "backbone.pt", weights_only=True)
+def test_cache_is_made_again_when_data_or_checkpoint_change_or_it_is_broken(tiny_run, monkeypatch):
+    made, extract = [], evaluate.extract
+    monkeypatch.setattr(evaluate, "extract", lambda *args, **kwargs: made.append(args[1]) or extract(*args, **kwargs))
+    extracted = lambda *flags: (made.clear(), command(monkeypatch, tiny_run, "--probe", "knn", *flags), len(made))[-1]
+    caches = lambda: {f.name for f in tiny_run.glob("features-*")}
+    assert extracted("--limit", 40) == 2
+    names = caches()
+    assert extracted("--limit", 45) == 1  # the test set is the same
+    assert len(names) == len(caches()) == 2 and len(names & caches()) == 1
+    about = runs.load(tiny_run / "backbone.pt")
     about["state_dict"]["conv1.weight"] *= 2
-    torch.save(about, trained / "backbone.pt")
-    run("evaluate.py", trained, "--limit", 120, "--probe", "knn")
-    assert not other & {f.name for f in trained.glob("features-*")}
+    runs.write(tiny_run / "backbone.pt", about)
+    names = caches()
+    assert extracted("--limit", 45) == 2 and not names & caches()
+    train = next(tiny_run.glob("features-*-train-*"))
+    whole = runs.load(train)
+    for broken in ({}, {"features": 3, "labels": 4}, {"labels": whole["labels"]}, {**whole, "labels": whole["labels"][1:]},
+                   {k: v[1:] for k, v in whole.items()}, {**whole, "features": whole["labels"]}):  # fmt: skip
+        runs.write(train, broken)
+        assert extracted("--limit", 45) == 1 and torch.equal(runs.load(train)["features"], whole["features"])
+    train.write_bytes(train.read_bytes()[:200])
+    assert extracted("--limit", 45) == 1
+    train.unlink(), train.mkdir()
+    assert extracted("--limit", 45) == 1 and train.is_dir()  # not ours to delete
 
 
-def test_other_data_random_baseline_and_few_images(trained, tmp_path):
-    folder = write_images(tmp_path / "images", 40)
-    out, _ = run("evaluate.py", trained, "--data", folder)
-    assert "36 training and 4 test images" in out
-    out, _ = run(
-        "evaluate.py", "random:resnet10_16", "--data", "shapes", "--size", 32, "--limit", 200, "--probe", "knn"
-    )
-    assert "k=200" in out
+def test_other_data_random_baseline_and_few_images(tiny_run, tmp_path, monkeypatch, capsys):
+    folder = write_images(tmp_path / "others", 40)
+    command(monkeypatch, tiny_run, "--data", folder)
+    assert "36 training and 4 test images" in capsys.readouterr().out
+    command(monkeypatch, "random:resnet10_16", "--data", "shapes", "--size", 32, "--limit", 200, "--probe", "knn")
+    assert "k=200" in capsys.readouterr().out
     flat = write_images(tmp_path / "flat", 8, classes=1)
-    out, _ = run("evaluate.py", trained, "--data", flat)
+    command(monkeypatch, tiny_run, "--data", flat)
+    out = capsys.readouterr().out
     assert "no labels" in out and "effective_rank" in out
 
 
-def test_plain_torchvision_state_dict(tmp_path):
-    net = torchvision.models.resnet18()
-    torch.save(net.state_dict(), tmp_path / "resnet18.pth")
+def test_plain_torchvision_state_dict(tmp_path, monkeypatch, capsys, refused):
+    file, weights = tmp_path / "resnet18.pth", torchvision.models.resnet18().state_dict()
+    torch.save(weights, file)
     folder = write_images(tmp_path / "images", 20)
-    out, _ = run(
-        "evaluate.py", tmp_path / "resnet18.pth", "--arch", "resnet18", "--data", folder, "--probe", "knn", "--size", 64
-    )
-    assert "k=1" in out
-    _, err = run("evaluate.py", tmp_path / "resnet18.pth", "--arch", "resnet50", "--data", folder, code=2)
-    assert "does not fit" in err
-    _, err = run("evaluate.py", tmp_path / "resnet18.pth", "--data", folder, code=2)
-    assert "--arch" in err
+    command(monkeypatch, file, "--arch", "resnet18", "--data", folder, "--probe", "knn", "--size", 64)
+    assert "k=1" in capsys.readouterr().out
+    assert "does not fit" in refused(file, "--arch", "resnet50", "--data", folder)
+    assert "--arch" in refused(file, "--data", folder)
+    for broken in ({5: torch.ones(3)}, {"fc.bias": 5}, {**weights, "bn1.bias": weights["bn1.bias"] / 0}):
+        torch.save(broken, file)
+        assert "resnet18.pth" in refused(file, "--arch", "resnet18", "--data", folder)
+        assert "resnet18.pth" in refused(lambda: evaluate.open_classifier(str(file), "resnet18"))
 
 
 @pytest.mark.parametrize(
@@ -199,18 +245,154 @@ def test_plain_torchvision_state_dict(tmp_path):
         (["nowhere"], "no such checkpoint"),
         (["random:resnet5O", "--data", "shapes", "--size", "32"], "did you mean 'resnet50'"),
         (["random:resnet10_16", "--size", "32"], "--data"),
+        (["random:resnet10_16", "--data", "shapes", "--size", "1"], "at least 2 and at most 4096"),
+        (["random:resnet10_16", "--data", "shapes", "--size", "1000000"], "at least 2 and at most 4096"),
+        (["random:resnet10_16", "--data", "shapes", "--classifier-size", "1"], "at least 2 and at most 4096"),
+        (["random:resnet10_16", "--data", "shapes", "--seed", str(2**63)], "--seed"),
+        (["random:resnet10_16", "--data", "shapes", "--seed", str(-(2**63) - 1)], "--seed"),
+        (["random:resnet10_16", "--data", "shapes", "--penalty", "1e308"], "--penalty"),
+        (["random:resnet10_16", "--data", "shapes", "--penalty", "nan"], "--penalty"),
+        (["random:resnet10_16", "--data", "shapes", "--trunk-lr", "0.1", "1e308"], "--trunk-lr"),
+        (["random:resnet10_16", "--data", "shapes", "--head-lr", "inf"], "--head-lr"),
+        (["random:resnet10_16", "--data", "shapes", "--weight-decay", "1e308"], "--weight-decay"),
+        (["random:resnet10_16", "--data", "shapes", "--temperature", "0"], "--temperature"),
+        (["random:resnet10_16", "--data", "shapes", "--temperature", "nan"], "--temperature"),
+        (["random:resnet10_16", "--data", "shapes", "--protocol", "sage", "--labels", "5"], "1 and 10 %"),
+        (["random:resnet10_16", "--data", "shapes", "--protocol", "swav", "--head-lr", "1"], "its own"),
     ],
 )
-def test_bad_input_is_one_sentence(args, words):
-    _, err = run("evaluate.py", *args, code=2)
-    assert words in err and len(err.splitlines()) == 1
+def test_bad_flags_are_one_sentence(args, words, refused):
+    assert words in refused(*args)
+
+
+BROKEN = {  # what is changed in a backbone.pt, and what the sentence names
+    "arch": [("arch", None), ("arch", 5), ("arch", ...)],
+    "data": [("data", 5)],
+    "method": [("method", "/etc/passwd"), ("method", "..byol"), ("method", "tests/conftest"), ("method", 5)],
+    "epoch": [("epoch", ...), ("epoch", -5), ("epoch", float("nan"))],
+    "built_for": [("built_for", "16"), ("built_for", 10**6)],
+    "size": [("preprocess", {}), ("preprocess", []), ("preprocess.size", 0), ("preprocess.size", -1), ("preprocess.size", "16"),
+             ("preprocess.size", 10**6), ("preprocess.size", True)],
+    "mean": [("preprocess.mean", ...), ("preprocess.mean", (0.5, 0.5)), ("preprocess.mean", (0.5, 0.5, float("nan")))],
+    "std": [("preprocess.std", (0.5, 0.5, 0.0)), ("preprocess.std", "abc")],
+    "interpolation": [("preprocess.interpolation", "zebra"), ("preprocess.interpolation", ...)],
+    "sees": [("preprocess.sees", v) for v in ({"zebra": 1}, [], {"stride": 4}, {"patch": -5, "cell": 5}, {"patch": 5},
+                                              {"patch": 5, "cell": "5"}, {"patch": 5, "cell": 10**9}, {"grey": 1})],
+    "state dict": [("state_dict", v) for v in ([], None, {5: torch.ones(3)}, {"conv1.weight": 5})],
+    "not finite": [("state_dict.conv1.weight", torch.full((16, 3, 3, 3), v)) for v in (float("nan"), float("inf"))],
+    "head": [("head", v) for v in (..., [], {"weight": torch.ones(3, 128)}, {"weight": torch.ones(3, 128), "bias": 3},
+                                   {"weight": torch.ones(3, 128), "bias": torch.ones(())})],
+    "classes": [("classes", 3)],
+    "does not fit": [("state_dict.conv1.weight", torch.ones(7)), ("state_dict.zebra", torch.ones(7)),
+                     ("head", {"weight": torch.ones(3, 7), "bias": torch.ones(3)})],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value", "word"), [(*change, word) for word, changes in BROKEN.items() for change in changes])
+def test_a_backbone_that_is_none_of_ours_is_refused_where_it_is_opened(tiny_run, refused, key, value, word):
+    file = tiny_run / "backbone.pt"
+    about = runs.load(file)
+    if key in ("head", "classes"):
+        about |= {"kind": "classifier", "head": {"weight": torch.ones(3, 128), "bias": torch.ones(3)}, "classes": []}
+        evaluate.open_backbone(str(file), None, 0, 0)  # in order, so far
+    *folder, key = key.split(".")
+    inside = about[folder[0]] if folder else about
+    if value is ...:
+        del inside[key]
+    else:
+        inside[key] = value
+    torch.save(about, file)
+    if not (key == "head" and word == "does not fit"):
+        err = refused(lambda: evaluate.open_backbone(str(file), None, 0, 0))
+        assert word in err and str(file) in err.replace("run ", "run/backbone.pt ")
+    if "kind" in about:
+        assert word in refused(lambda: evaluate.open_classifier(str(file)))
+
+
+def test_a_broken_evaluate_json_is_set_aside_and_nothing_of_it_lost(tmp_path, capsys):
+    path = tmp_path / "evaluate.json"
+    broken_ones = ("", "[1, 2]", '{"shapes": {"knn": {', '{"shapes": []}', '{"shapes": {"labels": {"1": 5}}}', "5")
+    for i, broken in enumerate(broken_ones, 1):
+        path.write_text(broken)
+        evaluate.write_json(tmp_path, "shapes", {"labels": {"1": {"knn": {}}}})
+        assert f"evaluate.json.broken{i}" in capsys.readouterr().out
+        assert (tmp_path / f"evaluate.json.broken{i}").read_text() == broken
+        assert json.loads(path.read_text()) == {"shapes": {"labels": {"1": {"knn": {}}}}}
+    evaluate.write_json(tmp_path, "shapes", {"labels": {"1": {"mlp": {}}, "2": {}}, "health": {"a": 1}})
+    evaluate.write_json(tmp_path, "other", {"health": {}})
+    evaluate.write_json(tmp_path, "shapes", {"health": {"b": 1}})
+    known = {"shapes": {"labels": {"1": {"knn": {}, "mlp": {}}, "2": {}}, "health": {"b": 1}}, "other": {"health": {}}}
+    assert json.loads(path.read_text()) == known and capsys.readouterr().out == ""
+
+
+def test_a_folder_that_cannot_be_written_to_costs_no_numbers(tiny_run, monkeypatch, capsys, refused):
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: str(path) != str(tiny_run))  # root may write anywhere
+    command(monkeypatch, tiny_run, "--probe", "knn")
+    out = capsys.readouterr().out
+    assert "k=1" in out and "not written" in out and {p.name for p in tiny_run.iterdir()} == {"backbone.pt"}
+    monkeypatch.setattr(evaluate, "extract", lambda *_, **__: pytest.fail("nothing may be extracted before"))
+    assert "--out" in refused(tiny_run, "--probe", "neighbours", "schedule")
+
+
+def test_a_full_disk_is_one_sentence(tiny_run, monkeypatch, refused):
+    def full(number):
+        raise OSError(28, "No space left on device")
+
+    command(monkeypatch, tiny_run, "--probe", "neighbours")
+    picture = (tiny_run / "neighbours.png").read_bytes()
+    monkeypatch.setattr(runs.os, "fsync", full)
+    assert "No space left" in refused(tiny_run, "--probe", "neighbours")
+    assert (tiny_run / "neighbours.png").read_bytes() == picture
+
+
+def test_names_need_not_be_utf_8(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
+    monkeypatch.setattr(data.Files, "fingerprint", lambda self: "of other tests")
+    folder = write_images(tmp_path / "cafe", 20).rename(tmp_path / "caf\udce9")
+    command(monkeypatch, tiny_run, "--data", folder, "--probe", "knn")
+    sys.stdout.flush()
+    assert rb"caf\udce9" in sys.stdout.buffer.getvalue()
+
+
+# ============ the end of a training run ============
+
+
+def ending(tmp_path, dataset, probes, test=None):
+    """What `report` prints, records and returns for raw pixels of a set as features."""
+    pairs = [(s.images.flatten(1).float(), s.labels if s.labels is not None else torch.full((len(s),), -1))
+             for s in (dataset, test or dataset)]  # fmt: skip
+    said, recorded = [], {}
+    log = SimpleNamespace(out=tmp_path, rank=0, say=said.append, record=lambda kind, step, **numbers: recorded.update(numbers),
+                          writer=SimpleNamespace(add_embedding=lambda *_: None, close=lambda: None))  # fmt: skip
+    args = SimpleNamespace(probes=probes, seed=0, amp=False, data="colours", epochs=7, out=tmp_path)
+    result = evaluate.report(pairs, test or dataset, SMALL, CPU, args, log, "byol", 3)
+    return said, recorded, result, pairs
+
+
+def test_the_last_point_of_a_knn_curve_is_of_the_same_protocol(tmp_path, monkeypatch):
+    train, test, knn, calls = colours(240), colours(90, seed=1), evaluate.knn, []
+    monkeypatch.setattr(evaluate, "knn", lambda *args, **kwargs: calls.append(len(args[0])) or knn(*args, **kwargs))
+    online = lambda: evaluate.online(nn.Flatten(), train, test, SMALL | {"mean": (0,) * 3, "std": (1 / 255,) * 3}, CPU)
+    names = ("knn20", "knn200", "feature_std", "effective_rank")
+    for probes, bank, computed in ((["knn"], 50_000, [240]), ([], 50_000, [240]), (["knn"], 210, [240, 210])):
+        monkeypatch.setattr(evaluate, "BANK", bank)
+        calls.clear()
+        _, recorded, _, _ = ending(tmp_path, train, probes, test)
+        assert calls == computed and recorded["epoch"] == 7  # nothing twice
+        curve = online()
+        assert {k: recorded[k] for k in names[:2]} == {k: curve[k] for k in names[:2]}
+        assert bank == 210 or [recorded[k] for k in names] == pytest.approx([curve[k] for k in names])
+
+
+def test_a_run_without_labels_ends_with_its_health_and_collapse_is_said(tmp_path):
+    images = colours(60).images
+    said, _, result, _ = ending(tmp_path, data.Images("no labels", images), ["knn", "linear"])
+    assert "feature_std" in result and "effective_rank" in result and not any("collapse): " in line for line in said)
+    said, recorded, result, _ = ending(tmp_path, data.Images("flat", images[:1].expand(60, -1, -1, -1)), ["knn"])
+    assert recorded["feature_std"] < 0.01 and any(line.startswith("warning") and "collapse" in line for line in said)
 
 
 # ============ fine-tuning ============
-
-CPU = torch.device("cpu")
-SMALL = {"mean": data.MEAN, "std": data.STD, "size": 16, "interpolation": "bilinear"}
-
 
 def colours(n=96, classes=3, seed=0):
     """An easy set in memory: each class (modulo 3) brightens a channel of noise."""
@@ -220,18 +402,13 @@ def colours(n=96, classes=3, seed=0):
     return data.Images("colours", x, y, [f"class {c}" for c in range(classes)])
 
 
-def small_backbone(seed=0):
-    torch.manual_seed(seed)
-    return backbones.build("resnet10_16", 16)
-
-
 def same(a, b):
     return [torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True)]
 
 
 def test_fine_tuning_learns_and_moves_trunk_and_head():
     backbone = small_backbone()
-    net, r = evaluate.finetune(backbone, colours(), colours(60, seed=1), SMALL, CPU, (0.02,), (0.5,), epochs=6)
+    net, r = evaluate.finetune(backbone, colours(), colours(60, seed=1), SMALL, CPU, [(0.02, 0.5)], epochs=6)
     assert r["top1"] > 90 and r["top5"] == 100 and r["images"] == 96 and r["updates"] == 6 * (96 // 32)
     assert not any(same(net[0], backbone)) and all(same(backbone, small_backbone()))  # a copy is tuned
     assert not torch.equal(net[0].bn1.running_mean, backbone.bn1.running_mean)  # BatchNorm in train mode
@@ -245,6 +422,50 @@ def test_trunk_and_head_have_rates_of_their_own():
     net, loss = evaluate.fit_finetune(backbone, *args, 0.5, 0.0, epochs=2, batch_size=32)
     assert net[1].weight.abs().max() == 0 and net[1].bias.abs().max() == 0  # as it starts
     assert loss == pytest.approx(math.log(3), abs=1e-5)
+
+
+def test_fine_tuning_sees_crops(monkeypatch):
+    """Of a ramp, whose crops have other slopes: neither the image nor its mirror image."""
+    ramp = torch.arange(16).mul(15).byte().expand(32, 3, 16, 16).clone()
+    train, seen = data.Images("ramps", ramp, torch.arange(32) % 2), []
+
+    class Spy(nn.Module):
+        dim = 1
+
+        def forward(self, x):
+            seen.append(x)
+            return x.mean((1, 2, 3))[:, None]
+
+    plain = SMALL | {"mean": (0.0,) * 3, "std": (1.0,) * 3}
+    evaluate.fit_finetune(Spy(), train, plain, CPU, 0.0, 0.1, epochs=2, batch_size=32)
+    steps = torch.cat(seen).diff(dim=3).abs().mean((1, 2, 3)) * 255  # 15 for the image as it is
+    assert len(steps) == 64 and (steps < 14).float().mean() > 0.8 and steps.std() > 1
+    rising = torch.cat(seen).diff(dim=3).mean((1, 2, 3)) > 0
+    assert 0.2 < rising.float().mean() < 0.8  # and flips
+
+
+def test_published_rates_by_protocol_and_share(tiny_run, monkeypatch, capsys, refused):
+    calls = []
+    made = {"top1": 1.0, "top5": 1.0, "images": 9, "trunk_lr": 0.1, "head_lr": 1.0, "weight_decay": 0.0, "epochs": 20,
+            "batch_size": 256, "updates": 1, "grid": {}}  # fmt: skip
+    monkeypatch.setattr(evaluate, "finetune", lambda *args: calls.append((args[5], args[8])) or (None, made))
+    monkeypatch.setattr(evaluate, "need_labels", lambda *_: None)  # 60 images, of which 1 % are none
+    command(monkeypatch, tiny_run, "--probe", "finetune", "--protocol", "swav")
+    assert calls == [([(0.02, 5.0)], 0.0), ([(0.01, 0.2)], 0.0)]
+    assert "swav's, published for ImageNet" in capsys.readouterr().out
+    calls.clear()
+    command(monkeypatch, tiny_run, "--probe", "finetune", "--protocol", "sage", "--labels", 10, 1)
+    assert [decay for _, decay in calls] == [1e-4, 5e-4] and len(calls[0][0]) == 9
+    assert {round(head / trunk) for trunk, head in calls[0][0]} == {1, 10, 100}
+    assert {trunk for trunk, _ in calls[0][0]} == {0.1, 0.01, 0.001}
+    for n, decay in ((5, 1e-4), (25, None)):  # of 54: about 10 %
+        (tiny_run.parent / "few.txt").write_text("".join(f"{i:03d}.jpg\n" for i in range(n)))
+        flags = ("--probe", "finetune", "--protocol", "sage", "--label-list", tiny_run.parent / "few.txt")
+        if decay:
+            calls.clear(), command(monkeypatch, tiny_run, *flags)
+            assert calls == [(evaluate.SAGE_LRS, decay)]
+        else:
+            assert "few.txt has 46.3 %" in refused(tiny_run, *flags)
 
 
 def test_rates_drop_at_60_and_80_per_cent(monkeypatch):
@@ -261,7 +482,7 @@ def test_rates_are_chosen_on_a_tenth_of_train_and_never_on_test(monkeypatch):
     spy = lambda backbone, train, *args: (sizes.append(len(train)), fit(backbone, train, *args))[1]
     monkeypatch.setattr(evaluate, "fit_finetune", spy)
     train, test = colours(), colours(60, seed=1)
-    settings = (SMALL, CPU, (0.0,), (1e38, 0.0, 0.5))  # one that diverges, one that learns nothing
+    settings = (SMALL, CPU, [(0.0, 1e38), (0.0, 0.0), (0.0, 0.5)])  # one that diverges, one that learns nothing
     net, r = evaluate.finetune(small_backbone(), train, test, *settings, epochs=3)
     assert sizes == [87, 87, 87, 96] and r["head_lr"] == 0.5
     assert r["grid"]["trunk 0 head 1e+38"] == -1 and r["grid"]["trunk 0 head 0.5"] > 60
@@ -269,28 +490,13 @@ def test_rates_are_chosen_on_a_tenth_of_train_and_never_on_test(monkeypatch):
     again, wrong = evaluate.finetune(small_backbone(), train, test, *settings, epochs=3)
     assert wrong["grid"] == r["grid"] and all(same(net, again)) and wrong["top1"] < r["top1"] - 30
     with pytest.raises(SystemExit):
-        evaluate.finetune(small_backbone(), train, test, SMALL, CPU, (0.0,), (1e38,), epochs=3)
-
-
-def command(monkeypatch, *args):
-    """evaluate.py as a user calls it, in this process."""
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu", "--workers", "0"])
-    evaluate.main()
-
-
-@pytest.fixture
-def tiny_run(tmp_path):
-    """A run folder with a random backbone, and 60 images that it was "trained" on."""
-    folder, out = write_images(tmp_path / "images", 60, classes=3, size=16), tmp_path / "run"
-    out.mkdir()
-    about = {"method": "byol", "data": str(folder), "epoch": 0, "arch": "resnet10_16", "preprocess": SMALL}
-    runs.write(out / "backbone.pt", about | {"state_dict": small_backbone().state_dict()})
-    return out
+        evaluate.finetune(small_backbone(), train, test, SMALL, CPU, [(0.0, 1e38)], epochs=3)
 
 
 def test_command_fine_tunes_on_shares_and_keeps_the_results_of_others(tiny_run, monkeypatch, capsys):
-    flags = ("--labels", 50, 100, "--finetune-epochs", 2, "--workers", 0)
-    out, _ = run("evaluate.py", tiny_run, "--probe", "finetune", *flags)
+    command(monkeypatch, tiny_run, "--probe", "finetune", "--labels", 50, 100, "--finetune-epochs", 2)
+    out = capsys.readouterr().out
+    assert "a small grid of our own, for small data" in out
     assert "finetune 50 %   top-1" in out and "27 labelled images" in out and "held-out top-1" in out
     (tiny_run.parent / "few.txt").write_text("".join(f"{i:03d}.jpg\n" for i in range(12)))
     flags = ("--label-list", tiny_run.parent / "few.txt", "--finetune-epochs", "1", "--head-lr", "0.1")
@@ -359,7 +565,7 @@ def test_what_is_no_classifier_is_refused_in_one_sentence(tiny_run, tmp_path, ca
         (tmp_path / "net.pth", None, "--classifier-arch"),
         (tmp_path / "net.pth", "resnet50", "does not fit"),
         (tmp_path / "net.pth", "resnet5O", "resnet5o"),
-        (tmp_path / "empty.pth", "resnet18", "no weights"),
+        (tmp_path / "empty.pth", "resnet18", "weights by name"),
         ("torchvision:resnet5O", None, "resnet5o"),
     ]:
         with pytest.raises(SystemExit) as stop:

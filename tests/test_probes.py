@@ -4,17 +4,21 @@ depth, a hidden layer, the study's L-BFGS, and late decays."""
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_images
+from conftest import ROOT, write_images
 from torch import nn
 
 import backbones
 import data
 import evaluate
 import runs
+
+sys.path.append(str(ROOT / "benchmarks"))
+import probes
 
 CPU = torch.device("cpu")
 SEEN = {"mean": evaluate.HALF, "std": evaluate.HALF, "size": 24, "interpolation": "bilinear"}
@@ -108,6 +112,147 @@ def test_a_trunk_comes_from_what_a_checkpoint_says(capsys):
     refused(capsys, lambda: evaluate.as_trained(f, SEEN | {"sees": patches}, 48), "48 px", "24 px")
     refused(capsys, lambda: evaluate.as_trained(f, SEEN | {"size": 23, "sees": patches}), "8 px", "23 px")
     refused(capsys, lambda: evaluate.as_trained(f, SEEN | {"sees": {"patch": 8, "cell": 7}}), "7 px")
+
+
+@pytest.mark.parametrize(
+    ("arch", "sees", "words"),
+    [
+        ("resnet18", {}, "RGB images, 32 px (bilinear), (x / 255 - mean) / std: mean (0.485, 0.456, 0.406)"),
+        ("resnet10_16", {"patch": 8, "cell": 11, "standardise": True}, "patches of 8 px of them, from 3 x 3 cells of 11 px"),
+        ("resnet10_16", {"patch": 8, "cell": 11, "standardise": True}, "each patch to mean 0, deviation 1"),
+        ("resnet10_16_ln", {"patch": 8, "stride": 4, "grey": True}, "in grey; the network takes patches of 8 px"),
+        ("resnet10_16", {"standardise": True}, "each image to mean 0, deviation 1"),
+        ("resnet10_16", {"lightness": True}, "in lightness alone"),
+        ("resnet10_16_lab", {}, "makes lab channels of them"),
+    ],
+)
+def test_the_third_printed_line_says_what_images_must_look_like(tmp_path, arch, sees, words):
+    size, seen = sees.get("patch", 32), {"mean": data.MEAN, "std": data.STD, "size": 32, "interpolation": "bilinear"}
+    net, path = backbones.build(arch, size).eval(), tmp_path / "backbone.pt"
+    torch.save({"state_dict": net.state_dict()}, path)
+    lines, scope = backbones.loading_lines(arch, size, path, seen | {"sees": sees}), {}
+    assert len(lines.splitlines()) == 3 and words in lines.splitlines()[2]
+    assert ("patches" in lines) == ("patch" in sees)
+    exec(lines, scope)
+    x = torch.rand(2, 3, size, size)
+    assert torch.allclose(scope["net"].eval()(x), net(x), atol=1e-5)
+
+
+# ============ memory ============
+
+
+def test_no_probe_takes_a_copy_of_the_features(monkeypatch):
+    """Peaks by torch's own count of allocations, features included: 1.3 x at most, and of k-NN the parts that it says."""
+    x, y = clusters(20_000, classes=10, d=256)
+    few = x[:500], y[:500]
+    peak = lambda f: 1 + probes.peak_bytes(f, CPU) / x.nbytes
+    assert peak(lambda: x + 1) == pytest.approx(2)  # the count itself
+    assert peak(lambda: evaluate.linear_sgd(x, y, *few, epochs=1)) < 1.3
+    monkeypatch.setattr(evaluate.nearest, "__defaults__", (*evaluate.nearest.__defaults__[:-1], 2000 * 256))
+    assert peak(lambda: evaluate.knn(x, y, *few)) < 1.6  # a tenth, normalised and as it comes; 500 x 2000 cosines are a fifth
+    images = data.Images("numbers", torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8), y)
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(3, 256))
+    seen = SEEN | {"size": 1}
+    assert peak(lambda: evaluate.extract(wide, images, seen, CPU)) < 1 + 1.3
+    whole, most = 4 * 3 * 256, []  # three layers, and room for one of them
+    taps = Net()
+    taps.taps = lambda x: {k: torch.zeros(len(x), 256) + x.mean() for k in ("root", "block1", "pre_logits")}
+    depths = evaluate.Depths(taps, [], 1)
+    monkeypatch.setattr(evaluate, "linear_sgd", lambda x, *_, **__: most.append(x.shape[1]) or {})
+    monkeypatch.setattr(evaluate, "room", lambda device: (len(x) + 500) * whole - 1)
+    test = data.pick(images, torch.arange(500))
+    assert peak(lambda: evaluate.depth(depths, images, test, seen, CPU)) < 1 + 1.3 and most == [256] * 3
+    monkeypatch.setattr(evaluate, "room", lambda device: (len(x) + 500) * whole)
+    assert peak(lambda: evaluate.depth(depths, images, test, seen, CPU)) > 1 + 3 and len(depths.shapes) == 3
+
+
+def test_features_go_where_there_is_room(monkeypatch):
+    gpu, n = torch.device("cuda", 0), 1000
+    rooms = {"cuda": 0, "cpu": 0}
+    monkeypatch.setattr(evaluate, "room", lambda device: rooms[device.type])
+    for on_gpu, on_cpu, where in [(4 * n, 0, (gpu, 32)), (4 * n - 1, 9 * n, (gpu, 16)), (2 * n, 9 * n, (gpu, 16)),
+                                  (2 * n - 1, 4 * n, (CPU, 32)), (0, 4 * n - 1, (CPU, 16)), (0, 0, (CPU, 16))]:  # fmt: skip
+        rooms |= {"cuda": on_gpu, "cpu": on_cpu}
+        found = evaluate.storage(n, gpu)
+        assert (found["device"], found["dtype"].itemsize * 8) == where
+
+
+def test_half_of_the_free_memory_of_the_poorest_process_counts(monkeypatch):
+    memory = {"mem_get_info": (600, 1000), "memory_reserved": 300, "memory_allocated": 100}
+    for name, value in memory.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert evaluate.room(torch.device("cuda")) == (600 + 300 - 100) / 2
+    poor = lambda tensor, op: tensor.fill_(7)
+    group = SimpleNamespace(is_initialized=lambda: True, all_reduce=poor, ReduceOp=SimpleNamespace(MIN=None))
+    monkeypatch.setattr(evaluate, "dist", group)
+    assert evaluate.room(CPU) == 7
+
+
+def test_probes_of_fp16_features_say_so_and_find_nearly_the_same(monkeypatch):
+    train, test = colours(300), colours(150, seed=1)
+    torch.manual_seed(0)
+    net, said = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8)), []
+    every = ("knn", "linear", "lbfgs")
+    pairs = [evaluate.extract(net, s, SEEN, CPU) for s in (train, test)]
+    full = evaluate.probe(*pairs, every, say=said.append)
+    monkeypatch.setattr(evaluate, "room", lambda device: 0)
+    halves = [evaluate.extract(net, s, SEEN, CPU) for s in (train, test)]
+    assert halves[0][0].dtype == torch.float16 and torch.allclose(halves[0][0].float(), pairs[0][0], atol=1e-3)
+    half = evaluate.probe(*halves, every, say=said.append, amp=True)
+    for name in ("linear", "lbfgs"):
+        assert half[name]["top1"] == pytest.approx(full[name]["top1"], abs=5) and full[name]["top1"] > 60
+    assert evaluate.mlp_probe(*halves[0], *halves[1], hidden=16, passes=3)["top1"] > 60
+    assert half["knn"]["20"]["weighted"] == pytest.approx(full["knn"]["20"]["weighted"], abs=3)
+    assert sum("of a fp32 backbone, kept in fp32 on cpu" in line for line in said) == 3  # under each probe
+    assert sum("of a bf16 backbone, kept in fp16 on cpu" in line for line in said) == 3
+    curves = [evaluate.late_decays(*a, *b, (2,)) for a, b in (pairs, halves)]
+    assert curves[0][2] == pytest.approx(curves[1][2], abs=5)
+    huge = nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 4), nn.Hardtanh(1e6, 2e6))
+    assert evaluate.extract(huge, test, SEEN, CPU)[0].isfinite().all()
+
+
+def test_two_processes_extract_what_one_does(monkeypatch):
+    images, net = colours(7), nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 5))
+    images.labels[5] = -1
+    alone, kept = evaluate.extract(net, images, SEEN, CPU), {}
+
+    def broadcast(tensor, source):  # the processes one after the other: the last finds what the first has sent
+        if source == rank:
+            kept[source, tensor.dtype] = tensor.clone()
+        elif (source, tensor.dtype) in kept:
+            tensor.copy_(kept[source, tensor.dtype])
+
+    group = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank, broadcast=broadcast,
+                            all_reduce=lambda *_: None, ReduceOp=SimpleNamespace(MIN=None))  # fmt: skip
+    monkeypatch.setattr(evaluate, "dist", group)
+    for rank in (1, 0):  # noqa: B007, `group` reads it
+        found = evaluate.extract(net, images, SEEN, CPU, batch_size=3)
+    assert torch.allclose(found[0], alone[0], atol=1e-5) and torch.equal(found[1], alone[1])
+
+
+# ============ settings are chosen on images that training does not see ============
+
+
+def by_heart(x, y, classes, lrs, *_):
+    """In the place of `fit_mlp`: networks that know what they have seen, and guess the nearest of it."""
+    return [lambda z: F.one_hot(y[torch.cdist(z, x).argmin(1)], classes).float() for _ in lrs]
+
+
+@pytest.mark.parametrize("probe", [evaluate.linear_sgd, evaluate.linear_lbfgs, evaluate.mlp_probe])
+def test_the_grid_is_judged_on_images_that_it_did_not_train_on(probe, monkeypatch):
+    monkeypatch.setattr(evaluate, "fit_mlp", by_heart)
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(200, 400, generator=g), torch.randint(4, (200,), generator=g)  # nothing but learning by heart
+    r = probe(x, y, x, y)
+    assert r["top1"] > 90 and max(r["grid"].values()) < 60  # 25 by chance, on 20 images
+
+
+@pytest.mark.parametrize("probe", [evaluate.linear_lbfgs, evaluate.mlp_probe])
+def test_features_are_standardised_by_those_of_training(probe, monkeypatch):
+    monkeypatch.setattr(evaluate, "fit_mlp", by_heart)
+    (x, y), (tx, ty) = clusters(600), clusters(300, seed=1)
+    one = ty == 2  # of one class alone the mean is another
+    assert probe(x, y, tx[one], ty[one])["top1"] > 90
 
 
 # ============ every depth ============

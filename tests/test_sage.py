@@ -376,7 +376,7 @@ def test_bad_flags(flags, words, tmp_path, capsys):
     ("change", "words"),
     [
         ({"method": "rotation"}, "was trained by rotation"),
-        ({"method": None}, "a BYOL run is needed"),
+        ({"method": None}, "what it says of method"),
         ({"preprocess": {**SIGNED, "size": 48, "interpolation": "bilinear"}}, "was trained at 48 px"),
         ({"arch": "resnet18"}, "does not fit the architecture"),
         ({"state_dict": {}}, "does not fit the architecture"),
