@@ -797,6 +797,7 @@ class Loader:
         self.steps = len(data) // (batch_size * world)
         if isinstance(data, Files):
             self.batches = _Batches()
+            check_shared_memory(workers, batch_size * sum((3 + (v["paste"] > 0)) * v["size"] ** 2 for v in views))
             self.loader = DataLoader(
                 Crops(data, views, seed, alpha, cut), batch_sampler=self.batches, collate_fn=Crops.collate, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
@@ -828,6 +829,19 @@ class Loader:
             self.data.report(said, "another image takes its place")
             crops = [c.to(self.device, non_blocking=True).float().div_(255) for c in crops]
             yield index.to(self.device, non_blocking=True), crops
+
+
+def check_shared_memory(workers, batch):
+    """Workers hand their batches, of `batch` bytes, over in /dev/shm, two each ahead of the one that is used. Where these do
+    not fit torch waits for ever, so that is refused."""
+    try:
+        found = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # not on Windows and macOS, which have other ways
+        return
+    needed = (2 * workers + 1) * batch
+    if workers and needed > found.f_bavail * found.f_frsize:
+        fail(f"/dev/shm is too small for the batches of {workers} workers, {needed / 1e6:.1f} MB: lower --workers (0 needs "
+             "none), or give it more (docker run --shm-size 8g)")  # fmt: skip
 
 
 def outlive_signals(_):
@@ -917,6 +931,7 @@ def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=N
             labels = torch.full((len(index),), -1) if data.labels is None else data.labels[index]
             yield normalise(x.float() / 255, preprocess["mean"], preprocess["std"]), labels
         return
+    check_shared_memory(workers, min(batch_size, len(indices)) * 3 * size**2)
     plain = Subset(Plain(data, size, interpolation), indices.tolist())
     pin = torch.device(device).type == "cuda"
     loader = DataLoader(

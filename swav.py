@@ -291,7 +291,8 @@ class LARC(common.LARS):
 
 
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
-RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"], lr=3.2e-2, small_size=48)
+LARGE, SMALL = RECIPES["imagenet"]["views"][:2], [RECIPES["imagenet"]["views"][2] | {"size": 48}] * 2
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=LARGE + SMALL, lr=3.2e-2, small_size=48)
 OPTIMIZERS = {"lars": LARC, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 

@@ -27,8 +27,8 @@ def parse(p, method, argv):
     if "workers" not in args.given:
         args.workers = min(args.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     args.why = "as asked for" if "recipe" in args.given else "by --data"
-    if args.recipe == "folder":
-        size_folder(args, data.count(args.data))
+    if args.recipe == "folder" and (images := data.count(args.data)):
+        size_folder(args, images)
     return args
 
 
@@ -40,7 +40,7 @@ SEEN, LARGE = 200_000, 20_000  # images to see in a run, at least 20 times each;
 
 def size_folder(args, images):
     """What was not given by hand is set for the number of images: epochs, and of LARGE images ResNet-18 and a batch of 256."""
-    sized = {"epochs": min(200, max(20, round(SEEN / max(1, images))))}
+    sized = {"epochs": min(200, max(20, round(SEEN / images)))}
     if images >= LARGE:
         sized |= {"arch": args.arch.replace("resnet10_32", "resnet18"), "batch_size": 256}
     for name in sized.keys() - args.given:

@@ -7,7 +7,7 @@ from torch import nn
 
 import backbones
 import byol
-import common
+import training
 
 SMALL = ["byol.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
 
@@ -137,7 +137,7 @@ def test_lars_runs_and_moves_every_tensor(tmp_path):
 
 def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path):
     out, _ = run("byol.py", "--dry-run", "--out", tmp_path / "run")
-    assert "x 64 / 256 =" in out and "46 tensors, 16 decayed" in out and "min" in out
+    assert "x 64 / 256 =" in out and "46 tensors, 16 decayed" in out and "(by --data)" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -157,7 +157,7 @@ def bad_folder(tmp_path, kind):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--batch-size", "100000"], "larger than"),
+        (["--batch-size", "100000"], "at most 48"),
         (["--batch-size", "15", "--accumulate", "2"], "not a multiple"),
         (["--arch", "resnet81"], "did you mean"),
         (["--data", "cifr10"], "did you mean 'cifar10'"),
@@ -178,7 +178,7 @@ def test_bad_flags(flags, words, tmp_path):
 
 def test_batch_not_divisible_by_processes(capsys):
     with pytest.raises(SystemExit) as stopped:
-        common.images_per_pass(byol.parse_args(["--batch-size", "15"]), 2, 48)
+        training.images_per_pass(byol.parse_args(["--batch-size", "15"]), 2, 48)
     assert stopped.value.code == 2 and "--batch-size 15 is not a multiple of 2 processes" in capsys.readouterr().err
 
 

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import importlib
 import json
@@ -7,6 +8,7 @@ import signal
 import socket
 import struct
 import zlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -1069,3 +1071,18 @@ def test_real_images_through_both_paths():
     for dataset in (files, memory):
         _, (v, w) = next(loader(dataset).epoch(0))
         assert v.shape == (8, 3, 16, 16) and w.shape == (8, 3, 8, 8) and v.std() > 0.3
+
+
+def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(folder, monkeypatch, capsys):
+    """torch would wait for ever for what its worker could not hand over."""
+    files, views = data.load_folder(folder, "train", None), [data.view(32)] * 2
+    needed = 5 * 8 * 2 * 3 * 32**2  # two batches of each worker, and the one in use
+    for free, ends in ((needed, False), (needed - 1, True)):
+        monkeypatch.setattr(os, "statvfs", lambda _, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
+        data.Loader(files, views, 8, seed=0)  # without workers nothing is needed
+        with pytest.raises(SystemExit) if ends else contextlib.nullcontext() as stop:
+            data.Loader(files, views, 8, seed=0, workers=2)
+        assert not ends or (stop.value.code == 2 and "/dev/shm is too small" in capsys.readouterr().err)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=99, f_frsize=1))
+    with pytest.raises(SystemExit):
+        next(data.batches(files, data.view(32), workers=1))

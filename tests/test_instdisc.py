@@ -437,7 +437,7 @@ def test_masks_that_do_not_match_are_named(folder, refused):
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--negatives", "64", "--limit", "64"], "smaller than the 64 training images"),
+        (["--negatives", "64", "--limit", "64"], "--negatives 64: with the 64 training images of shapes it must be at most 63"),
         (["--negatives", "0"], "--negatives"),
         (["--temperature", "0"], "--temperature"),
         (["--temperature", "0.01", "--loss", "nce"], "above 0.02"),

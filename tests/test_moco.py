@@ -272,7 +272,7 @@ def test_every_tensor_decays(tmp_path):
     [
         (["--queue", "40"], "--queue 40 is not a multiple of the 16 keys"),
         (["--queue", "48", "--symmetric"], "not a multiple of the 32 keys"),
-        (["--queue", "128"], "larger than the 64 training images"),
+        (["--queue", "128"], "--queue 128: with the 64 training images of shapes it must be at most 64"),
         (["--queue", "0"], "--queue"),
         (["--temperature", "0"], "--temperature"),
         (["--temperature", "nan"], "--temperature"),

@@ -22,7 +22,7 @@ def test_structure(method):
     imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
     assert imported & set(METHODS) == ({"byol"} if method == "sage" else set())  # the evaluator's training
     assert text.startswith('"""') and "paper" in text and "official code" in text and "here" in text
-    assert text.endswith('if __name__ == "__main__":\n    main()\n    common.leave()\n')
+    assert text.endswith('if __name__ == "__main__":\n    common.run(main)\n')
 
 
 def test_sage_takes_from_byol_its_main_and_nothing_else():

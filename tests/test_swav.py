@@ -268,7 +268,7 @@ def test_two_processes_have_the_codes_queue_and_prototypes_of_one(tmp_path):
 
 
 def test_accumulated_gradients_are_those_of_the_mean_but_for_the_codes(monkeypatch):
-    monkeypatch.setattr(swav, "sinkhorn", lambda S, epsilon: (S / epsilon).softmax(-1))  # each sample by itself
+    monkeypatch.setattr(swav, "sinkhorn", lambda S, epsilon, *_: (S / epsilon).softmax(-1))  # each sample by itself
     check_accumulation(tiny_model, batch)
 
 
@@ -385,7 +385,7 @@ def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path, start):
     out = start("--device", "cpu", "--dry-run", "--out", tmp_path / "run", code=0)
     recipe = swav.RECIPES["shapes"]
     assert "x 64 / 256 =" in out and f"ln {recipe['prototypes']} = {math.log(recipe['prototypes']):.2f}" in out
-    assert "43 tensors, 43 decayed, 0 adapted" in out and "min plus" in out
+    assert "43 tensors, 43 decayed, 0 adapted" in out
     assert not (tmp_path / "run").exists()
 
 
@@ -406,7 +406,7 @@ def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path, start):
         (["--queue-length", "80"], "--queue-length 80 is larger than the 64 training images of shapes"),
         (["--queue-epoch", "-1"], "--queue-epoch"),
         (["--freeze-epochs", "inf"], "--freeze-epochs"),
-        (["--batch-size", "100000"], "larger than"),
+        (["--batch-size", "100000"], "at most 64"),
         (["--arch", "resnet81"], "did you mean"),
     ],
 )
