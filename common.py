@@ -21,9 +21,16 @@ STOPPED = 85  # exit code of a run that a signal stopped and that the same comma
 
 def fail(sentence):
     """Bad input: one sentence on stderr and exit code 2."""
-    sentence = sentence.encode(errors="backslashreplace").decode()  # names of files need not be UTF-8
+    print_any_name()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)
+
+
+def print_any_name():
+    """Names of files need not be UTF-8, and printing one is to end no program."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -52,9 +59,7 @@ def keep_freed_memory():
 
 def setup(wanted=None):
     """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
-    for stream in (sys.stdout, sys.stderr):  # names of files need not be UTF-8
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
+    print_any_name()
     device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if "RANK" in os.environ or "END_WITH_PARENT" in os.environ:

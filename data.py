@@ -24,7 +24,6 @@ import math
 import os
 import signal
 import stat
-import sys
 import types
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +40,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import shapes
-from common import at_least, fail
+from common import at_least, fail, print_any_name
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
@@ -1054,8 +1053,7 @@ def check(args):
 
 
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # names of files need not be UTF-8
+    print_any_name()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
     s = commands.add_parser(

@@ -31,7 +31,6 @@ import json
 import math
 import os
 import re
-import sys
 import typing
 from itertools import count, zip_longest
 from pathlib import Path
@@ -1449,7 +1448,7 @@ def run_images(args, path, dataset, device, amp):
             if its["preprocess"]["size"] != size:
                 common.fail(f"--beside {run}: its images have {its['preprocess']['size']} px, not {size}")
             autoencoders[name] = other.to(device)
-        recipe = args.recipe or data.recipe_for(about["data"])
+        recipe = args.recipe or data.recipe_for(about["data"], script.RECIPES)
         if recipe not in script.RECIPES:
             common.fail(f"--recipe {recipe}: {about['method']}.py has {', '.join(script.RECIPES)}")
         views = [data.view(size, **{**v, "mean": HALF, "std": HALF}) for v in script.RECIPES[recipe]["views"]]
@@ -1623,7 +1622,6 @@ def parse_args():
 
 def main():
     args = parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of folders need not be UTF-8
     _, _, device = common.setup(args.device)
     amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     backbone, preprocess, about, path = open_backbone(args.checkpoint, args.arch, args.size, args.seed)
@@ -1666,4 +1664,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
