@@ -706,7 +706,6 @@ def main(argv=None):
             numbers["pretext_accuracy"] = pretext_accuracy(model, asked, draw, device, args.amp)
         log.record("eval", step, epoch=step // steps, **numbers)
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-        return numbers.get("pretext_accuracy")
 
     # ============ training ============
     stop = common.catch_signals()
@@ -748,7 +747,9 @@ def main(argv=None):
     # ============ final probe ============
     common.end_at_signals()
     log.bar.close()
-    accuracy = probe()
+    accuracy = pretext_accuracy(model, asked, draw, device, args.amp) if few > 1 else None
+    if accuracy is not None:
+        log.record("eval", step, epoch=args.epochs, pretext_accuracy=accuracy)
     result = evaluate.finish(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
     if rank == 0 and accuracy is not None:
         pretext = {"accuracy": accuracy, "chance": model.task.chance(world * few)[1]}

@@ -412,15 +412,15 @@ def pictures(tmp_path_factory):
     return write_pictures(tmp_path_factory.mktemp("pictures"))
 
 
-def main(method, argv, at=0, happens=lambda optimizer: os.kill(os.getpid(), signal.SIGTERM)):
-    """What the script's main prints. `at`: the update in which something happens, by default a signal."""
+def main(method, argv, at=0, happens=lambda optimizer: os.kill(os.getpid(), signal.SIGTERM), code=None):
+    """What the script's main prints; it must return `code`. `at`: the update in which something happens, by default a signal."""
     updates, kinds = itertools.count(1), (torch.optim.SGD, common.LARS)  # no Adam: an update is counted once
     hook = register_optimizer_step_post_hook(
         lambda optimizer, *_: happens(optimizer) if isinstance(optimizer, kinds) and next(updates) == at else None
     )
     try:
         with in_process(), contextlib.redirect_stdout(io.StringIO()) as printed:
-            importlib.import_module(method).main(argv)
+            assert importlib.import_module(method).main(argv) == code
     finally:
         hook.remove()
     return printed.getvalue()
@@ -445,8 +445,8 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     out, printed = finished(method)
     files = {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"}
     assert files <= set(os.listdir(out)) and any(name.startswith("events.out") for name in os.listdir(out))
-    *_, one, two, last = printed.splitlines()
-    assert last.startswith(method) and f" {pictures}: knn " in last and f"({out})" in last
+    *_, one, two, images, last = printed.splitlines()
+    assert images.startswith("# RGB images, ") and last.startswith(method) and f" {pictures}: knn " in last and f"({out})" in last
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     made = [line for line in lines if "loss" in line]
     assert [line["step"] for line in made] == list(range(1, 7)) and made[0]["lr"] == 0
@@ -496,7 +496,7 @@ def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(upd
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_exactly(method, finished, pictures, tmp_path):
     argv = flags(method, pictures, tmp_path / method)
-    assert "stopped by a signal at step 4" in main(method, argv, at=4)
+    assert "stopped by a signal at step 4" in main(method, argv, at=4, code=common.STOPPED)
     assert runs.load(tmp_path / method / "checkpoint.pt")["step"] == 4
     assert "going on from step 4 of 6" in main(method, argv)
     assert equal(weights(tmp_path / method), weights(finished(method)[0]))
@@ -528,7 +528,7 @@ def half(rank, port, pictures, out):
     for method in METHODS:
         argv, found = flags(method, pictures, out / method, epochs=1), {}
         try:
-            found["first"], found["second"] = main(method, argv, at=2 * rank), main(method, argv)
+            found["first"], found["second"] = main(method, argv, at=2 * rank, code=common.STOPPED), main(method, argv)
             with in_process():
                 found["difference"] = difference(method, out / method, argv, rank, 2)
         except BaseException:
