@@ -680,7 +680,7 @@ def to_ydbdr(rgb):
 
 
 def lightness(lab):
-    """What a network sees of Lab [B, 3, H, W] if colour is to be foretold: (L - 50) / 50, in [-1, 1], three times over."""
+    """What a network sees of Lab [B, 3, H, W] if colour is to be predicted: (L - 50) / 50, in [-1, 1], three times over."""
     return ((lab[:, :1] - 50) / 50).expand(-1, 3, -1, -1)
 
 

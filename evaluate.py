@@ -944,7 +944,7 @@ def localisation(backbone, head, dataset, masks, preprocess, device, batch_size=
     energy: the share of their squares, summed over channels, that lies inside the object, mean over the images.
     pointing: the images whose map (`class_gradients`) has its maximum inside (Zhang et al. 2016's pointing game).
     area: the share of pixels that are inside, mean over the images: the energy of a uniform map.
-    energy_other, pointing_other: with the object of another image: what a liking for places, not for objects, scores.
+    energy_other, pointing_other: with the object of another image: the score of attending to a place, not to the object.
     Returns these and the number of "images"; images without a label or an object are left out.
     """
     rows, net, found = with_object(dataset, masks), nn.Sequential(backbone, head), []
@@ -1517,7 +1517,7 @@ def run_diagnosis(args, backbone, path, sets, pairs, fitted, preprocess, ready, 
         results["localisation"] = r
         print(f"localisation   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (a uniform map: {r['area']:.2f})")
         print(f"  other image  energy {r['energy_other']:.2f}  pointing {r['pointing_other']:.2f}   (the object of another "
-              "image: what a liking for places scores)")  # fmt: skip
+              "image: the score of a bias to places)")  # fmt: skip
         print(f"         gradient of the TRUE label's score, {r['images']} un-augmented test images at {size} px, per cent")
         print("         energy: of its squares, those inside the object; pointing: of images, those with its maximum inside")
         print(f"         {how}")

@@ -44,15 +44,17 @@ def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def put(path, fill):
+def put(path, fill, sync=True):
     """Let `fill(f)` write the binary file f, and make it `path`: written aside, then renamed, so that `path` is whole, the old
-    one or the new one, whenever the process dies. What cannot be written ends the program with exit code 2."""
+    one or the new one, whenever the process dies (or, with `sync`, the machine). What cannot be written ends the program
+    with exit code 2."""
     aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as f:
             fill(f)
             f.flush()
-            os.fsync(f.fileno())
+            if sync:
+                os.fsync(f.fileno())
         os.replace(aside, path)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):

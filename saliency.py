@@ -615,7 +615,7 @@ def write_masks(argv):
             else:
                 file = Path(out, f"{keys[i]}.png")
                 make_folder(file.parent)
-                runs.put(file, lambda f, m=m: f.write(encode_png(m[None]).numpy().tobytes()))
+                runs.put(file, lambda f, m=m: f.write(encode_png(m[None]).numpy().tobytes()), sync=False)  # of many
                 done += 1
         if sum(map(len, shown)) < 24:
             whole = torch.tensor([not error for error in errors])
