@@ -110,49 +110,7 @@ def recipe_of(name, v=None):
 
 
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="shapes")
-    first.add_argument("--recipe", choices=RECIPES)
-    first.add_argument("--v", "--version", type=int)
-    known = first.parse_known_args(argv)[0]
-    recipe = known.recipe or data.recipe_for(known.data, RECIPES)
-
-    p = argparse.ArgumentParser(
-        usage="python moco.py [flags]   (torchrun --standalone --nproc_per_node=N moco.py [flags])", allow_abbrev=False,
-        description=__doc__, formatter_class=common.Help,
-    )  # fmt: skip
-    # run and data
-    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
-    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
-    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
-    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
-    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
-    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
-    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
-    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
-    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
-    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
-    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
-    p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
-    )
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
-    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
-    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
-    # optimisation
-    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
-    p.add_argument("--size", type=int, help="px of the views")
-    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
-    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
-    p.add_argument(
-        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
-    )
-    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
-    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
-    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
-    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--v", "--version", type=int)
     p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # MoCo
     p.add_argument("--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults")
@@ -163,8 +121,7 @@ def parse_args(argv=None):
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--bn-splits", type=int, help="BatchNorm over so many parts of a batch, each like a GPU of its own")
     p.add_argument("--symmetric", action="store_true", help="each view once the query, once the key; the losses add up")
-    p.set_defaults(**{k: v for k, v in recipe_of(recipe, known.v).items() if k != "views"})
-    args = training.parse(p, METHOD, argv)
+    args = training.parse(p, METHOD, recipe_of(known.recipe, known.v), argv)
     common.at_least(1, args, "dim", "queue", "bn_splits")
     common.at_least(0, args, "momentum")
     if not args.momentum <= 1:

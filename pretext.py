@@ -47,7 +47,6 @@ Measured with this file (k-NN: 20 neighbours; of the random network, after train
     python pretext.py --study                                                which backbone suits which task (study.py)
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -120,52 +119,14 @@ RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=[INCEPTION]
 OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
-def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data")
-    first.add_argument("--recipe", choices=RECIPES)
-    first.add_argument("--task", default="rotation")
-    known = first.parse_known_args(argv)[0]
-    # The objects of `shapes` are turned and coloured at will, which leaves some questions without an answer.
-    dataset = known.data or ("shapes-natural" if known.task in ("rotation", "colorization") else "shapes")
-    recipe = known.recipe or data.recipe_for(dataset, RECIPES)
+def recipe_of_task(name, task):
+    return RECIPES[name] | BY_TASK.get(name, {}).get(task, {})
 
-    p = argparse.ArgumentParser(
-        usage="python pretext.py [flags]   (torchrun --standalone --nproc_per_node=N pretext.py [flags])", allow_abbrev=False,
-        description=__doc__, formatter_class=common.Help,
-    )  # fmt: skip
-    # run and data
-    p.add_argument("--data", default=dataset, help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
-    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
-    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
-    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
-    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
-    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
-    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
-    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
-    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
-    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
-    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
-    p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
-    )
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
-    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
-    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
-    # optimisation
-    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
-    p.add_argument("--size", type=int, help="px of the views")
-    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
-    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
-    p.add_argument(
-        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
-    )
-    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
-    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
-    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
-    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+
+def parse_args(argv=None):
+    # The objects of `shapes` are turned and coloured at will, which leaves some questions without an answer.
+    dataset = lambda known: "shapes-natural" if known.task in ("rotation", "colorization") else "shapes"
+    p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--task", default="rotation", dataset=dataset)
     p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)")
     # pretext tasks
     p.add_argument("--study", action="store_true", help="tasks x backbones x widths, as tables and a figure: study.py")
@@ -178,9 +139,7 @@ def parse_args(argv=None):
                    "each embedding, or, as in the authors' code, each of their dimensions over the batch")  # fmt: skip
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
     p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel")
-    p.set_defaults(**{k: v for k, v in (RECIPES[recipe] | BY_TASK.get(recipe, {}).get(known.task, {})).items() if k != "views"})
-    p.set_defaults(task=known.task if known.task in TASKS else "rotation")
-    args = training.parse(p, f"{METHOD}-{known.task}", argv)
+    args = training.parse(p, f"{METHOD}-{known.task}", recipe_of_task(known.recipe, known.task), argv)
     common.at_least(1, args, "embedding", "head")
     common.at_least(0, args, "margin")
     common.at_least(2, args, "copies", "permutations")
@@ -203,9 +162,9 @@ def parse_args(argv=None):
 
 
 def views_of(args):
-    recipe = RECIPES[args.recipe] | BY_TASK.get(args.recipe, {}).get(args.task, {})
+    views = recipe_of_task(args.recipe, args.task)["views"]
     size = 3 * geometry(args.size)[0] if args.task in PATCHES else args.size
-    return [data.view(size, **v) for v in recipe["views"]] * (args.copies if args.task == "exemplar" else 1)
+    return [data.view(size, **v) for v in views] * (args.copies if args.task == "exemplar" else 1)
 
 
 # ============ what the tasks share ============

@@ -36,7 +36,6 @@ Measured with this file (k-NN: 20 neighbours; protocols and curves in results/RE
     torchrun --standalone --nproc_per_node=8 swav.py --data imagenet --root DIR
 """
 
-import argparse
 import contextlib
 import functools
 import itertools
@@ -101,48 +100,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--data", default="shapes")
-    first.add_argument("--recipe", choices=RECIPES)
-    known = first.parse_known_args(argv)[0]
-    recipe = known.recipe or data.recipe_for(known.data, RECIPES)
-
-    p = argparse.ArgumentParser(
-        usage="python swav.py [flags]   (torchrun --standalone --nproc_per_node=N swav.py [flags])", allow_abbrev=False,
-        description=__doc__, formatter_class=common.Help,
-    )  # fmt: skip
-    # run and data
-    p.add_argument("--data", default="shapes", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=recipe, choices=RECIPES, help="preset of hyper-parameters (default: by --data)")
-    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
-    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
-    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
-    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
-    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
-    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
-    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
-    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
-    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
-    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
-    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
-    p.add_argument(
-        "--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks"
-    )
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
-    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
-    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
-    # optimisation
-    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
-    p.add_argument("--size", type=int, help="px of the views")
-    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
-    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
-    p.add_argument(
-        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
-    )
-    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
-    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
-    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
-    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     # SwAV
     p.add_argument("--small-crops", type=int, help="V, small views besides the two large ones (0: two-crop SwAV)")
     p.add_argument("--small-size", type=int, help="px of the small views")
@@ -157,8 +115,7 @@ def parse_args(argv=None):
     p.add_argument("--queue-epoch", type=float, help="from which the queue is used, if it is full by then")
     p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
-    p.set_defaults(**{k: v for k, v in RECIPES[recipe].items() if k != "views"})
-    args = training.parse(p, METHOD, argv)
+    args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "hidden", "dim")
     common.at_least(1, args, "small_size", "prototypes", "sinkhorn_iterations")
     common.at_least(0, args, "small_crops", "freeze_epochs", "queue_length", "queue_epoch")

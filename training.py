@@ -1,19 +1,71 @@
 """What every method script does around its method. Scripts call this file; it calls no script, computes no loss and steps no
 optimiser. Whoever skips it still understands the paper."""
 
+import argparse
 import os
 import sys
 
+import backbones
 import common
 import data
+import evaluate
 
 # Of the settings of a run those that may differ when it goes on.
 SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study", "classifier",
                "changed_data", "given", "why")  # fmt: skip
 
 
-def parse(p, method, argv):
-    """The arguments of `p`; a folder's recipe is sized by its images. Bad values of the common flags end the program."""
+def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **how):
+    """(a parser with the flags that every method has, and those that decide the defaults of others: data, recipe and `early`,
+    a flag by its names and, in `how`, what argparse needs of it). `dataset`: the default of --data."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--data")
+    first.add_argument("--recipe", choices=recipes)
+    if early:
+        first.add_argument(*early, **how)
+    known = first.parse_known_args(argv)[0]
+    known.data = known.data or dataset(known)
+    known.recipe = known.recipe or data.recipe_for(known.data, recipes)
+
+    p = argparse.ArgumentParser(
+        usage=f"python {method}.py [flags]   (torchrun --standalone --nproc_per_node=N {method}.py [flags])", allow_abbrev=False,
+        description=doc, formatter_class=common.Help,
+    )  # fmt: skip
+    # run and data
+    p.add_argument("--data", default=known.data, help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--recipe", default=known.recipe, choices=recipes, help="preset of hyper-parameters (default: by --data)")
+    p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
+    p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
+    p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
+    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
+    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
+    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
+    p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
+    p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
+    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
+    p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
+    p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
+    # optimisation
+    p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
+    p.add_argument("--size", type=int, help="px of the views")
+    p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
+    p.add_argument("--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch")
+    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
+    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
+    return p, known
+
+
+def parse(p, method, recipe, argv):
+    """The arguments of `p` with the values of `recipe` as defaults; a folder's are sized by its images. Bad values of the
+    common flags end the program."""
+    p.set_defaults(**{k: v for k, v in recipe.items() if k != "views"})
     args = p.parse_args(argv)
     common.at_least(8, args, "size", most=4096)
     common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every")
