@@ -18,6 +18,7 @@ import contextlib
 import difflib
 import functools
 import re
+from pathlib import Path
 
 import torch
 import torchvision
@@ -614,7 +615,7 @@ def describe(net, name, size):
 def loading_lines(arch, size, path, preprocess=None):
     """Lines of Python that load an exported backbone, without this repository where torchvision has the network: two, and
     with its `preprocess` a third, a comment on what the images must look like."""
-    load = f'net.load_state_dict(torch.load("{path}", weights_only=True)["state_dict"])'
+    load = f'net.load_state_dict(torch.load("{Path(path).as_posix()}", weights_only=True)["state_dict"])'
     stem = "; net.conv1, net.maxpool = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False), torch.nn.Identity()"
     make = f'import torch, backbones; net = backbones.build("{arch}", {size})'
     name = "resnet50" if arch == "resnet50v1_k4" and size >= 112 else arch

@@ -94,8 +94,11 @@ def end_with_parent():
         with contextlib.suppress(ProcessLookupError):
             while os.getppid() == parent:
                 time.sleep(1)
-                if starter:
+                if starter and os.name == "posix":
                     os.kill(starter, 0)  # sends nothing; raises where there is no such process
+        time.sleep(1)
+        if CAUGHT:  # the signal that ended torchrun came to this process, too, which finishes its step and saves
+            time.sleep(110)
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -106,6 +109,7 @@ def run(main):
     with explained("what was saved before is intact"):
         code = main()
     if dist.is_initialized():
+        any_rank(False)  # rank 0 may still be writing, and torchrun ends it when another ends with a code that is not 0
         dist.destroy_process_group()
     sys.exit(code or 0)
 
@@ -113,9 +117,9 @@ def run(main):
 LACKS = {  # what torch says where the machine lacks something, and what to do about it
     r"can't allocate|not enough memory|out of memory|OutOfMemory|calculation overflowed": "memory ran out: lower --batch-size "
     "(or keep it, and halve what a pass needs, by --accumulate 2) or --size, or take a smaller --arch",
-    r"shared memory|Bus error": "/dev/shm is too small for the data workers: --workers 0, or give it more (docker run "
-    "--shm-size 8g)",
-    r"DataLoader worker": "a data worker was killed, as happens where memory runs out: lower --workers",
+    r"unable to \w+ shared memory|Bus error": "/dev/shm is too small for the data workers: --workers 0, or give it more "
+    "(docker run --shm-size 8g)",
+    r"DataLoader worker \(pid": "a data worker was killed, as happens where memory runs out: lower --workers",
 }
 
 
@@ -177,13 +181,13 @@ def catch_signals():
 
 
 def end_at_signals():
-    """Before and after training, with nothing to save, a signal ends the process at once."""
+    """Before and after training, and in programs that only read, there is nothing to save: a signal ends the process at once."""
 
     def handler(number, frame):
         for other in SIGNALS:
             signal.signal(other, lambda *_: os._exit(STOPPED))
         name = signal.Signals(number).name
-        print(f"stopped by {name}; the same command goes on from the last checkpoint, or starts anew", file=sys.stderr)
+        print(f"stopped by {name}; the same command goes on from what is saved, or starts anew", file=sys.stderr)
         sys.exit(STOPPED)
 
     for number in SIGNALS:

@@ -289,7 +289,7 @@ def load_folder(folder, split, name):
         fail(f"--data {folder}: neither a named set nor a folder{hint}")
     held_out = next((d for d in ("val", "test") if os.path.isdir(folder / d)), None)
     train = folder / "train" if os.path.isdir(folder / "train") else folder
-    items, classes = list_folder(train)
+    items, classes = list_folder(str(train))
     if not items:
         fail(f"no images in {train} (looked for {' '.join(sorted(SUFFIXES))})")
     if train == folder:  # no split by folder: "val" or "test" could only be a class like any other
@@ -297,7 +297,7 @@ def load_folder(folder, split, name):
     base = train
     if split == "test" and held_out:
         base = folder / held_out
-        items, test_classes = list_folder(base)
+        items, test_classes = list_folder(str(base))
         if test_classes and test_classes != classes:  # label by the training classes; fewer of them is fine
             if unknown := sorted(set(test_classes) - set(classes or [])):
                 fail(f"{base} has a class that {train} lacks: {unknown[0]!r}")
@@ -837,7 +837,7 @@ def check_shared_memory(workers, batch):
         found = os.statvfs("/dev/shm")
     except (OSError, AttributeError):  # not on Windows and macOS, which have other ways
         return
-    needed = (2 * workers + 1) * batch
+    needed = (2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as much for each process beside this one
     if workers and needed > found.f_bavail * found.f_frsize:
         fail(f"/dev/shm is too small for the batches of {workers} workers, {needed / 1e6:.1f} MB: lower --workers (0 needs "
              "none), or give it more (docker run --shm-size 8g)")  # fmt: skip

@@ -191,7 +191,7 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
                 with torch.inference_mode(False):  # L-BFGS differentiates through products with them
                     features = torch.empty(world, share, z.shape[1], **storage(world * share * z.shape[1], device))
                 largest = torch.finfo(features.dtype).max
-            features[rank, at : at + len(z)] = z.clamp(-largest, largest)
+            features[rank, at : at + len(z)] = z.clamp(-largest, largest) if features.dtype == torch.float16 else z
             labels[rank, at : at + len(z)] = y
             at += len(z)
     for r in range(world if world > 1 else 0):  # in place: no process ever holds a part twice
@@ -610,13 +610,13 @@ def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_
         rows, val = (data.pick(train, part) for part in held_out(len(train), seed))
         for pair in pairs:
             net, loss = fit_finetune(backbone, rows, preprocess, device, *pair, *settings)
-            top1, _ = accuracy(*labelled(*extract(net, val, preprocess, device, workers=workers, amp=amp)))
+            top1, _ = judged(lambda z: z, *labelled(*extract(net, val, preprocess, device, workers=workers, amp=amp)))
             grid[pair] = round(top1.item(), 2) if math.isfinite(loss) else -1.0
     pair = max(pairs, key=lambda pair: grid.get(pair, 0.0))  # the first of the best
     net, loss = fit_finetune(backbone, train, preprocess, device, *pair, *settings)
     if not math.isfinite(loss):
         common.fail(f"fine-tuning diverged at --trunk-lr {pair[0]:g} --head-lr {pair[1]:g}: try lower ones")
-    top1, top5 = accuracy(*labelled(*extract(net, test, preprocess, device, workers=workers, amp=amp)))
+    top1, top5 = judged(lambda z: z, *labelled(*extract(net, test, preprocess, device, workers=workers, amp=amp)))
     updates = epochs * (len(train) // min(batch_size, len(train)))
     result = {"top1": top1.item(), "top5": top5.item(), "images": len(train), "trunk_lr": pair[0], "head_lr": pair[1]}
     result |= {"weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "updates": updates}
@@ -1152,12 +1152,12 @@ def finish(backbone, bank, test, preprocess, device, args, log, method, step):
     Every process must call it."""
     with common.explained(f"the run is safe: python evaluate.py {args.out} --device cpu repeats its probes"):
         pairs = [extract(backbone, s, preprocess, device, workers=args.workers, amp=args.amp) for s in (bank, test)]
-        result = report(pairs, test, preprocess, device, args, log, method, step) if log.rank == 0 else None
+        result = report(pairs, test, preprocess, args, log, method, step) if log.rank == 0 else None
     common.any_rank(False)  # the others wait here: none leaves while one still works
     return result
 
 
-def report(pairs, test, preprocess, device, args, log, method, step):
+def report(pairs, test, preprocess, args, log, method, step):
     results, figures = probe(*pairs, args.probes, seed=args.seed, say=log.say, amp=args.amp), {}
     write_json(log.out, args.data, results)
     few = [first(data.Images("", *pair), n) for pair, n in zip(pairs, (BANK, QUERIES), strict=True)]  # as `online` draws them
@@ -1291,7 +1291,10 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
             features, labels = (runs.load(file)[k] for k in ("features", "labels"))
             n, _ = features.shape
             if features.is_floating_point() and n == len(dataset) and labels.shape == (n,) and labels.dtype == torch.int64:
-                return features.to(**storage(features.numel(), device)), labels.to(device)
+                where = storage(features.numel(), device)
+                if features.dtype == torch.float16:  # its digits are gone, and the protocol says so
+                    where["dtype"] = torch.float16
+                return features.to(**where), labels.to(device)
     features, labels = extract(backbone, dataset, preprocess, device, workers=workers, amp=amp, progress=True)
     for old in filter(Path.is_file, path.parent.glob(f"{name}*.pt")):
         old.unlink()

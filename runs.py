@@ -6,7 +6,8 @@
     run.lock             held by the process that trains
 
 All files of torch.save hold tensors and plain values only and load with weights_only=True. A run touches no file of a folder
-that it did not begin: checkpoint.pt is the first that it writes, and only --fresh deletes, by name, what runs write.
+that it did not begin: but for run.lock, checkpoint.pt is the first that it writes, and --fresh alone deletes what runs write,
+by name.
 """
 
 import contextlib
@@ -59,6 +60,8 @@ def put(path, fill, sync=True):
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             aside.unlink()
+        if not isinstance(error, OSError) and "inline_container" not in str(error):
+            raise
         why = reason(error) if isinstance(error, OSError) else "no space left, it seems"  # torch hides the reason
         fail(f"could not write {path} ({why}); what was there before is intact")
 
@@ -85,7 +88,7 @@ def save(out, content):
             os.replace(last, Path(out, "checkpoint.prev.pt"))
         os.replace(new, last)
     except OSError as error:
-        fail(f"could not rename {new} to {last} ({reason(error)}); it is whole")
+        fail(f"could not rename {new} to {last} ({reason(error)}); it is whole, rename it by hand")
 
 
 def load(path):
@@ -167,6 +170,8 @@ def claim(out):
             fail(f"another process trains in {out}: wait for its end, or choose another --out")
         except OSError as error:  # a file system without locks
             print(f"warning: {out} cannot be locked ({reason(error)}); start no second run in it", file=sys.stderr)
+    else:
+        print(f"warning: {out} cannot be locked on this system; start no second run in it", file=sys.stderr)
 
 
 def clear(out, fresh):
@@ -182,17 +187,22 @@ def clear(out, fresh):
             fail(f"--fresh: {path} cannot be deleted ({reason(error)})")
 
 
+SIZED = {"epochs", "arch", "batch_size", "queue", "negatives"}  # what may follow from the number of images
+
+
 def check_same(out, found, method, settings, changed_data):
     """Refuse to go on with a run of another method, of other settings, or of other training images."""
     if found["method"] != method:
         fail(f"{out} holds a run of {found['method']}, not of {method}; choose another --out")
     was, ways = found["settings"], "choose another --out, or --fresh to start over"
     changed = {k for k in {*was, *settings} if repr(was.get(k)) != repr(settings.get(k))}
-    if others := sorted(changed - {"images", "contents"}):
+    data_changed = changed & {"images", "contents"}
+    others = sorted(changed - data_changed - (SIZED if data_changed else set()))
+    if others:
         why = "; a run cannot be made longer, as its rates follow from --epochs" if "epochs" in others else ""
         listed = ", ".join(f"{k} {was.get(k)} -> {settings.get(k)}" for k in others)
         fail(f"{out} holds a run with other settings ({listed}){why}; {ways}")
-    if changed and not changed_data:
+    if data_changed and not changed_data:
         what = "files or labels are others"
         if "images" in changed:
             what = f"{was.get('images')} -> {settings.get('images')} images"
@@ -205,8 +215,8 @@ def fill(state, found, sentence):
         state.load_state_dict(found)
         if isinstance(state, torch.optim.Optimizer):
             tensors = [(p.shape, t) for p, of in state.state.items() for t in of.values() if torch.is_tensor(t) and t.ndim]
-            if any(t.shape != shape for shape, t in tensors):
-                raise ValueError("its tensors have other shapes than the weights")
+            if any(t.shape != shape or not t.isfinite().all() for shape, t in tensors):
+                raise ValueError("its tensors have other shapes than the weights, or are not finite")
         elif not all(t.isfinite().all() for t in state.state_dict().values() if t.is_floating_point()):
             raise ValueError("its weights are not finite")
     except Exception as error:  # torch raises whatever the first wrong value leads to

@@ -324,7 +324,7 @@ class SaGe(nn.Module):
 def stage_1(args, rank):
     """The folder of a finished BYOL run of the same data beside --out; byol's own main makes it where there is none, in
     the same processes. None if that was stopped by a signal."""
-    parts = ["byol", Path(args.data).resolve().name, args.evaluator_arch, args.evaluator_epochs]
+    parts = ["byol", training.name_of(args.data), args.evaluator_arch, args.evaluator_epochs]
     out = Path(args.out).absolute().parent / "-".join(str(part) for part in parts if part)
     checkpoint = out / "checkpoint.pt"
     try:
@@ -344,6 +344,7 @@ def stage_1(args, rank):
         flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
         flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
         same = "data recipe root limit workers seed device size batch_size accumulate log_every"
+        flags += ["--changed-data"] * args.changed_data
         for name in args.given.intersection(same.split()):  # the others are the same by default
             flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
         flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile

@@ -62,6 +62,11 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     return p, known
 
 
+def name_of(dataset):
+    """Of a set, or of a folder: by os.path, for which a link that leads to itself is no error; a name need not be UTF-8."""
+    return os.path.basename(os.path.realpath(dataset)).encode(errors="backslashreplace").decode()
+
+
 def parse(p, method, recipe, argv):
     """The arguments of `p` with the values of `recipe` as defaults; a folder's are sized by its images. Bad values of the
     common flags end the program."""
@@ -71,16 +76,15 @@ def parse(p, method, recipe, argv):
     common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every")
     common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs")
     common.at_least(0, args, "seed", most=2**62)
-    # os.path and not Path: a link that leads to itself is no error here, and a name need not be UTF-8.
-    name = os.path.basename(os.path.realpath(args.data)).encode(errors="backslashreplace").decode()
-    args.out = args.out or f"runs/{method}-{name}"
+    args.out = args.out or f"runs/{method}-{name_of(args.data)}"
     words = sys.argv[1:] if argv is None else argv
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}  # by hand
     if "workers" not in args.given:
-        args.workers = min(args.workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        args.workers = min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args.why = "as asked for" if "recipe" in args.given else "by --data"
     if args.recipe == "folder" and (images := data.count(args.data)):
-        size_folder(args, images)
+        size_folder(args, min(images, args.limit or images))
     return args
 
 

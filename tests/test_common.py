@@ -216,12 +216,19 @@ def test_what_the_machine_lacks_is_one_sentence(lack, words, capsys):
     assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1 and err.startswith("error: ")
 
 
-def test_other_errors_stay_what_they_are():
-    def mistake():
-        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+@pytest.mark.parametrize("words", [
+    "mat1 and mat2 shapes cannot be multiplied",
+    "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback ... shapes cannot be multiplied",
+    "out of resource: shared memory, Required: 233472",
+])  # fmt: skip
+def test_other_errors_stay_what_they_are(words, tmp_path):
+    def mistake(*_):
+        raise RuntimeError(words)
 
     with pytest.raises(RuntimeError):
         common.run(mistake)
+    with pytest.raises(RuntimeError):  # and are no full disk
+        runs.put(tmp_path / "file", mistake)
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (85, 85)])
@@ -403,6 +410,12 @@ def test_other_training_images_are_refused_unless_asked_for(tmp_path, capsys):
         with refused(capsys, words, "--changed-data"):
             resume(tmp_path, settings=settings)
         assert resume(tmp_path, settings=settings, changed_data=True) == (1, None)
+        sized = settings | {"epochs": 95, "batch_size": 10}  # as they follow from the number of images
+        with refused(capsys, words, "--changed-data"):
+            resume(tmp_path, settings=sized)
+        assert resume(tmp_path, settings=sized, changed_data=True) == (1, None)
+        with refused(capsys, "other settings", "lr"):
+            resume(tmp_path, settings=sized | {"lr": 1}, changed_data=True)
 
 
 MALFORMED = {
@@ -421,6 +434,7 @@ MALFORMED = {
     "optimizer empty": lambda c: c.update(optimizer={}),
     "optimizer a string": lambda c: c.update(optimizer="adam"),
     "optimizer of other groups": lambda c: c["optimizer"].update(param_groups=[]),
+    "optimizer NaN": lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
     "optimizer of other shapes": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
 }
 
