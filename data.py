@@ -193,7 +193,7 @@ def size_and_time(path):
 
 
 def decode(path, said=None):
-    """The image in a file as uint8 [3, H, W]: by torchvision, and by Pillow what that one cannot read.
+    """The image in a file as uint8 [3, H, W]: by torchvision, and by Pillow a PNG and what that one cannot read.
 
     Of an animation, and of the several pictures of a camera's JPEG, it is the first. OSError with the reason for whatever is
     no image, for more than 178,956,970 pixels, and for what would lose something unseen: a TIFF of several pages, or of more
@@ -210,18 +210,22 @@ def decode(path, said=None):
                     raise OSError(f"{image.n_frames} pages, of which only the first would be seen")
                 if channels > len(image.getbands()) or image.mode == "RGBX":
                     raise OSError(f"{channels} channels, of which only three would be seen")
-            elif image.format != "GIF":  # of which torchvision decodes every frame
+            if image.format == "PNG":  # not by torchvision, whose decoder ends the process at one whose data is damaged
+                grey = image.mode[0] == "I"  # of 16 bits; of 16 bits and three channels Pillow keeps the upper eight
+                x = tvf.pil_to_tensor(image if grey else image.convert("RGB"))
+                if grey:
+                    x = x.int().expand(3, -1, -1)
+                f.seek(24)
+                if said is not None and f.read(1) == b"\x10":  # bits a channel
+                    low, high = (int(v) * (1 if grey else 257) for v in x.aminmax())
+                    if high - low <= 65535 / 12:
+                        said[WARNING] = (f"{path}: 16 bits a channel, and all values lie from {low} to {high} of 65535: "
+                                         "images that are nearly one grey to a network should be rescaled first")  # fmt: skip
+                return (x // 257).byte() if grey else x
+            if image.format not in ("GIF", "TIFF"):  # of a GIF torchvision decodes every frame
                 f.seek(0)
                 with contextlib.suppress(RuntimeError):
-                    x = decode_image(torch.frombuffer(bytearray(f.read()), dtype=torch.uint8), ImageReadMode.RGB)
-                    if x.dtype == torch.uint16:
-                        x = x.int()
-                        low, high = (int(v) for v in x.aminmax())
-                        if said is not None and high - low <= 65535 / 12:
-                            said[WARNING] = (f"{path}: 16 bits a channel, and all values lie from {low} to {high} of 65535: "
-                                             "images that are nearly one grey to a network should be rescaled first")  # fmt: skip
-                        x = (x // 257).byte()
-                    return x
+                    return decode_image(torch.frombuffer(bytearray(f.read()), dtype=torch.uint8), ImageReadMode.RGB)
             if image.mode[0] in "IF":
                 raise OSError("more than 8 bits a channel, which Pillow would clip to white")
             return tvf.pil_to_tensor(image.convert("RGB"))

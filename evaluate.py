@@ -1172,7 +1172,8 @@ def report(pairs, test, preprocess, args, log, method, step):
     log.record("eval", step, epoch=args.epochs, **finals, **last, **results["health"])
     some = torch.randperm(len(test), generator=data.generator("projector"))[:1000]
     x, _ = next(data.batches(test, preprocess | {"mean": (0, 0, 0), "std": (1, 1, 1)}, len(some), "cpu", 0, some))
-    names = [str(test.classes[i]) if test.classes and i >= 0 else "?" for i in pairs[1][1].cpu()[some].tolist()]
+    name = lambda i: str(test.classes[i]).encode(errors="backslashreplace").decode() if test.classes and i >= 0 else "?"
+    names = [name(i) for i in pairs[1][1].cpu()[some].tolist()]
     log.writer.add_embedding(pairs[1][0][some.to(pairs[1][0].device)].float().cpu(), names, x, step)
     log.writer.close()
     found = [f"{k} {v:.1f}" for k, v in figures.items()] or [f"{k} {v:.2f}" for k, v in results["health"].items()]
@@ -1190,7 +1191,7 @@ def write_json(out, name, results):
     """OUT/evaluate.json, in which results of other data and other probes stay. A broken one is set aside, not lost."""
     path, name = Path(out, "evaluate.json"), str(name)
     try:
-        known = json.loads(path.read_text()) if path.exists() else {}
+        known = json.loads(path.read_text()) if path.is_file() else {}
         own = known.get(name, {})
         known[name] = own | {key: merged(own.get(key, {}), r, MERGED.get(key, 0)) for key, r in results.items()}
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
@@ -1216,7 +1217,7 @@ def weights(path, found):
 def well_formed(path, found):
     """`found` if it says all that a backbone.pt or a file of --save says, each of its kind and in its bounds; else exit
     code 2. What is read after it needs no checks of its own."""
-    number = lambda v: isinstance(v, int | float) and math.isfinite(v)
+    number = lambda v: isinstance(v, int | float) and -1e6 < v < 1e6
     three = lambda v: isinstance(v, list | tuple) and len(v) == 3 and all(map(number, v))
     pixels = lambda v, least=SIZES[0]: type(v) is int and least <= v <= SIZES[1]
     preprocess = found["preprocess"] if isinstance(found["preprocess"], dict) else {}
@@ -1254,8 +1255,8 @@ def open_backbone(target, arch, size, seed):
             torch.manual_seed(seed)
             backbone = backbones.build(target.removeprefix("random:"), preprocess["size"])
             return backbone, preprocess | getattr(backbone, "preprocess", {}), {}, None
-        path = Path(target, "backbone.pt") if Path(target).is_dir() else Path(target)
-        if not path.is_file():
+        path = Path(target, "backbone.pt") if os.path.isdir(target) else Path(target)
+        if not os.path.isfile(path):
             common.fail(f"{path}: no such checkpoint (a run folder, a .pt file, or random:ARCH is expected)")
         found = runs.load(path)
         if "state_dict" in found and "preprocess" in found:
@@ -1289,8 +1290,8 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
     if file.is_file():
         with contextlib.suppress(EOFError, KeyError, AttributeError, ValueError):  # a damaged cache is made again
             features, labels = (runs.load(file)[k] for k in ("features", "labels"))
-            n, _ = features.shape
-            if features.is_floating_point() and n == len(dataset) and labels.shape == (n,) and labels.dtype == torch.int64:
+            fits = features.shape == (len(dataset), backbone.dim) and labels.shape == (len(dataset),)
+            if fits and labels.dtype == torch.int64 and features.is_floating_point() and features.isfinite().all():
                 where = storage(features.numel(), device)
                 if features.dtype == torch.float16:  # its digits are gone, and the protocol says so
                     where["dtype"] = torch.float16

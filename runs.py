@@ -37,7 +37,7 @@ except ImportError:  # Windows
 OWN = re.compile(
     r"(checkpoint(\.prev)?\.pt|backbone\.pt|features-backbone-.+-(train|test)-[0-9a-f]{16}\.pt|metrics\.jsonl|"
     r"evaluate\.json|(views|reconstructions|neighbours|gradients|swap)\.png|schedule\.csv|events\.out\.tfevents\..+\.run|"
-    r"projector_config\.pbtxt)(\.tmp)?"
+    r"projector_config\.pbtxt)(\.tmp)?|\d{5,}"  # the last: TensorBoard's folder of the embedding, by its step
 )
 
 
@@ -160,7 +160,9 @@ def claim(out):
     try:
         str(out).encode()  # TensorBoard's names are UTF-8
         Path(out).mkdir(parents=True, exist_ok=True)
-        LOCKS.append(open(Path(out, "run.lock"), "a"))  # noqa: SIM115
+        if os.path.lexists(lock := Path(out, "run.lock")) and not lock.is_file():
+            raise OSError(f"{lock} is no file")  # a pipe would wait for a reader
+        LOCKS.append(open(lock, "a"))  # noqa: SIM115
     except (OSError, ValueError) as error:
         fail(f"--out {out}: {reason(error)}")
     if fcntl:
@@ -182,7 +184,13 @@ def clear(out, fresh):
         fail(f"{out} holds {names} but no checkpoint to go on from: choose another --out, or --fresh to delete them")
     for path in own:
         try:
-            path.unlink()
+            if path.is_dir() and path.name.isdigit():
+                for name in ("tensors.tsv", "metadata.tsv", "sprite.png"):
+                    (path / "default" / name).unlink(missing_ok=True)
+                (path / "default").rmdir()
+                path.rmdir()
+            else:
+                path.unlink()
         except OSError as error:
             fail(f"--fresh: {path} cannot be deleted ({reason(error)})")
 
@@ -212,8 +220,11 @@ def check_same(out, found, method, settings, changed_data):
 def fill(state, found, sentence):
     """state.load_state_dict(found) for a model or an optimiser; what does not fit or is not finite ends the program."""
     try:
+        optimizer = isinstance(state, torch.optim.Optimizer)
+        if optimizer and [set(g) for g in state.param_groups] != [set(g) for g in found["param_groups"]]:
+            raise ValueError("its groups have other settings")
         state.load_state_dict(found)
-        if isinstance(state, torch.optim.Optimizer):
+        if optimizer:
             tensors = [(p.shape, t) for p, of in state.state.items() for t in of.values() if torch.is_tensor(t) and t.ndim]
             if any(t.shape != shape or not t.isfinite().all() for shape, t in tensors):
                 raise ValueError("its tensors have other shapes than the weights, or are not finite")
@@ -254,11 +265,14 @@ class Log:
         if rank == 0:
             file = self.out / "metrics.jsonl"
             try:
-                lines = file.read_text(errors="replace").splitlines() if file.exists() else []
+                lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
             except OSError as error:
                 fail(f"{file} cannot be read: {reason(error)}")
             write_text(file, "".join(line + "\n" for line in lines if self.stays(line, step)))
-            self.writer = SummaryWriter(out, purge_step=step + 1, filename_suffix=".run")
+            try:
+                self.writer = SummaryWriter(out, purge_step=step + 1, filename_suffix=".run")
+            except OSError as error:
+                fail(f"could not write TensorBoard's events in {out}: {reason(error)}")
             self.writer.add_text("recipe", text.encode(errors="backslashreplace").decode(), step)
 
     @staticmethod

@@ -74,7 +74,8 @@ def parse(p, method, recipe, argv):
     args = p.parse_args(argv)
     common.at_least(8, args, "size", most=4096)
     common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every")
-    common.at_least(0, args, "limit", "workers", "eval_every", "lr", "weight_decay", "warmup_epochs")
+    common.at_least(0, args, "limit", "workers", "eval_every", "warmup_epochs")
+    common.at_least(0, args, "lr", "weight_decay", most=1e30)  # more is no fp32 number
     common.at_least(0, args, "seed", most=2**62)
     args.out = args.out or f"runs/{method}-{name_of(args.data)}"
     words = sys.argv[1:] if argv is None else argv

@@ -434,6 +434,7 @@ MALFORMED = {
     "optimizer empty": lambda c: c.update(optimizer={}),
     "optimizer a string": lambda c: c.update(optimizer="adam"),
     "optimizer of other groups": lambda c: c["optimizer"].update(param_groups=[]),
+    "optimizer of other settings": lambda c: c["optimizer"]["param_groups"][0].pop("betas"),
     "optimizer NaN": lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
     "optimizer of other shapes": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
 }
@@ -515,6 +516,27 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(out, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with refused(capsys, "--out"):
         resume(f"{tmp_path}/{out}")
+
+
+def test_the_embeddings_folder_is_refused_and_only_what_is_ours_in_it_goes(tmp_path, capsys):
+    place = tmp_path / "00003" / "default"
+    place.mkdir(parents=True)
+    (place / "tensors.tsv").write_text("precious")
+    with refused(capsys, "00003", "--fresh"):
+        resume(tmp_path)
+    assert (place / "tensors.tsv").read_text() == "precious"
+    assert resume(tmp_path, fresh=True) == (0, None) and not place.parent.exists()
+    place.mkdir(parents=True)
+    (place / "mine").write_text("precious")
+    with refused(capsys, "00003"):
+        resume(tmp_path, fresh=True)
+    assert (place / "mine").read_text() == "precious"
+
+
+def test_a_pipe_in_the_place_of_the_lock_is_one_sentence(tmp_path, capsys):
+    os.mkfifo(tmp_path / "run.lock")
+    with refused(capsys, "run.lock is no file"):
+        resume(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "views.png"])

@@ -1086,3 +1086,17 @@ def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(folder, monk
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=99, f_frsize=1))
     with pytest.raises(SystemExit):
         next(data.batches(files, data.view(32), workers=1))
+
+
+@pytest.mark.parametrize(("bits", "kind"), [(8, 0), (8, 2), (16, 2)])
+def test_a_png_whose_data_ends_early_ends_no_process(bits, kind, tmp_path):
+    """All of the file is there, chunks and checksums, but the compressed data is short, of which torchvision's decoder dies."""
+    row = b"\0" + bytes(32 * (3 if kind == 2 else 1) * bits // 8)
+    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, bits, kind, 0, 0, 0))
+    whole = zlib.compress(row * 32)
+    for body in (whole, zlib.compress(row * 16), whole[:-9], whole[:9]):
+        body = head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
+        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+        with contextlib.suppress(OSError):
+            assert data.decode(tmp_path / "x.png").shape == (3, 32, 32)

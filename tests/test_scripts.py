@@ -11,7 +11,7 @@ from conftest import METHODS, ROOT
 
 SECTIONS = ["data", "model", "optimiser", "recipe", "resume", "training", "final probe"]
 OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same
-LONGEST = {"common.py": 248, "runs.py": 329}
+LONGEST = {"common.py": 248, "runs.py": 343}
 
 
 @pytest.mark.parametrize("method", METHODS)
