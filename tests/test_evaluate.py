@@ -365,7 +365,7 @@ def ending(tmp_path, dataset, probes, test=None):
     log = SimpleNamespace(out=tmp_path, rank=0, say=said.append, record=lambda kind, step, **numbers: recorded.update(numbers),
                           writer=SimpleNamespace(add_embedding=lambda *_: None, close=lambda: None))  # fmt: skip
     args = SimpleNamespace(probes=probes, seed=0, amp=False, data="colours", epochs=7, out=tmp_path)
-    result = evaluate.report(pairs, test or dataset, SMALL, CPU, args, log, "byol", 3)
+    result = evaluate.report(pairs, test or dataset, SMALL, args, log, "byol", 3)
     return said, recorded, result, pairs
 
 

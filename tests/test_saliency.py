@@ -623,8 +623,8 @@ def test_masks_are_written_resumed_and_refused(tmp_path, capsys, monkeypatch):
 def test_stopped_by_a_signal_it_goes_on(tmp_path, capsys, monkeypatch):
     images, masks, put, calls = write_images(tmp_path / "images", 8, size=10), tmp_path / "masks", runs.put, []
 
-    def third(path, fill):
-        put(path, fill)
+    def third(path, fill, **how):
+        put(path, fill, **how)
         calls.append(path)
         if len(calls) == 4:  # the first is the note
             os.kill(os.getpid(), signal.SIGTERM)
