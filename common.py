@@ -41,7 +41,7 @@ def at_least(least, args, *names, most=math.inf):
     for name in names:
         value = getattr(args, name)
         if not least <= value <= most or value == math.inf:
-            most = f" and at most {most}" if most < math.inf else "" if math.isfinite(value) else " and finite"
+            most = " and finite" if not math.isfinite(value) else f" and at most {most}" if most < math.inf else ""
             fail(f"--{name.replace('_', '-')} {value}: it must be at least {least}{most}")
 
 
