@@ -49,12 +49,10 @@ def keep_freed_memory():
     """On a CPU: glibc gives blocks above 32 MB back to the system as soon as they are freed, so that with large batches
     every activation is paged in anew, about a quarter of a step's time. Elsewhere than in glibc nothing happens."""
     if sys.platform == "linux":
-        try:
+        with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for any size
             libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
-        except (OSError, AttributeError):
-            pass
 
 
 def setup(wanted=None):
@@ -115,7 +113,7 @@ def run(main):
 
 
 LACKS = {  # what torch says where the machine lacks something, and what to do about it
-    r"can't allocate|not enough memory|out of memory|OutOfMemory|calculation overflowed": "memory ran out: lower --batch-size "
+    r"can't allocate|not enough memory|out of memory|MemoryError|calculation overflowed": "memory ran out: lower --batch-size "
     "(or keep it, and halve what a pass needs, by --accumulate 2) or --size, or take a smaller --arch",
     r"unable to \w+ shared memory|Bus error": "/dev/shm is too small for the data workers: --workers 0, or give it more "
     "(docker run --shm-size 8g)",
@@ -129,9 +127,8 @@ def explained(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        said = f"{type(error).__name__} {error}".replace("MemoryError", "OutOfMemory")
         for pattern, sentence in LACKS.items():
-            if re.search(pattern, said):
+            if re.search(pattern, f"{type(error).__name__} {error}"):
                 fail(f"{sentence} ({(str(error) or 'MemoryError').splitlines()[0][:200]}); {advice}")
         raise
 
@@ -141,6 +138,10 @@ def bf16_is_fast(device):
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def first_rank():
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def any_rank(flag):
@@ -155,10 +156,9 @@ def any_rank(flag):
 def same_everywhere(value, sentence):
     """Stop every process with `sentence` unless they all hold the same number."""
     if dist.is_initialized():
-        low, high = torch.tensor(value), torch.tensor(value)
-        dist.all_reduce(low, dist.ReduceOp.MIN)
-        dist.all_reduce(high, dist.ReduceOp.MAX)
-        if low != high:
+        ends = torch.tensor([value, -value])
+        dist.all_reduce(ends, dist.ReduceOp.MAX)  # the largest, and the smallest with its sign turned
+        if ends.sum() != 0:
             fail(sentence)
 
 

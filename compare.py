@@ -129,7 +129,7 @@ def figure(number):
     return "-" if number is None else f"{number:.1f}"
 
 
-def tables(own, grid):
+def tables(grid):
     """The tables as Markdown, and the commands of their rows."""
     text = [__doc__.split("\n\n", 1)[0].replace("\n", " "), ""]
     for dataset, row_runs in grid.items():
@@ -157,7 +157,7 @@ def main(argv=None):
     if not own.show:
         for late in (False, True):  # SaGe needs BYOL's run
             study.run_all([run for run in every if (run.path.name == "sage") == late], own, stop)
-    text = tables(own, grid)
+    text = tables(grid)
     saliency.make_folder(Path(own.table).parent)
     runs.write_text(own.table, text)
     print(f"{text}\n{own.table}")

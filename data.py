@@ -40,7 +40,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import shapes
-from common import at_least, fail, print_any_name
+from common import at_least, fail, first_rank, print_any_name
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
@@ -76,20 +76,13 @@ def recipe_for(name, recipes=("shapes", "cifar10", "imagenet", "folder")):
 
 def count(name):
     """How many training images a folder has, 0 for all else."""
-    if name in NAMES or not os.path.isdir(name):
-        return 0
-    train = os.path.join(name, "train")
-    return len(list_folder(train if os.path.isdir(train) else name)[0])
+    return len(list_folder(training_part(name))[0]) if name not in NAMES and os.path.isdir(name) else 0
 
 
 def generator(*key):
     """A CPU generator whose stream depends on every number of `key` and on nothing else."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def first_rank():
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
 # ============ data sets ============
@@ -283,6 +276,12 @@ def keys_of(data):
     return keys
 
 
+def training_part(folder):
+    """Where the training images of a folder lie."""
+    train = Path(folder, "train")
+    return str(train if os.path.isdir(train) else Path(folder))
+
+
 def load_folder(folder, split, name):
     """A tree of images. `train/` and `val/` or `test/` are used when there. With classes but neither of the last two,
     every tenth image is the probes' test set; it is trained on all the same, without its label."""
@@ -292,7 +291,7 @@ def load_folder(folder, split, name):
         hint = f"; did you mean {near[0]!r}?" if near else f". Named sets: {', '.join(NAMES)}"
         fail(f"--data {folder}: neither a named set nor a folder{hint}")
     held_out = next((d for d in ("val", "test") if os.path.isdir(folder / d)), None)
-    train = folder / "train" if os.path.isdir(folder / "train") else folder
+    train = Path(training_part(folder))
     items, classes = list_folder(str(train))
     if not items:
         fail(f"no images in {train} (looked for {' '.join(sorted(SUFFIXES))})")

@@ -1328,7 +1328,7 @@ def label_shares(args, sets, what, default=()):
     return shares
 
 
-def run_frozen(args, sets, pairs, shares, fitted, amp):
+def run_frozen(args, pairs, shares, fitted, amp):
     """The probes of PROBES that were asked for, on all labels or on the shares; prints and returns the results."""
     settings = dict(probes=args.probe, temperature=args.temperature, seed=args.seed, penalties=args.penalty, amp=amp)
     results, (x, y) = {}, pairs[0]
@@ -1651,7 +1651,7 @@ def main():
     if diagnosis:
         fitted = fit_pairs(*pairs, args.seed)
     if frozen:
-        results = run_frozen(args, sets, pairs, shares, fitted, amp)
+        results = run_frozen(args, pairs, shares, fitted, amp)
     if "depth" in args.probe:
         results["depth"] = run_depth(args, depths, sets, preprocess, device, amp)
     if "schedule" in args.probe:

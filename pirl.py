@@ -397,15 +397,10 @@ def main(argv=None):
         return
 
     # ============ resume ============
-    settings = {k: v for k, v in vars(args).items() if k not in training.SAME_RESULT} | {"views": views}
-    settings |= {"images": len(train), "contents": train.contents()}
     states = {"model": model, "optimizer": optimizer}
-    step, result = runs.resume(args.out, METHOD, settings, states, args.fresh, args.changed_data)
-    if result:
-        say(f"{args.out} is finished; --fresh starts over\n{result}")
+    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
+    if finished:
         return
-    if step:
-        say(f"{args.out}: going on from step {step} of {total}")
     command = shlex.join(["python", *sys.argv])
 
     def checkpoint(result=None):

@@ -25,7 +25,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torchvision.utils import save_image
 from tqdm import tqdm
 
-from common import any_rank, fail, same_everywhere
+from common import any_rank, fail, first_rank, same_everywhere
 
 try:
     import fcntl
@@ -125,8 +125,7 @@ def resume(out, method, settings, states, fresh=False, changed_data=False):
     are not this run's, other settings, other training images (unless `changed_data`) and states that do not fit end the
     program, and nothing is lost.
     """
-    rank = int(os.environ.get("RANK", 0))
-    if rank == 0:
+    if first_rank():
         claim(out)
     found, damaged = None, []
     for path in () if fresh else (Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt")):
@@ -144,7 +143,7 @@ def resume(out, method, settings, states, fresh=False, changed_data=False):
         check_same(out, found, method, settings, changed_data)
         for name, state in states.items():
             fill(state, found[name], f"{found_in} does not fit this command: {name}")
-    elif rank == 0:
+    elif first_rank():
         clear(out, fresh)
     place = 2 * found["step"] + bool(found["result"]) if found else -1
     same_everywhere(place, f"processes found different checkpoints in {out}, which all machines must share")

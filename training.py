@@ -9,6 +9,7 @@ import backbones
 import common
 import data
 import evaluate
+import runs
 
 # Of the settings of a run those that may differ when it goes on.
 SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study", "classifier",
@@ -113,7 +114,7 @@ def lower(args, name, most, images):
     if name in args.given or most < 1:
         common.fail(f"{flag} {value}: with the {images} training images of {args.data} it must be at most {most}")
     setattr(args, name, most)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if common.first_rank():
         print(f"{flag} {most} instead of the recipe's {value}: {args.data} has {images} training images")
 
 
@@ -128,3 +129,16 @@ def images_per_pass(args, world, images):
     return args.batch_size // parts
 
 
+
+
+def resume(args, method, views, train, states, total):
+    """Load the run in --out into `states`, as `runs.resume` does, and say so: (the settings that it must agree with, the updates
+    made, whether it is finished). Every process must call it."""
+    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
+    settings |= {"images": len(train), "contents": train.contents()}
+    step, result = runs.resume(args.out, method, settings, states, args.fresh, args.changed_data)
+    if common.first_rank() and result:
+        print(f"{args.out} is finished; --fresh starts over\n{result}")
+    elif common.first_rank() and step:
+        print(f"{args.out}: going on from step {step} of {total}")
+    return settings, step, bool(result)

@@ -174,9 +174,6 @@ def run(*args, code=0, processes=1):
     return out.getvalue(), err.getvalue()
 
 
-forked = run
-
-
 def write_images(folder, n, classes=2, size=40, seed=0):
     """A folder of `n` JPEG files in `classes` class folders, each class a colour."""
     g = torch.Generator().manual_seed(seed)

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import forked, write_images
+from conftest import run, write_images
 from torch import nn
 from torchvision.io import decode_image, read_file, write_jpeg, write_png
 
@@ -595,7 +595,7 @@ def test_masks_are_written_resumed_and_refused(tmp_path, capsys, monkeypatch):
     broken.write_bytes(b"no image")
     monkeypatch.setattr(saliency.common, "catch_signals", list)
     command = (tmp_path / "images", "--out", masks, "--size", 24, "--workers", 1, "--device", "cpu")
-    out, err = forked("saliency.py", *command, "--batch-size", 4)
+    out, err = run("saliency.py", *command, "--batch-size", 4)
     names = {f"class{i % 2}/{i:03d}.png" for i in range(8) if i != 3}
     assert tree(masks) == names | {"preview.png", "saliency.json"}
     assert "7 masks" in out and "1 images do not decode" in out and str(broken) in err and "images/s" in out
