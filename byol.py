@@ -34,12 +34,7 @@ Measured with this file (k-NN: 20 neighbours; protocols and curves in results/RE
     torchrun --standalone --nproc_per_node=8 byol.py --data imagenet --root DIR
 """
 
-import contextlib
 import copy
-import functools
-import shlex
-import sys
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +44,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import common
 import data
-import evaluate
-import runs
+import optim
 import training
 
 METHOD = "byol"
@@ -88,7 +82,6 @@ RECIPES = {
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def parse_args(argv=None):
@@ -156,14 +149,10 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
@@ -181,99 +170,43 @@ def main(argv=None):
     if args.compile:
         model.f.compile(), model.target["f"].compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
-    groups = common.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
-    groups += common.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
-    optimizer = OPTIMIZERS[args.optimizer](groups, lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    groups = optim.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
+    groups += optim.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
+    optimizer = optim.OPTIMIZERS[args.optimizer](groups, lr=lr)
 
-    # ============ recipe ============
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, x {args.predictor_lr:g} on q",
+        f"{args.optimizer}: {optim.count(optimizer)}; tau {args.tau:g} -> 1; loss of unrelated vectors 4",
     )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, x {args.predictor_lr:g} on q")
-    say(f"{args.optimizer}: {common.count(optimizer)}; tau {args.tau:g} -> 1; {'bf16' if args.amp else 'fp32'}")
-    say("loss of unrelated vectors 4")
-    if args.dry_run:
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe()
+        for step in run.epoch():
+            lr_now = optim.cosine(step, run.total, lr, 0.0, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now * group["lr_factor"]
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            for _, _, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
-            tau = common.cosine(step, total, args.tau, 1.0)  # sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+            tau = optim.cosine(step, run.total, args.tau, 1.0)  # sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
             model.update_target(tau)  # after the step, as in the official code
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, tau=tau, feature_std=model.feature_std)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, tau=tau, feature_std=model.feature_std)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

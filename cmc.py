@@ -39,16 +39,10 @@ Measured with this file (k-NN: 20 neighbours; protocols and curves in results/RE
     torchrun --standalone --nproc_per_node=8 cmc.py --data imagenet --root DIR
 """
 
-import contextlib
-import functools
 import itertools
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,8 +50,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import common
 import data
-import evaluate
-import runs
+import optim
 import training
 
 METHOD = "cmc"
@@ -93,18 +86,23 @@ RECIPES = {
 GRAPHS, CONTRASTS = ("core", "full"), ("nce", "softmax-nce")
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"], lr=1e-2)
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
-    p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)")
+    p.add_argument(
+        "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
+    )
     # CMC
     p.add_argument("--split", choices=backbones.SPLITS, help="V1, V2, ...: L and ab, Y and DbDr, or L, a and b")
-    p.add_argument("--graph", choices=GRAPHS, help="core: V1 with each other view; full: all pairs; of two views the same")
+    p.add_argument(
+        "--graph", choices=GRAPHS, help="core: V1 with each other view; full: all pairs; of two views the same"
+    )
     p.add_argument("--contrast", choices=CONTRASTS, help="nce: K + 1 binary questions; softmax-nce: which of K + 1")
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
-    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument(
+        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
+    )
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
@@ -177,7 +175,9 @@ class CMC(nn.Module):
         pairs = list(itertools.combinations(range(len(self.g)), 2))  # full graph: L_F
         if graph == "core":  # L_C: those with V1
             pairs = [(i, j) for i, j in pairs if i == 0]
-        self.directions = [direction for i, j in pairs for direction in ((i, j), (j, i))]  # (view, the view whose bank scores it)
+        self.directions = [
+            direction for i, j in pairs for direction in ((i, j), (j, i))
+        ]  # (view, the view whose bank scores it)
         self.register_buffer("bank", F.normalize(torch.rand(len(self.g), n, dim) - 0.5, dim=2))  # [M, n, D], fp32
         self.register_buffer("Z", torch.zeros(len(self.directions)))
 
@@ -190,7 +190,9 @@ class CMC(nn.Module):
             self.seen.append((index, z.detach()))
             if first and self.contrast == "nce":
                 self.Z.copy_(self.estimate_Z(z.detach(), index, negatives))
-            losses = [self.told(z[i], j, index, negatives, Z) for (i, j), Z in zip(self.directions, self.Z, strict=True)]
+            losses = [
+                self.told(z[i], j, index, negatives, Z) for (i, j), Z in zip(self.directions, self.Z, strict=True)
+            ]
             self.figures = self.measure(z.detach(), index)
             return torch.stack(losses).sum()  # L(V1, V2) = both directions, summed over the pairs
 
@@ -214,9 +216,7 @@ class CMC(nn.Module):
         """n times the mean of exp(s / tau) over the batch of all processes, for each direction (code, NCEAverage.py)."""
         found = [scores(z[i], self.bank[j], index, negatives, self.temperature) for i, j in self.directions]
         e = torch.stack([torch.cat([own[:, None], others], 1) for own, others in found]).exp()  # [directions, B, K + 1]
-        total = torch.stack([e.sum((1, 2)), (e > 0).sum((1, 2))])  # a row left out counts as nothing
-        if dist.is_initialized():
-            dist.all_reduce(total)
+        total = common.all_reduce(torch.stack([e.sum((1, 2)), (e > 0).sum((1, 2))]))  # a row left out counts as nothing
         return self.bank.shape[1] * total[0] / total[1]
 
     @torch.no_grad()
@@ -226,19 +226,14 @@ class CMC(nn.Module):
         indices, zs = zip(*self.seen, strict=True)
         index, z = torch.cat(indices), torch.cat(zs, 1)
         self.seen.clear()
-        if dist.is_initialized():
-            world = dist.get_world_size()
-            indices, zs = ([torch.empty_like(t) for _ in range(world)] for t in (index, z))
-            dist.all_gather(indices, index)
-            dist.all_gather(zs, z)
-            index, z = torch.cat(indices), torch.cat(zs, 1)
+        index, z = common.gather(index), common.gather(z, 1)
         self.bank[:, index] = F.normalize(torch.lerp(z, self.bank[:, index], self.momentum), dim=2)
 
 
 def rate_at(step, total, lr, warmup, drop_at):
     """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
     if not drop_at or step < warmup:
-        return common.cosine(step, total, lr, 0.0, warmup)
+        return optim.cosine(step, total, lr, 0.0, warmup)
     return lr * 0.1 ** sum(step >= at * total for at in drop_at)
 
 
@@ -250,22 +245,19 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     args.arch = f"{backbones.unsplit(args.arch)[0]}_{args.split}"
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
-    training.lower(args, "negatives", len(train) - 1, len(train))
+    n = len(train)
+    training.lower(args, "negatives", n - 1, n)
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    f, n = backbones.build(args.arch, args.size), len(train)
+    f = backbones.build(args.arch, args.size)
     model = CMC(f, n, args.dim, args.temperature, args.contrast, args.bank_momentum, args.graph).to(
         device, memory_format=torch.channels_last
     )
@@ -278,102 +270,47 @@ def main(argv=None):
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
-    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = optim.OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
-    # ============ recipe ============
-    draw = lambda step: draw_negatives(len(train), args.negatives, args.seed, step, device)
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
     drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, then {drops}")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
-    start = len(model.directions) * unrelated(args.contrast, len(train), args.negatives, args.dim, args.temperature)
-    banks, size = f"{len(model.g)} banks {n} x {args.dim}", model.bank.numel() * 4 / 1e6
-    say(f"{banks}, {size:.1f} MB a process; {args.contrast}, {args.negatives} rows at tau {args.temperature:g}")
-    say(f"views of {args.split}, {args.graph} graph: {len(model.directions)} directions")
-    say(f"loss of unrelated vectors {start:.2f}")
-    if args.dry_run:
+    start = len(model.directions) * unrelated(args.contrast, n, args.negatives, args.dim, args.temperature)
+    size = model.bank.numel() * 4 / 1e6
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, then {drops}",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        f"{len(model.g)} banks {n} x {args.dim}, {size:.1f} MB a rank; {args.contrast}, {args.negatives} negatives, "
+        f"tau {args.temperature:g}",
+        f"views of {args.split}, {args.graph} graph: {len(model.directions)} directions; loss of unrelated vectors {start:.2f}",
+    )
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now, negatives = rate_at(step, total, lr, warmup, args.drop_at), draw(step)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe()
+        for step in run.epoch():
+            lr_now = rate_at(step, run.total, lr, run.warmup, args.drop_at)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            for micro in range(1, args.accumulate + 1):
-                index, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs, index, negatives, first=step == 0 and micro == 1) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            negatives = draw_negatives(n, args.negatives, args.seed, step, device)
+            for key, index, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs, index, negatives, first=key == (0, 1)) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             model.update_bank()  # after the step: the logits of an update are those of the old banks
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

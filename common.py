@@ -1,4 +1,4 @@
-"""Plumbing that knows no method: processes, signals, schedules, LARS. Whoever skips it still understands the paper."""
+"""Ranks, signals, exit codes and collectives. Whoever skips this file still understands the papers."""
 
 import argparse
 import contextlib
@@ -140,8 +140,45 @@ def bf16_is_fast(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def first_rank():
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return rank() == 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+class Gather(torch.autograd.Function):
+    """See `gather`. Backward: the gradients that all ranks have for a row are summed on the rank that made it."""
+
+    @staticmethod
+    def forward(ctx, x, dim):
+        ctx.dim, x = dim, x.contiguous()
+        parts = [torch.empty_like(x) for _ in range(world_size())]
+        dist.all_gather(parts, x)
+        return torch.cat(parts, dim)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad)
+        return grad.chunk(world_size(), ctx.dim)[rank()], None
+
+
+def gather(x, dim=0):
+    """The tensors of all ranks, of equal shape, joined along `dim`; differentiable. Collective."""
+    return Gather.apply(x, dim) if dist.is_initialized() else x
+
+
+def all_reduce(x):
+    """The tensor x, in place its sum over all ranks. Collective."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
 
 
 def any_rank(flag):
@@ -192,57 +229,3 @@ def end_at_signals():
 
     for number in SIGNALS:
         signal.signal(number, handler)
-
-
-def cosine(step, total, start, end, warmup=0):
-    """Linear from 0 to `start` over `warmup` steps, then half a cosine from `start` to `end` at step `total`."""
-    if step < warmup:
-        return start * step / warmup
-    return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
-
-
-def param_groups(module, weight_decay, **settings):
-    """Weights with decay and LARS adaptation; all else with neither: biases, norms, scales, class tokens, tables of positions.
-    A weight has two or more dimensions and a name that ends in "weight", as torch calls those of its linear layers,
-    convolutions and attention; what a network holds as a bare parameter under another name is none."""
-    params = [(name.endswith("weight") and p.ndim >= 2, p) for name, p in module.named_parameters() if p.requires_grad]
-    weights, rest = ([p for is_weight, p in params if is_weight == kind] for kind in (True, False))
-    weights = {"params": weights, "weight_decay": weight_decay, "adapt": True, **settings}
-    return [weights, {"params": rest, "weight_decay": 0.0, "adapt": False, **settings}]
-
-
-def count(optimizer):
-    """How many tensors the optimiser moves, decays and (LARS only) adapts."""
-    groups, lars = optimizer.param_groups, isinstance(optimizer, LARS)
-    moved, decayed, adapted = (
-        sum(len(g["params"]) for g in groups if g[k]) for k in ("params", "weight_decay", "adapt")
-    )
-    return f"{moved} tensors, {decayed} decayed, {adapted * lars} adapted"
-
-
-class LARS(torch.optim.Optimizer):
-    """LARS (You et al. 2017, arXiv:1708.03888) in the form of BYOL's code, with the learning rate outside the momentum
-    buffer:  u = g + lambda w;  q = eta |w| / |u|;  v <- mu v + q u;  w <- w - lr v.  q = 1 where a norm is 0 and in
-    groups with adapt=False, which is torch's SGD with momentum. inside=True, as in SimCLR's code:  v <- mu v + lr q u;
-    w <- w - v, which differs only while the rate changes."""
-
-    def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=1e-3, inside=False):
-        self.inside = inside
-        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum, eta=eta, adapt=True))
-
-    @torch.no_grad()
-    def step(self):
-        for group in self.param_groups:
-            w = [p for p in group["params"] if p.grad is not None]
-            if not w:
-                continue
-            u = torch._foreach_add([p.grad for p in w], w, alpha=group["weight_decay"])
-            if group["adapt"]:
-                w_norm, u_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(u))
-                q = torch.where((w_norm > 0) & (u_norm > 0), group["eta"] * w_norm / u_norm, 1.0)
-                torch._foreach_mul_(u, list(q.unbind()))
-            v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in w]
-            torch._foreach_mul_(v, group["momentum"])
-            inner, outer = (group["lr"], 1.0) if self.inside else (1.0, group["lr"])
-            torch._foreach_add_(v, u, alpha=inner)
-            torch._foreach_add_(w, v, alpha=-outer)

@@ -48,15 +48,9 @@ results/README.md):
     torchrun --standalone --nproc_per_node=8 cpc.py --data imagenet --root DIR
 """
 
-import contextlib
-import functools
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -65,7 +59,7 @@ import backbones
 import common
 import data
 import evaluate
-import runs
+import optim
 import training
 
 METHOD = "cpc"
@@ -118,8 +112,9 @@ SZEGEDY = (32 / 255, 0.5, 0.5, 0.2)  # brightness, contrast, saturation, hue (TF
 JITTER = {"shapes": (0.4, 0.4, 0.4, 0.5)}  # of a patch, where it is not as in Szegedy et al.
 SCALE = 0.1  # of predictions (v2, pseudo-code): all logits are nearly equal at first
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
-RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(arch="resnet10_32_ln", patch=24, stride=18, steps=3, **COLOURS)
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+RECIPES["folder"] = (
+    RECIPES["shapes"] | training.FOLDER | dict(arch="resnet10_32_ln", patch=24, stride=18, steps=3, **COLOURS)
+)
 
 
 def recipe_of(name, v=None):
@@ -132,7 +127,9 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=float, help="largest norm of an update's gradient (0: any)")
     # CPC
     # torchrun takes --v for one of its own flags, cut short
-    p.add_argument("--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults")
+    p.add_argument(
+        "--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults"
+    )
     p.add_argument("--patch", type=int, help="px of a patch (where the recipe has none: by --size and --v)")
     p.add_argument("--stride", type=int, help="px from one patch to the next (the same)")
     p.add_argument("--border", type=int, help="px that a patch loses on each side; its window then moves by as many")
@@ -141,7 +138,9 @@ def parse_args(argv=None):
     p.add_argument("--context", choices=CONTEXTS, help="g, the network that sums up rows: of v1 or of v2")
     p.add_argument("--context-width", type=int, help="channels within g")
     p.add_argument("--directions", type=int, choices=TURNS, help="down; and up; and to both sides")
-    p.add_argument("--skip", type=int, help="rows between the context's and the first one predicted (default: all that overlap)")
+    p.add_argument(
+        "--skip", type=int, help="rows between the context's and the first one predicted (default: all that overlap)"
+    )
     p.add_argument("--steps", type=int, help="K, rows that are predicted after those; far ones are harder")
     p.add_argument("--target-dim", type=int, help="z is brought to this width before it is compared (0: as it is, v1)")
     args = training.parse(p, METHOD, recipe_of(known.recipe, known.v), argv)
@@ -178,7 +177,9 @@ def layout(size, v):
     if (size, v) == (260, 2):
         return 80, 36
     if size < 32 or size % 8:
-        common.fail(f"--size {size}: a grid is known for 32 px and more, multiples of 8 (v2: and 260); say --patch and --stride")
+        common.fail(
+            f"--size {size}: a grid is known for 32 px and more, multiples of 8 (v2: and 260); say --patch and --stride"
+        )
     return (2 if v == 1 else 3) * size // 8, size // 8
 
 
@@ -270,24 +271,6 @@ def tell_apart(p, targets, labels):
     return F.cross_entropy(logits, labels), (logits.detach().argmax(1) == labels).float().mean()
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
-    made it. Every process must call both."""
-
-    @staticmethod
-    def forward(ctx, z):
-        z = z.contiguous()
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 class CPC(nn.Module):
     """Encoder f, context network g and W_k; `forward((x,), key)` is the loss, of images x in [0, 1]. `key`, numbers that differ
     from pass to pass, decides how patches are changed; in eval mode they are not."""
@@ -303,12 +286,14 @@ class CPC(nn.Module):
         )  # fmt: skip
         self.f, self.g = backbone, CONTEXTS[args.context](backbone.dim, args.context_width)
         self.target = nn.Linear(backbone.dim, dim) if args.target_dim else nn.Identity()
-        self.W = nn.ModuleList(nn.Conv2d(self.g.dim, self.steps * dim, 1, bias=False) for _ in self.turns)  # all W_k of one
+        self.W = nn.ModuleList(
+            nn.Conv2d(self.g.dim, self.steps * dim, 1, bias=False) for _ in self.turns
+        )  # all W_k of one
 
     def patches(self, x, key):
         """What f gets of images [B, 3, S, S]: [B * G * G, 3, patch, patch] in [-1, 1], row by row."""
         border, n = self.border * self.training, self.rows**2
-        g = data.generator("patches", *key, dist.get_rank() if dist.is_initialized() else 0)
+        g = data.generator("patches", *key, common.rank())
         shift = torch.randint(2 * border + 1, (len(x), n, 2), generator=g).to(x.device, non_blocking=True)
         x = cut_grid(x, shift, self.patch, self.stride, border)
         if not self.training:
@@ -332,11 +317,11 @@ class CPC(nn.Module):
         z = self.f(self.patches(x, key)).unflatten(0, (-1, n))  # [B, G * G, C]
         found, t = self.predictions(z.transpose(1, 2).unflatten(2, (self.rows, -1))), self.target(z)
         with torch.autocast(z.device.type, enabled=False):
-            rank, every = 0, (t := t.float())  # [B, G * G, D]
-            if dist.is_initialized():  # gradients flow back to the process that made a target
-                rank, every = dist.get_rank(), Gather.apply(t)
-            every = every.flatten(0, 1)  # [N, D], N = candidates
-            first = n * (rank * len(x) + torch.arange(len(x), device=x.device)[:, None])  # of an image's own patches
+            t = t.float()  # [B, G * G, D]
+            every = common.gather(t).flatten(0, 1)  # [N, D], N = candidates; gradients flow back to a target's rank
+            first = n * (
+                common.rank() * len(x) + torch.arange(len(x), device=x.device)[:, None]
+            )  # of an image's own patches
             terms = [tell_apart(SCALE * p.float().flatten(0, 1), every, (first + to).flatten()) for p, to in found]
             loss, right = (torch.stack(values).mean() for values in zip(*terms, strict=True))
         with torch.no_grad():
@@ -356,14 +341,10 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": evaluate.HALF, "std": evaluate.HALF, "size": args.size, "interpolation": "bilinear"}
@@ -383,106 +364,63 @@ def main(argv=None):
     if args.compile:
         model.f.compile(), model.g.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
-    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = optim.OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
-    # ============ recipe ============
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.patch))
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(
+        METHOD,
+        args,
+        model,
+        {"optimizer": optimizer},
+        loader,
+        views,
+        preprocess,
+        labelled,
+        test,
+        device,
+        backbone=f,
+        built_for=args.patch,
+    )
     ahead = f"{1 + args.skip} to {args.steps + args.skip} rows on" if args.steps > 1 else f"{1 + args.skip} rows on"
-    say(
-        f"v{args.v}: {model.rows} x {model.rows} patches of {args.patch} px, one every {args.stride}; predicted {ahead}, "
-        f"{args.directions} directions"
-    )
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
     candidates = world * per_pass * model.rows**2
-    asked = sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
-    say(f"{asked} predictions a pass and process, {candidates} candidates: logits of {asked * candidates * 4 / 1e6:.1f} MB")
-    say(f"loss of equal logits ln(N) = {math.log(candidates):.2f}")
-    if args.dry_run:
+    asked = (
+        sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
+    )
+    run.describe(
+        f"v{args.v}: {model.rows} x {model.rows} patches of {args.patch} px, one every {args.stride}; predicted {ahead}, "
+        f"{args.directions} directions",
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        f"{asked} predictions a pass and rank, {candidates} candidates: logits of {asked * candidates * 4 / 1e6:.1f} MB",
+        f"loss of equal logits ln(N) = {math.log(candidates):.2f}",
+    )
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "built_for": args.patch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe()
+        for step in run.epoch():
+            lr_now = optim.cosine(step, run.total, lr, 0.0, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs, (args.seed, step, micro)) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            for key, _, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs, (args.seed, *key)) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             if args.clip:
                 nn.utils.clip_grad_norm_(model.parameters(), args.clip)
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.patch, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -325,6 +325,12 @@ def load(name, root="datasets", split="pretrain", device="cpu", limit=0, seed=0,
     return _load(name, str(root), split, str(device), 0 if split == "test" else limit, seed, memory)
 
 
+def splits(args, device):
+    """The sets of a training script: (to train on, labelled training images for the probes, test images)."""
+    how = device, args.limit, args.seed, args.in_memory
+    return tuple(load(args.data, args.root, split, *how) for split in ("pretrain", "train", "test"))
+
+
 @functools.lru_cache(maxsize=4)
 def _load(name, root, split, device, limit, seed, memory):
     if name.startswith("shapes") and name in NAMES:

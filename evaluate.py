@@ -47,6 +47,7 @@ from tqdm import tqdm
 import backbones
 import common
 import data
+import optim
 import runs
 
 KS = (1, 10, 20, 100, 200)
@@ -295,7 +296,7 @@ def fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed, scale=1.0, row
             p.view(len(minus), -1).scatter_add_(1, right.expand(len(minus), -1), minus)
             u = (p.flatten(0, 1) @ xb).div_(batch_size).addcmul_(w, decay)
             v.mul_(0.9).add_(u)
-            w.addcmul_(lr, u.add_(v, alpha=0.9), value=-common.cosine(step, epochs * steps, 1.0, 0.0))
+            w.addcmul_(lr, u.add_(v, alpha=0.9), value=-optim.cosine(step, epochs * steps, 1.0, 0.0))
     return w.view(-1, classes, x.shape[1] + 1).split([x.shape[1], 1], 2)
 
 

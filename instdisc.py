@@ -57,16 +57,12 @@ Measured with this file (k-NN: 20 neighbours; protocols, tables 1 and 2 and curv
 """
 
 import contextlib
-import functools
 import hashlib
 import math
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -76,6 +72,7 @@ import backbones
 import common
 import data
 import evaluate
+import optim
 import runs
 import saliency
 import training
@@ -111,25 +108,36 @@ LOSSES = ("softmax", "nce", "softmax-nce", "supervised")
 TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "grey")  # none: a centre crop
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # InstDisc
-    p.add_argument("--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances")
+    p.add_argument(
+        "--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances"
+    )
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
-    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument(
+        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
+    )
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")
     # Distilling Localization
-    p.add_argument("--copy-paste", type=float, default=0.0, help="share of views whose object is pasted; 0.5 in the paper")
-    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder: masks or maps of any size")
-    p.add_argument("--soft-masks", action="store_true", help="paste by the saliency itself; else where it is twice its mean")
+    p.add_argument(
+        "--copy-paste", type=float, default=0.0, help="share of views whose object is pasted; 0.5 in the paper"
+    )
+    p.add_argument(
+        "--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder: masks or maps of any size"
+    )
+    p.add_argument(
+        "--soft-masks", action="store_true", help="paste by the saliency itself; else where it is twice its mean"
+    )
     p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="what is pasted on")
-    p.add_argument("--blend", default="none", choices=data.BLENDS, help="of the pasted object's edge; mix: half of them")
+    p.add_argument(
+        "--blend", default="none", choices=data.BLENDS, help="of the pasted object's edge; mix: half of them"
+    )
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "dim", "negatives")
     common.at_least(0, args, "copy_paste", "bank_momentum")
@@ -250,9 +258,7 @@ class InstDisc(nn.Module):
         """n times the mean of exp(s / tau) over the batch of all processes (InstDisc, sec. 3.2)."""
         own, others = scores(v, self.bank, index, negatives, self.temperature)
         e = torch.cat([own[:, None], others], 1).exp()
-        total = torch.stack([e.sum(), (e > 0).sum()])  # a row left out counts as nothing
-        if dist.is_initialized():
-            dist.all_reduce(total)
+        total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # a row left out counts as nothing
         return len(self.bank) * total[0] / total[1]
 
     @torch.no_grad()
@@ -263,12 +269,7 @@ class InstDisc(nn.Module):
             return
         index, v = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
-        if dist.is_initialized():
-            world = dist.get_world_size()
-            indices, vs = ([torch.empty_like(t) for _ in range(world)] for t in (index, v))
-            dist.all_gather(indices, index)
-            dist.all_gather(vs, v)
-            index, v = torch.cat(indices), torch.cat(vs)
+        index, v = common.gather(index), common.gather(v)
         self.bank[index] = F.normalize(torch.lerp(v, self.bank[index], self.momentum), dim=1)
 
 
@@ -278,7 +279,10 @@ def bank_figures(model, train, y, test, preprocess, device, workers, amp, recomp
     training images in their place. Every process must call it."""
     if model.loss == "supervised":
         return {}
-    numbers, net = {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}, nn.Sequential(model.f, model.g)
+    numbers, net = (
+        {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()},
+        nn.Sequential(model.f, model.g),
+    )
     embed = lambda images: evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
     queries, query_labels = evaluate.labelled(*embed(evaluate.first(test, 10_000)))
     if (y >= 0).any() and len(queries):
@@ -351,7 +355,9 @@ def quiet_crops(train, maps, usable, n, size, device):
     least, place = torch.cat(least).masked_fill(~usable, math.inf), torch.cat(place)
     chosen = least.argsort(stable=True)[: min(n, int(usable.sum()))]
     columns = maps.shape[2] - w + 1
-    corner = torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / whole  # [n, 2], as shares of the side
+    corner = (
+        torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / whole
+    )  # [n, 2], as shares of the side
     share = torch.tensor([h, w]) / whole
     if isinstance(train, data.Images):
         images = train.images[chosen.to(train.images.device)]
@@ -394,7 +400,7 @@ def objects(args, train, device, say):
 
 def learning_rate(step, total, lr, warmup, schedule):
     if schedule == "cosine" or step < warmup:
-        return common.cosine(step, total, lr, 0.0, warmup)
+        return optim.cosine(step, total, lr, 0.0, warmup)
     return lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))  # epochs 120 and 160 of 200 (DiLo, sec. 6.1)
 
 
@@ -416,20 +422,17 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = [data.view(args.size, **augmented(v, args.augment)) for v in RECIPES[args.recipe]["views"]]
     views = [v | {"paste": args.copy_paste, "blend": args.blend} for v in views]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     if args.loss == "supervised":
-        train = bank  # the images whose labels the probes may know, too
+        train = labelled  # the images whose labels the probes may know, too
     per_pass = training.images_per_pass(args, world, len(train))
-    if args.loss in ("nce", "softmax-nce"):
-        training.lower(args, "negatives", len(train) - 1, len(train))
+    n, sampled = len(train), args.loss in ("nce", "softmax-nce")
+    if sampled:
+        training.lower(args, "negatives", n - 1, n)
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
@@ -439,12 +442,18 @@ def main(argv=None):
     labels = bank_labels.clone() if args.loss == "supervised" else None
     if labels is not None and (labels < 0).any():
         common.fail(f"--loss supervised: {train.name} has images without labels")
-    if bank is not train:  # some of these images, without their labels, are the probes' test set
+    if labelled is not train:  # some of these images, without their labels, are the probes' test set
         probed = data.load(args.data, args.root, "train")
         known = {probed.key(i) for i in range(len(probed))}
         bank_labels[torch.tensor([train.key(i) not in known for i in range(len(train))])] = -1
     model = InstDisc(
-        backbones.build(args.arch, args.size), len(train), args.dim, args.temperature, args.loss, args.bank_momentum, labels
+        backbones.build(args.arch, args.size),
+        len(train),
+        args.dim,
+        args.temperature,
+        args.loss,
+        args.bank_momentum,
+        labels,
     ).to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
@@ -455,112 +464,55 @@ def main(argv=None):
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
-    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = optim.OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
-    # ============ recipe ============
-    draw = lambda step: None  # no negatives
-    if args.loss in ("nce", "softmax-nce"):
-        draw = lambda step: draw_negatives(len(train), args.negatives, args.seed, step, device)
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, schedule {args.schedule}")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
+    bank = []
     if labels is None:
-        of = "all" if args.loss == "softmax" else args.negatives
-        size = model.bank.numel() * 4 / 1e6
-        say(f"bank {len(train)} x {args.dim}, {size:.1f} MB a process; {args.loss}, {of} rows at tau {args.temperature:g}")
-    start = chance(args.loss, len(train), args.negatives, args.dim, args.temperature, model.g.out_features)
-    say(f"loss of unrelated vectors {start:.2f}")
-    if args.dry_run:
-        return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
+        rows = f"{'all' if args.loss == 'softmax' else args.negatives} rows at tau {args.temperature:g}"
+        bank = [f"bank {n} x {args.dim}, {model.bank.numel() * 4 / 1e6:.1f} MB a rank; {args.loss}, {rows}"]
+    start = chance(args.loss, n, args.negatives, args.dim, args.temperature, model.g.out_features)
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, schedule {args.schedule}",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        *bank,
+        f"loss of unrelated vectors {start:.2f}",
+    )
+    if run.resume():
         return
     if args.copy_paste:  # the same loader, with masks
-        masks = objects(args, train, device, say)
-        loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device, *masks)
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        numbers |= bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp)
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+        masks = objects(args, train, device, run.say)
+        run.loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device, *masks)
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now, negatives = learning_rate(step, total, lr, warmup, args.schedule), draw(step)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe(**bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp))
+        for step in run.epoch():
+            lr_now = learning_rate(step, run.total, lr, run.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            for micro in range(1, args.accumulate + 1):
-                index, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs, index, negatives, first=step == 0 and micro == 1) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            negatives = draw_negatives(n, args.negatives, args.seed, step, device) if sampled else None
+            for key, index, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs, index, negatives, first=key == (0, 1)) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             model.update_bank()  # after the step: the logits of an update are those of the old bank
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
     numbers = bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
     if numbers:
-        log.record("eval", step, epoch=args.epochs, **numbers)
-        log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+        run.log.record("eval", run.step, epoch=args.epochs, **numbers)
+        run.log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -39,16 +39,11 @@ Measured with this file (k-NN: 20 neighbours; protocols and curves in results/RE
 """
 
 import argparse
-import contextlib
 import copy
 import functools
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -56,8 +51,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import common
 import data
-import evaluate
-import runs
+import optim
 import training
 
 METHOD = "moco"
@@ -101,7 +95,6 @@ OTHER_VERSION = {  # what --v changes in a recipe that is of the other version
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def recipe_of(name, v=None):
@@ -113,11 +106,19 @@ def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--v", "--version", type=int)
     p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # MoCo
-    p.add_argument("--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults")
-    p.add_argument("--mlp", action=argparse.BooleanOptionalAction, help="g: two layers with a ReLU, or one linear layer")
+    p.add_argument(
+        "--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults"
+    )
+    p.add_argument(
+        "--mlp", action=argparse.BooleanOptionalAction, help="g: two layers with a ReLU, or one linear layer"
+    )
     p.add_argument("--queue", type=int, help="K, keys of other images that a query is compared with")
-    p.add_argument("--momentum", type=float, help="m of the key network's average; keys of very different age if too low")
-    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument(
+        "--momentum", type=float, help="m of the key network's average; keys of very different age if too low"
+    )
+    p.add_argument(
+        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
+    )
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--bn-splits", type=int, help="BatchNorm over so many parts of a batch, each like a GPU of its own")
     p.add_argument("--symmetric", action="store_true", help="each view once the query, once the key; the losses add up")
@@ -173,16 +174,6 @@ def info_nce(q, k, queue, temperature):
     return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long, device=q.device)), logits
 
 
-def gathered(x):
-    """The rows of all processes [W b, ...], without gradient; every process must call it."""
-    if not dist.is_initialized():
-        return x
-    x = x.contiguous()
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x)
-    return torch.cat(parts)
-
-
 class MoCo(nn.Module):
     """Query network f, g, key network f', g' and queue; `forward((v1, v2), draw)` is the loss of sec. 3.1. `draw`, numbers
     that differ from pass to pass, seeds the order in which BatchNorm sees the keys."""
@@ -207,7 +198,7 @@ class MoCo(nn.Module):
         q = self.g(self.f(query))  # [b, D]
         keys = self.keys(other, draw)  # [W b, D]
         with torch.autocast(q.device.type, enabled=False):
-            q, rank = F.normalize(q.float(), dim=1), dist.get_rank() if dist.is_initialized() else 0
+            q, rank = F.normalize(q.float(), dim=1), common.rank()
             k = keys[rank * len(q) : (rank + 1) * len(q)]
             loss, logits = info_nce(q, k, self.queue, self.temperature)
         self.seen.append(keys)
@@ -224,13 +215,13 @@ class MoCo(nn.Module):
     def keys(self, x, draw):
         """k of the images of all processes, in their order. Each process encodes a random share of them (sec. 3.3): a query
         and its key must not meet the same BatchNorm statistics, which would tell them apart from all others."""
-        every, b = gathered(x), len(x)
+        every, b = common.gather(x), len(x)
         order = torch.randperm(len(every), generator=data.generator("shuffle", *draw))
-        rank = dist.get_rank() if dist.is_initialized() else 0
+        rank = common.rank()
         share, back = order[rank * b : (rank + 1) * b], order.argsort()
         # The key network stays in train mode: batch statistics, and running averages of its own.
         k = self.target["g"](self.target["f"](every[share.to(x.device, non_blocking=True)]))
-        return gathered(F.normalize(k.float(), dim=1))[back.to(x.device, non_blocking=True)]
+        return common.gather(F.normalize(k.float(), dim=1))[back.to(x.device, non_blocking=True)]
 
     @torch.no_grad()
     def update_key_network(self, m):
@@ -252,7 +243,7 @@ def rate(step, steps, epochs, lr, warmup, schedule):
     """The learning rate changes between epochs, as published: half a cosine, or a tenth after epochs 120 and 160 of 200."""
     epoch = step // steps
     if schedule == "cosine":
-        now = common.cosine(epoch, epochs, lr, 0.0)
+        now = optim.cosine(epoch, epochs, lr, 0.0)
     else:
         now = lr * 0.1 ** ((epoch >= 0.6 * epochs) + (epoch >= 0.8 * epochs))
     return now * step / warmup if step < warmup else now
@@ -265,17 +256,15 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     if per_pass < 2 * args.bn_splits or per_pass % args.bn_splits:
-        common.fail(f"--bn-splits {args.bn_splits}: not so many equal parts of two or more in the {per_pass} images of a pass")
+        common.fail(
+            f"--bn-splits {args.bn_splits}: not so many equal parts of two or more in the {per_pass} images of a pass"
+        )
     new_keys = args.batch_size * (2 if args.symmetric else 1)
     training.lower(args, "queue", len(train) // new_keys * new_keys, len(train))
     if args.queue % new_keys:
@@ -286,7 +275,13 @@ def main(argv=None):
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
     model = MoCo(
-        backbones.build(args.arch, args.size), args.queue, args.dim, args.temperature, args.mlp, args.bn_splits, args.symmetric
+        backbones.build(args.arch, args.size),
+        args.queue,
+        args.dim,
+        args.temperature,
+        args.mlp,
+        args.bn_splits,
+        args.symmetric,
     ).to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
@@ -299,104 +294,49 @@ def main(argv=None):
     if args.compile:
         model.f.compile(), model.target["f"].compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
     everything = [p for p in model.parameters() if p.requires_grad]  # decays, as in the official code
     groups = [{"params": everything, "weight_decay": args.weight_decay, "adapt": True}]
-    optimizer = OPTIMIZERS[args.optimizer](groups, lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = optim.OPTIMIZERS[args.optimizer](groups, lr=lr)
 
-    # ============ recipe ============
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, schedule {args.schedule}")
-    say(f"{args.optimizer}: {common.count(optimizer)}; m {args.momentum:g}; {'bf16' if args.amp else 'fp32'}")
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
     bn = f"BatchNorm in {args.bn_splits} parts, keys shuffled" if args.bn_splits * world > 1 else "BatchNorm not split"
-    size = model.queue.numel() * 4 / 1e6
-    g = "two layers" if args.mlp else "one layer"
-    say(f"queue {args.queue} x {args.dim}, {size:.1f} MB a process; tau {args.temperature:g}; {g} in g; {bn}")
+    layers = "two layers" if args.mlp else "one layer"
     chance = math.log(args.queue + 1) * (2 if args.symmetric else 1)
-    say(f"loss of equal logits ln(K + 1) = {chance:.2f}")
-    if args.dry_run:
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, schedule {args.schedule}",
+        f"{args.optimizer}: {optim.count(optimizer)}; m {args.momentum:g}",
+        f"queue {args.queue} x {args.dim}, {model.queue.numel() * 4 / 1e6:.1f} MB a rank; "
+        f"tau {args.temperature:g}; {layers} in g; {bn}",
+        f"loss of equal logits ln(K + 1) = {chance:.2f}",
+    )
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp, model.g)
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = rate(step, steps, args.epochs, lr, warmup, args.schedule)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe(model.g)
+        for step in run.epoch():
+            lr_now = rate(step, run.steps, args.epochs, lr, run.warmup, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             model.update_key_network(args.momentum)  # before the keys, as in the official code
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs, (args.seed, step, micro)) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            for key, _, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs, (args.seed, *key)) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             model.enqueue()  # after the logits of the update, which are those of the old queue
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

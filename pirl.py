@@ -42,15 +42,9 @@ Measured with this file (k-NN: 20 neighbours; of the random network, after train
     torchrun --standalone --nproc_per_node=8 pirl.py --data imagenet --root DIR
 """
 
-import contextlib
-import functools
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -59,7 +53,7 @@ import backbones
 import common
 import data
 import evaluate
-import runs
+import optim
 import training
 
 METHOD = "pirl"
@@ -96,7 +90,6 @@ RECIPES = {
 UNCOLOURED = dict(jitter_p=0.0, grey=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def parse_args(argv=None):
@@ -104,10 +97,16 @@ def parse_args(argv=None):
     # PIRL
     p.add_argument("--transform", choices=("jigsaw", "rotation"), help="t, what the representation must not depend on")
     p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: I alone, 1: I^t alone")
-    p.add_argument("--nce", choices=FORMS, help="L: eq. 4; its first part, -log h, alone; InstDisc's NCE with constant Z (code)")
-    p.add_argument("--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory")
+    p.add_argument(
+        "--nce", choices=FORMS, help="L: eq. 4; its first part, -log h, alone; InstDisc's NCE with constant Z (code)"
+    )
+    p.add_argument(
+        "--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory"
+    )
     p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
-    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument(
+        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
+    )
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
@@ -159,7 +158,9 @@ class Jigsaw(nn.Module):
         self.cell, self.patch = puzzle_grid(size)
         self.each, self.joined = nn.Linear(width, dim), nn.Linear(9 * dim, dim)
         move = self.cell - self.patch
-        self.told = f"9 cells of {self.cell} px, in each a patch of {self.patch} px that moves by up to {move}, in any order"
+        self.told = (
+            f"9 cells of {self.cell} px, in each a patch of {self.patch} px that moves by up to {move}, in any order"
+        )
 
     def draw(self, n, g):
         where = torch.randint(self.cell - self.patch + 1, (n, 9, 2), generator=g)
@@ -296,9 +297,7 @@ class PIRL(nn.Module):
     def estimate_Z(self, own, others):
         """n times the mean of exp(s / tau) over the transformed images of all processes and their K + 1 rows (code)."""
         e = torch.cat([own[:, :1], others[:, 0]], 1).exp()  # [B, K + 1]
-        total = torch.stack([e.sum(), (e > 0).sum()])  # a row left out counts as nothing
-        if dist.is_initialized():
-            dist.all_reduce(total)
+        total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # a row left out counts as nothing
         return len(self.bank) * total[0] / total[1]
 
     @torch.no_grad()
@@ -307,12 +306,7 @@ class PIRL(nn.Module):
         the same rows and must call it; within an epoch no image comes twice, so no row is written twice."""
         index, f = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
-        if dist.is_initialized():
-            world = dist.get_world_size()
-            indices, fs = ([torch.empty_like(t) for _ in range(world)] for t in (index, f))
-            dist.all_gather(indices, index)
-            dist.all_gather(fs, f.contiguous())
-            index, f = torch.cat(indices), torch.cat(fs)
+        index, f = common.gather(index), common.gather(f)
         self.bank[index] = F.normalize(torch.lerp(f, self.bank[index], self.momentum), dim=1)
 
 
@@ -323,7 +317,6 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     image, crop, side = *RECIPES[args.recipe]["views"], args.size
@@ -331,13 +324,14 @@ def main(argv=None):
         side = 3 * puzzle_grid(args.size)[0]
     else:
         crop = image
-    views = [data.view(args.size, **image), data.view(side, **crop) | UNCOLOURED]  # the second gets its colours in parts
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    views = [
+        data.view(args.size, **image),
+        data.view(side, **crop) | UNCOLOURED,
+    ]  # the second gets its colours in parts
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
-    training.lower(args, "negatives", len(train) - 1, len(train))
+    n = len(train)
+    training.lower(args, "negatives", n - 1, n)
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
@@ -346,10 +340,12 @@ def main(argv=None):
     backbone = backbones.build(args.arch, args.size)
     if args.transform == "jigsaw" and isinstance(backbone, (backbones.VGG, backbones.Torchvision)):
         common.fail(f"--arch {args.arch}: the patches are too small for it; ResNets and RevNets take them")
-    head_g = Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)
-    model = PIRL(
-        backbone, head_g, len(train), args.dim, args.temperature, args.lam, args.bank_momentum, args.nce
-    ).to(device, memory_format=torch.channels_last)
+    head_g = (
+        Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)
+    )
+    model = PIRL(backbone, head_g, n, args.dim, args.temperature, args.lam, args.bank_momentum, args.nce).to(
+        device, memory_format=torch.channels_last
+    )
     ddp = model
     if world > 1:
         # The code's BatchNorm sees the share of one GPU, and so does this.
@@ -359,116 +355,64 @@ def main(argv=None):
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
-    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = optim.OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
-    # ============ recipe ============
+    # ============ run: print the recipe, go on from a checkpoint ============
     def transformed(x, *key):
         """I^t in parts: cut or turned first, so that each part has colours of its own."""
         parts = head_g.transform(x, *drawn(head_g, len(x), rank, world, device, args.seed, args.transform, *key))
         colours = data.generator(args.seed, "colours", *key, rank)
         return data.augment(parts.flatten(0, 1), views[0], colours).unflatten(0, (len(x), -1))
 
-    def negatives(images, step, micro):
+    def negatives(*key):
         if args.per_sample:
-            return draw_for_each(len(train), args.negatives, images, device, args.seed, "negatives", step, micro, rank)
-        return draw_negatives(len(train), args.negatives, args.seed, step, device)
+            return draw_for_each(n, args.negatives, per_pass, device, args.seed, "negatives", *key, rank)
+        return draw_negatives(n, args.negatives, args.seed, key[0], device)
 
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
-    say(f"{args.transform}: {head_g.told}")
-    rows = f"{args.negatives} rows for the whole batch"
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
+    rows = f"{args.negatives} negatives for the whole batch"
     if args.per_sample:
-        rows = f"{args.negatives} rows for each image, {per_pass * args.negatives * args.dim * 4 / 1e6:.1f} MB a pass"
+        rows = (
+            f"{args.negatives} negatives for each image, {per_pass * args.negatives * args.dim * 4 / 1e6:.1f} MB a pass"
+        )
     size = model.bank.numel() * 4 / 1e6
-    say(f"bank {len(train)} x {args.dim}, {size:.1f} MB a process; {args.nce}, {rows}, at tau {args.temperature:g}")
-    start = expected(args.nce, args.negatives, len(train), args.dim, args.temperature)
-    say(f"lambda {args.lam:g}; loss of unrelated vectors {start:.2f}")
-    if args.dry_run:
+    start = expected(args.nce, args.negatives, n, args.dim, args.temperature)
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        f"{args.transform}: {head_g.told}",
+        f"bank {n} x {args.dim}, {size:.1f} MB a rank; {args.nce}, {rows}, at tau {args.temperature:g}",
+        f"lambda {args.lam:g}; loss of unrelated vectors {start:.2f}",
+    )
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp, model.head_f)
-        numbers |= {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = common.cosine(step, total, lr, lr / 1000, warmup)  # 0.12 to 0.00012 (code)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe(model.head_f, **{f"bank_{k}": value for k, value in evaluate.health(model.bank).items()})
+        for step in run.epoch():
+            lr_now = optim.cosine(step, run.total, lr, lr / 1000, run.warmup)  # 0.12 to 0.00012 (code)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            for micro in range(1, args.accumulate + 1):
-                index, (x, crops) = next(batches)
-                parts, rows = transformed(crops, step, micro), negatives(per_pass, step, micro)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture([x, *parts.unbind(1)], views[:1] * (1 + parts.shape[1])))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp((x,), parts, index, rows, first=step == 0 and micro == 1) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            for key, index, (x, crops) in run.passes(ddp, picture=False):
+                parts, rows = transformed(crops, *key), negatives(*key)
+                if key == (0, 1):
+                    run.log.image("views", data.picture([x, *parts.unbind(1)], views[:1] * (1 + parts.shape[1])))
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp((x,), parts, index, rows, first=key == (0, 1)) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
             model.update_bank()  # after the step: the logits of an update are those of the old bank
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

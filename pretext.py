@@ -47,17 +47,13 @@ Measured with this file (k-NN: 20 neighbours; of the random network, after train
     python pretext.py --study                                                which backbone suits which task (study.py)
 """
 
-import contextlib
 import functools
 import itertools
 import math
 import re
-import shlex
 import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -67,7 +63,7 @@ import backbones
 import common
 import data
 import evaluate
-import runs
+import optim
 import study
 import training
 
@@ -99,7 +95,11 @@ RECIPES = {
 }  # fmt: skip
 # What a task changes of them. Patches are cut from a crop that keeps the scale, at a random place: 255 px of 292 in the code,
 # which does not flip; 30 of 32 of the side where images are small.
-LARGE = {"arch": "resnet50v1_k8", "batch_size": 128, "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)]}
+LARGE = {
+    "arch": "resnet50v1_k8",
+    "batch_size": 128,
+    "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)],
+}
 SMALL = {"views": [dict(scale=((30 / 32) ** 2,) * 2, ratio=None, **HALF)]}
 V1 = {"arch": "resnet50v1_k4"}
 BY_TASK = {
@@ -116,7 +116,6 @@ BY_TASK = {
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=[INCEPTION])
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def recipe_of_task(name, task):
@@ -127,7 +126,9 @@ def parse_args(argv=None):
     # The objects of `shapes` are turned and coloured at will, which leaves some questions without an answer.
     dataset = lambda known: "shapes-natural" if known.task in ("rotation", "colorization") else "shapes"
     p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--task", default="rotation", dataset=dataset)
-    p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)")
+    p.add_argument(
+        "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
+    )
     # pretext tasks
     p.add_argument("--study", action="store_true", help="tasks x backbones x widths, as tables and a figure: study.py")
     p.add_argument("--task", choices=TASKS, help="what is asked of an image")
@@ -138,13 +139,17 @@ def parse_args(argv=None):
     p.add_argument("--normalise", default="embedding", choices=("embedding", "batch"), help="exemplar: what gets unit length: "
                    "each embedding, or, as in the authors' code, each of their dimensions over the batch")  # fmt: skip
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
-    p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel")
+    p.add_argument(
+        "--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel"
+    )
     args = training.parse(p, f"{METHOD}-{known.task}", recipe_of_task(known.recipe, known.task), argv)
     common.at_least(1, args, "embedding", "head")
     common.at_least(0, args, "margin")
     common.at_least(2, args, "copies", "permutations")
     if args.permutations > 10_000:
-        common.fail(f"--permutations {args.permutations}: at most 10000, each of which takes a pass over all {math.factorial(9)}")
+        common.fail(
+            f"--permutations {args.permutations}: at most 10000, each of which takes a pass over all {math.factorial(9)}"
+        )
     if not all(0 < at < 1 for at in args.drop_at):
         common.fail(f"--drop-at {' '.join(f'{at:g}' for at in args.drop_at)}: shares of the run are between 0 and 1")
     if args.task == "colorization":
@@ -153,7 +158,9 @@ def parse_args(argv=None):
         if not trunk_name(args).endswith("_s8"):
             common.fail(f"--arch {args.arch}: colorization needs a total stride of 8, _s8 or none said")
         if re.match(r"vgg\d+_k", args.arch):
-            common.fail(f"--arch {args.arch}: colorization trains up to the last map, and its fc6 and fc7 would stay at random")
+            common.fail(
+                f"--arch {args.arch}: colorization trains up to the last map, and its fc6 and fc7 would stay at random"
+            )
         if args.compile:
             common.fail("--compile: colorization reads the trunk's maps, which are not what is compiled")
     if args.task in PATCHES:
@@ -222,24 +229,6 @@ def semi_hard(d, own, copies, margin):
     return (margin + ap - an).clamp(min=0).mean()
 
 
-class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
-    made it. Every process must call both."""
-
-    @staticmethod
-    def forward(ctx, z):
-        z = z.contiguous()
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
-
-
 class Exemplar(nn.Module):
     """Which of the others are copies of this image? `accuracy`: share of copies whose nearest other is of the same image.
 
@@ -269,9 +258,7 @@ class Exemplar(nn.Module):
         z = self.head(f(self.inputs(views, grey)))
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if self.of_batch else F.normalize(z.float(), dim=1)  # [B * copies, E]
-            rank, every = 0, z
-            if dist.is_initialized():  # gradients flow back to the process that made a candidate
-                rank, every = dist.get_rank(), Gather.apply(z)
+            rank, every = common.rank(), common.gather(z)  # gradients flow back to the rank that made a candidate
             row, share = torch.arange(len(every), device=z.device), slice(rank * len(z), (rank + 1) * len(z))
             if self.of_batch:
                 every = F.normalize(every, dim=0)
@@ -351,7 +338,9 @@ def answer(width, hidden, classes):
     first = nn.Linear(width, hidden)
     nn.init.trunc_normal_(first.weight, std=0.005)
     nn.init.constant_(first.bias, 0.1)
-    return nn.Sequential(first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, classes))
+    return nn.Sequential(
+        first, nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(hidden, classes)
+    )
 
 
 @functools.cache
@@ -504,7 +493,13 @@ class Colorization(nn.Module):
 
 # ============ the method ============
 
-TASKS = {"rotation": Rotation, "exemplar": Exemplar, "jigsaw": Jigsaw, "relative": Relative, "colorization": Colorization}
+TASKS = {
+    "rotation": Rotation,
+    "exemplar": Exemplar,
+    "jigsaw": Jigsaw,
+    "relative": Relative,
+    "colorization": Colorization,
+}
 
 
 class Pretext(nn.Module):
@@ -536,11 +531,7 @@ def pretext_accuracy(model, loader, draw, device, amp):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 model(xs, *draw(loader.batch_size, "test", step))
             found.append(model.figures["accuracy"])
-    mean = torch.stack(found).mean()
-    if dist.is_initialized():
-        dist.all_reduce(mean)
-        mean /= dist.get_world_size()
-    return mean.item()
+    return (common.all_reduce(torch.stack(found).mean()) / common.world_size()).item()
 
 
 def picture(x, images, standardised, n=8):
@@ -554,7 +545,7 @@ def picture(x, images, standardised, n=8):
 def rate_at(step, total, lr, warmup, drop_at):
     """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
     if not drop_at or step < warmup:
-        return common.cosine(step, total, lr, 0.0, warmup)
+        return optim.cosine(step, total, lr, 0.0, warmup)
     return lr * 0.1 ** sum(step >= at * total for at in drop_at)
 
 
@@ -568,14 +559,10 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = views_of(args)
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     asked = evaluate.first(test, 2000)  # whose pretext accuracy is measured
@@ -600,118 +587,81 @@ def main(argv=None):
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
-    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = optim.OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
-    # ============ recipe ============
+    # ============ run: print the recipe, go on from a checkpoint ============
     draw = lambda n, *key: drawn(model.task, n, rank, world, device, args.seed, args.task, *key)
-    at = f"{len(train)} images at {views[0]['size']} px"
-    say(f"{METHOD} {args.task} on {train.name}: {at}, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, arch, patch or args.size))
-    if args.task in ("rotation", "colorization") and args.data in ("shapes", "shapes-hard"):
-        say(f"warning: objects of {args.data} are turned and coloured at will, there is no answer: use --data shapes-natural")
-    if patch:
-        cell = model.task.cell
-        say(f"9 cells of {cell} px, in each a patch of {patch} px that moves by up to {cell - patch}; probes at {3 * patch} px")
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    run = training.Run(
+        METHOD,
+        args,
+        model,
+        {"optimizer": optimizer},
+        loader,
+        views,
+        preprocess,
+        labelled,
+        test,
+        device,
+        title=f"{METHOD}-{args.task}",
+        backbone=f,
+        arch=arch,
+        built_for=patch or args.size,
     )
+    patches = []
+    if patch:
+        cell, moves = model.task.cell, f"a patch of {patch} px that moves by up to {model.task.cell - patch}"
+        patches = [f"9 cells of {cell} px, in each {moves}; probes at {3 * patch} px"]
+    if args.task in ("rotation", "colorization") and args.data in ("shapes", "shapes-hard"):
+        patches += [
+            f"warning: {args.data} turns and colours its objects at random, nothing to learn: use --data shapes-natural"
+        ]
     drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, {drops}")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
     loss, accuracy = model.task.chance(world * per_pass)
-    say(f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %")
-    if args.dry_run:
+    run.describe(
+        *patches,
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, {drops}",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %",
+    )
+    if run.resume():
         return
 
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": arch,
-                "built_for": patch or args.size,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        if few > 1:
-            numbers["pretext_accuracy"] = pretext_accuracy(model, asked, draw, device, args.amp)
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+    def accuracies():
+        """{"pretext_accuracy": on test images}, {} where these are too few."""
+        return {"pretext_accuracy": pretext_accuracy(model, asked, draw, device, args.amp)} if few > 1 else {}
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = rate_at(step, total, lr, warmup, args.drop_at)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe(**accuracies())
+        for step in run.epoch():
+            lr_now = rate_at(step, run.total, lr, run.warmup, args.drop_at)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                numbers = draw(per_pass, step, micro)
-                if step == 0 and micro == 1:
+            for key, _, xs in run.passes(ddp, picture=False):
+                numbers = draw(per_pass, *key)
+                if key == (0, 1):
                     seen = model.task.inputs(xs, *numbers)
-                    log.image("views", picture(seen, per_pass, "standardise" in model.task.sees))
+                    run.log.image("views", picture(seen, per_pass, "standardise" in model.task.sees))
                 # Dropout draws from torch's own generator, which no checkpoint holds: a key for each pass instead.
-                torch.manual_seed(data.generator(args.seed, "dropout", step, micro, rank).initial_seed())
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs, *numbers) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+                torch.manual_seed(data.generator(args.seed, "dropout", *key, rank).initial_seed())
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs, *numbers) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    accuracy = pretext_accuracy(model, asked, draw, device, args.amp) if few > 1 else None
-    if accuracy is not None:
-        log.record("eval", step, epoch=args.epochs, pretext_accuracy=accuracy)
-    result = evaluate.finish(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
-    if rank == 0 and accuracy is not None:
-        pretext = {"accuracy": accuracy, "chance": model.task.chance(world * few)[1]}
-        evaluate.write_json(log.out, args.data, {"pretext": pretext})
-        result += f" pretext accuracy {accuracy:.1f} (chance {pretext['chance']:.3g})"
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(arch, patch or args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    if not (final := accuracies()):
+        return run.finish()
+    run.log.record("eval", run.step, epoch=args.epochs, **final)
+    result = {"accuracy": final["pretext_accuracy"], "chance": model.task.chance(world * few)[1]}
+    run.finish(f" pretext accuracy {result['accuracy']:.1f} (chance {result['chance']:.3g})", pretext=result)
 
 
 if __name__ == "__main__":

@@ -44,15 +44,11 @@ Measured with this file (k-NN: 20 neighbours; protocols, curves and more in resu
     python ablate.py sage --epochs 8                                         every row of tables 6-10
 """
 
-import contextlib
 import copy
-import functools
 import gc
 import itertools
 import math
 import os
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -65,6 +61,7 @@ import byol
 import common
 import data
 import evaluate
+import optim
 import runs
 import training
 
@@ -72,7 +69,9 @@ METHOD = "sage"
 
 # ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
 
-SIGNED = dict(mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # appendix B: pixels in [-1, 1], the range of the decoder's tanh
+SIGNED = dict(
+    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)  # appendix B: pixels in [-1, 1], the range of the decoder's tanh
 RECIPES = {
     # As byol.py's for 7 epochs, and with larger weights of L_G: at 0.1 so few updates recover next to nothing.
     "shapes": dict(
@@ -109,7 +108,6 @@ RECIPES = {
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
-OPTIMIZERS = {"lars": common.LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
 
 
 def parse_args(argv=None):
@@ -123,11 +121,17 @@ def parse_args(argv=None):
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     # SaGe: the decoder (the paper's g), the evaluator (h_G), the weights of the loss (0 switches a term off)
     p.add_argument("--bottleneck", type=int, help="length of the vector that a view is painted from (table 8)")
-    p.add_argument("--pool", action="store_true", help="average pooling instead of the bottleneck's convolution (fig. 5)")
-    p.add_argument("--width", type=int, help="channels of the decoder after its first doubling, halved by each (table 9)")
+    p.add_argument(
+        "--pool", action="store_true", help="average pooling instead of the bottleneck's convolution (fig. 5)"
+    )
+    p.add_argument(
+        "--width", type=int, help="channels of the decoder after its first doubling, halved by each (table 9)"
+    )
     p.add_argument("--decoder-lr", type=float, help="Adam's for bottleneck and decoder, multiplied by batch size / 256")
     p.add_argument("--freeze-decoder", action="store_true", help="keep bottleneck and decoder as drawn (table 10)")
-    p.add_argument("--evaluator", help="a BYOL run or its backbone.pt, or random:ARCH (default: see --evaluator-epochs)")
+    p.add_argument(
+        "--evaluator", help="a BYOL run or its backbone.pt, or random:ARCH (default: see --evaluator-epochs)"
+    )
     p.add_argument("--evaluator-arch", help="of the BYOL run that stage 1 makes (default: --arch)")
     p.add_argument("--evaluator-epochs", type=int, help="of that run (default: byol.py's)")
     p.add_argument("--train-evaluator", action="store_true", help="do not freeze it (sec. 3.4: costs over 20 points)")
@@ -177,7 +181,11 @@ class Decoder(nn.Module):
         channels = [min(256, width), *(max(16, width // 2**i) for i in range(doublings))]
         layers = [nn.ConvTranspose2d(dim, channels[0], side), nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
         for before, after in itertools.pairwise(channels):
-            layers += [nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
+            layers += [
+                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(inplace=True),
+            ]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 3, 1))
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -199,7 +207,9 @@ def build_decoder(backbone, size, dim, width, pool):
         channels, side = backbone.eval().stages(torch.zeros(1, 3, size, size))[-1].shape[1:3]
     backbone.train()
     if channels != backbone.dim:
-        common.fail(f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; SaGe needs the map's mean")
+        common.fail(
+            f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; SaGe needs the map's mean"
+        )
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
         common.fail(
@@ -340,7 +350,10 @@ def stage_1(args, rank):
         )
     if not common.any_rank(found.get("result")):
         if rank == 0:
-            print(f"stage 1: no finished BYOL run in {out}, so it is trained first (--evaluator names another)", flush=True)
+            print(
+                f"stage 1: no finished BYOL run in {out}, so it is trained first (--evaluator names another)",
+                flush=True,
+            )
         flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
         flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
         same = "data recipe root limit workers seed device size batch_size accumulate log_every"
@@ -371,7 +384,9 @@ def open_evaluator(args, name):
     # Another seed than f's: a random evaluator of f's architecture would be f's own start.
     backbone, preprocess, about, path = evaluate.open_backbone(name, None, args.size, args.seed + 1000)
     if path and about.get("method") != "byol":
-        common.fail(f"--evaluator {name} was trained by {about.get('method', 'something else')}; a BYOL run is needed (sec. 3.4)")
+        common.fail(
+            f"--evaluator {name} was trained by {about.get('method', 'something else')}; a BYOL run is needed (sec. 3.4)"
+        )
     if path and about["preprocess"]["size"] != args.size:
         common.fail(f"--evaluator {name} was trained at {about['preprocess']['size']} px, --size is {args.size}")
     check_levels(args, backbone)
@@ -413,7 +428,6 @@ def main(argv=None):
         common.fail("--weight-d and all weights of L_G are 0: nothing is left to train for")
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
     paints, judges, h = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"], args.evaluator
     classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
     if judges and not h:
@@ -426,10 +440,7 @@ def main(argv=None):
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
@@ -462,122 +473,74 @@ def main(argv=None):
     if args.compile:
         model.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr, decoder_lr = args.lr * args.batch_size / 256, args.decoder_lr * args.batch_size / 256
-    groups = common.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
-    groups += common.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
+    groups = optim.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
+    groups += optim.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
     if args.train_evaluator and judges:
-        groups += common.param_groups(model.h, args.weight_decay, lr_factor=1.0)
-    optimizers = {"optimizer": OPTIMIZERS[args.optimizer](groups, lr=lr)}
+        groups += optim.param_groups(model.h, args.weight_decay, lr_factor=1.0)
+    optimizers = {"optimizer": optim.OPTIMIZERS[args.optimizer](groups, lr=lr)}
     if paints and not args.freeze_decoder:  # sec. 4.1: Adam, no decay
         painter = [*model.bottleneck.parameters(), *model.decoder.parameters()]
         optimizers["decoder_optimizer"] = torch.optim.Adam(painter, lr=decoder_lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
 
-    # ============ recipe ============
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, x {args.predictor_lr:g} on q")
-    say(f"{args.optimizer}: {common.count(optimizers['optimizer'])}; tau {args.tau:g} -> 1; {'bf16' if args.amp else 'fp32'}")
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, optimizers, loader, views, preprocess, labelled, test, device)
+    painter = []
     if paints:
         millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.bottleneck, model.decoder)]
-        how = "frozen" if args.freeze_decoder else f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
-        say(f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, {how}")
-    say(f"evaluator {line}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}")
-    say("L_D of unrelated vectors 4")
-    if args.dry_run:
+        how = (
+            "frozen"
+            if args.freeze_decoder
+            else f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
+        )
+        painter = [f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, {how}"]
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, x {args.predictor_lr:g} on q",
+        f"{args.optimizer}: {optim.count(optimizers['optimizer'])}; tau {args.tau:g} -> 1",
+        *painter,
+        f"evaluator {line}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}",
+        "L_D of unrelated vectors 4",
+    )
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, **optimizers}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-        picture()
 
     def picture():
         if paints and rank == 0:
             net = Autoencoder(model.f, model.bottleneck, model.decoder)
             image = evaluate.reconstructions({"": net}, test, views, device, classifier, amp=args.amp)
-            log.image("reconstructions", image, step)
+            run.log.image("reconstructions", image, run.step)
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe()
+            picture()
+        for step in run.epoch():
+            lr_now = optim.cosine(step, run.total, lr, 0.0, run.warmup)
             for group in optimizers["optimizer"].param_groups:
                 group["lr"] = lr_now * group["lr_factor"]
             for group in optimizers["decoder_optimizer"].param_groups if len(optimizers) > 1 else ():
                 # sec. 4.1: constant; the warm-up: code
-                group["lr"] = decoder_lr * (step / warmup if step < warmup else 1)
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+                group["lr"] = decoder_lr * (step / run.warmup if step < run.warmup else 1)
+            for _, _, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
-            tau = common.cosine(step, total, args.tau, 1.0)  # BYOL, sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+            tau = optim.cosine(
+                step, run.total, args.tau, 1.0
+            )  # BYOL, sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
             model.update_target(tau)  # after the step, as in the official code
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                numbers = {"epoch": step / steps, "tau": tau, "feature_std": model.feature_std, **model.parts}
-                log.train(step, lr_now, args.amp, **numbers)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
+            run.end_step(lr_now, tau=tau, feature_std=model.feature_std, **model.parts)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
     picture()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+    run.finish()
 
 
 if __name__ == "__main__":

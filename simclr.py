@@ -41,16 +41,11 @@ Measured with this file (k-NN: 20 neighbours; protocols and curves in results/RE
     torchrun --standalone --nproc_per_node=8 simclr.py --data imagenet --root DIR
 """
 
-import contextlib
 import functools
 import itertools
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -58,8 +53,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import common
 import data
-import evaluate
-import runs
+import optim
 import training
 
 METHOD = "simclr"
@@ -91,18 +85,17 @@ RECIPES = {
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
-OPTIMIZERS = {
-    "lars": functools.partial(common.LARS, inside=True),  # the learning rate inside the momentum buffer, as the code's
-    "sgd": functools.partial(torch.optim.SGD, momentum=0.9),
-    "adamw": torch.optim.AdamW,
-}
+# LARS with the learning rate inside the momentum buffer, as in the official code
+OPTIMIZERS = optim.OPTIMIZERS | {"lars": functools.partial(optim.LARS, inside=True)}
 
 
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     # SimCLR
     p.add_argument("--scaling", choices=("linear", "sqrt"), help="of lr with the batch: x B / 256, or x sqrt(B)")
-    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument(
+        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
+    )
     p.add_argument("--layers", type=int, choices=(2, 3), help="of the projector; 2 in the paper")
     p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
@@ -130,52 +123,16 @@ def projector(inputs, hidden, outputs, layers):
     return nn.Sequential(*modules)
 
 
-class NTXent(torch.autograd.Function):
-    """NT-Xent (eq. 1): -log P(other view | all but itself), mean over the anchors z [2b, D]: the first views of b images, then
-    their second views. `every` [2B, D], the views of all processes, holds z from row `offset` on. All are unit vectors. Loss
-    and gradients are made together, `chunk` rows of the similarities [2b, 2B] at a time."""
-
-    @staticmethod
-    def forward(ctx, z, every, offset, temperature, chunk=2048):
-        loss, dz, d_every = 0.0, torch.empty_like(z), torch.zeros_like(every)
-        rows = torch.arange(len(z), device=z.device)
-        for i, other in zip(rows.split(chunk), rows.roll(len(z) // 2).split(chunk), strict=True):
-            s = (z[i] / temperature @ every.T).scatter_(1, offset + i[:, None], -math.inf)  # [c, 2B], itself left out
-            p, other = s.log_softmax(1), offset + other[:, None]
-            loss = loss - p.gather(1, other).sum()
-            p.exp_().scatter_(1, other, -1.0, reduce="add")  # d loss / d s: P, less 1 at the other view
-            dz[i] = p @ every
-            d_every.addmm_(p.T, z[i])
-        scale = 1 / (temperature * len(z))
-        ctx.save_for_backward(dz * scale, d_every * scale)
-        return loss / len(z)
-
-    @staticmethod
-    def backward(ctx, grad):
-        dz, d_every = ctx.saved_tensors
-        return grad * dz, grad * d_every, None, None, None
-
-
-class Gather(torch.autograd.Function):
-    """The rows of all processes [W b, D]. Backward: the gradients of a row from all processes are summed in the process that
-    made it. Every process must call both."""
-
-    @staticmethod
-    def forward(ctx, z):
-        z = z.contiguous()
-        parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, z)
-        return torch.cat(parts)
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad)
-        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+def nt_xent(z, every, offset, temperature):
+    """NT-Xent (eq. 1): -log P(other view | all but itself), mean over the anchors z [2b, D]: the first views of b images,
+    then their second views. `every` [2B, D], the views of all ranks, holds z from row `offset` on. All are unit vectors."""
+    row = torch.arange(len(z), device=z.device)
+    s = (z / temperature @ every.T).scatter(1, offset + row[:, None], -math.inf)  # [2b, 2B], each but with itself
+    return F.cross_entropy(s, offset + row.roll(len(z) // 2))
 
 
 class SimCLR(nn.Module):
-    """Backbone f, projector g; `forward((v1, v2))` is NT-Xent over the views of all processes, which must all call it."""
+    """Backbone f, projector g; `forward((v1, v2))` is NT-Xent over the views of all ranks. Collective."""
 
     def __init__(self, backbone, hidden=2048, dim=128, layers=3, temperature=0.1):
         super().__init__()
@@ -192,11 +149,9 @@ class SimCLR(nn.Module):
                 "feature_std": z.detach().std(0).mean() * z.shape[1] ** 0.5,  # 1: spread, 0: collapsed
                 "positive_cosine": (z1 * z2).sum(1).mean(),  # of the two views of an image
             }
-            offset, every = 0, z
-            if dist.is_initialized():  # gradients flow back to the process that made a negative, and add up there
-                offset, every = dist.get_rank() * len(z), Gather.apply(z)
-            # Each process has the mean of its own anchors; DDP's mean of their gradients is that of the mean over all.
-            return NTXent.apply(z, every, offset, self.temperature)
+            every, offset = common.gather(z), common.rank() * len(z)  # gradients flow back to the rank that made a row
+            # Each rank has the mean of its own anchors; DDP's mean of their gradients is that of the mean over all.
+            return nt_xent(z, every, offset, self.temperature)
 
 
 # ============ the run ============
@@ -206,23 +161,19 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    model = SimCLR(
-        backbones.build(args.arch, args.size), args.hidden, args.dim, args.layers, args.temperature
-    ).to(device, memory_format=torch.channels_last)
+    model = SimCLR(backbones.build(args.arch, args.size), args.hidden, args.dim, args.layers, args.temperature).to(
+        device, memory_format=torch.channels_last
+    )
     ddp = model
     if world > 1:
         if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
@@ -231,100 +182,45 @@ def main(argv=None):
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     factor, how = args.batch_size / 256, f"{args.batch_size} / 256"
     if args.scaling == "sqrt":
         factor, how = args.batch_size**0.5, f"sqrt({args.batch_size})"
     lr = args.lr * factor
-    optimizer = OPTIMIZERS[args.optimizer](common.param_groups(model, args.weight_decay), lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
+    optimizer = OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
-    # ============ recipe ============
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
+    B = world * per_pass  # images of a pass: passes that --accumulate adds up do not see each other's negatives
+    run.describe(
+        f"lr {args.lr:g} x {how} = {lr:.4g}, {run.warmup} steps of warm-up",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        f"{2 * B - 2} negatives a view, B = {B}; tau {args.temperature:g}",
+        f"loss of unrelated vectors ln(2B - 1) = {math.log(2 * B - 1):.2f}",
     )
-    say(f"lr {args.lr:g} x {how} = {lr:.4g}, {warmup} steps of warm-up")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
-    B = world * per_pass  # images of a pass: what --accumulate adds up does not meet
-    say(f"{2 * B - 2} negatives a view, B = {B}; tau {args.temperature:g}")
-    say(f"loss of unrelated vectors ln(2B - 1) = {math.log(2 * B - 1):.2f}")
-    if args.dry_run:
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = common.cosine(step, total, lr, 0.0, warmup)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe()
+        for step in run.epoch():
+            lr_now = optim.cosine(step, run.total, lr, 0.0, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            for _, _, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

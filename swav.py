@@ -36,16 +36,10 @@ Measured with this file (k-NN: 20 neighbours; protocols and curves in results/RE
     torchrun --standalone --nproc_per_node=8 swav.py --data imagenet --root DIR
 """
 
-import contextlib
-import functools
 import itertools
 import math
-import shlex
-import sys
-from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -53,8 +47,7 @@ from torch.nn.parallel import DistributedDataParallel
 import backbones
 import common
 import data
-import evaluate
-import runs
+import optim
 import training
 
 METHOD = "swav"
@@ -106,8 +99,12 @@ def parse_args(argv=None):
     p.add_argument("--small-size", type=int, help="px of the small views")
     p.add_argument("--min-scale", type=float, nargs=2, metavar=("LARGE", "SMALL"),
                    help="least share of the image in a large and in a small view (default: the recipe's)")  # fmt: skip
-    p.add_argument("--prototypes", type=int, help="K, columns of C; little depends on it while there are several a class")
-    p.add_argument("--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper")
+    p.add_argument(
+        "--prototypes", type=int, help="K, columns of C; little depends on it while there are several a class"
+    )
+    p.add_argument(
+        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
+    )
     p.add_argument("--epsilon", type=float, help="smoothness of the codes; if the loss stays at ln K, try less")
     p.add_argument("--sinkhorn-iterations", type=int, default=3, help="rounds of rescaling that make a code")
     p.add_argument("--freeze-epochs", type=float, help="in which the prototypes stay as they are drawn")
@@ -123,7 +120,9 @@ def parse_args(argv=None):
         if not 0 < getattr(args, name) < math.inf:
             common.fail(f"--{name} {getattr(args, name):g}: it must be above 0 and finite")
     if args.small_crops and args.small_size > args.size:
-        common.fail(f"--small-size {args.small_size}: small views must not be larger than the large ones, --size {args.size}")
+        common.fail(
+            f"--small-size {args.small_size}: small views must not be larger than the large ones, --size {args.size}"
+        )
     return args
 
 
@@ -139,7 +138,9 @@ def multi_crop(views, number, size, least=None):
     lows = [*least[:1] * 2, *least[1:] * number] if least else [view["scale"][0] for view in views]
     for low, view in zip(lows, views, strict=True):
         if not 0 < low <= view["scale"][1]:
-            common.fail(f"--min-scale {low:g}: it must be above 0 and at most {view['scale'][1]:g}, the most that the view shows")
+            common.fail(
+                f"--min-scale {low:g}: it must be above 0 and at most {view['scale'][1]:g}, the most that the view shows"
+            )
     return [{**view, "scale": (low, view["scale"][1])} for low, view in zip(lows, views, strict=True)]
 
 
@@ -151,10 +152,7 @@ def sinkhorn(S, epsilon, iterations=3):
     S, v = S.float() / epsilon, 0.0
     for _ in range(iterations):
         u = -torch.logsumexp(S + v, -2, keepdim=True)  # [..., 1, K], of this process's samples
-        if dist.is_initialized():
-            parts = [torch.empty_like(u) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, u)
-            u = -torch.logsumexp(-torch.stack(parts), 0)
+        u = -torch.logsumexp(-common.gather(u[None]), 0)  # of all ranks' samples
         v = -torch.logsumexp(S + u, -1, keepdim=True)  # [..., b, 1]
     return (S + u + v).exp()
 
@@ -209,7 +207,7 @@ class SwAV(nn.Module):
         then not needed; each process takes its share of them."""
         b = S.shape[1]
         if queued:
-            rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+            rank, world = common.rank(), common.world_size()
             S = torch.cat([self.C(self.queue.chunk(world, 1)[rank]), S], 1)  # with the prototypes of today
         return sinkhorn(S, self.epsilon, self.iterations)[:, -b:]
 
@@ -219,14 +217,11 @@ class SwAV(nn.Module):
         process writes the same rows and must call it."""
         z = torch.cat(self.seen, 1)  # [2, n, D]
         self.seen.clear()
-        if dist.is_initialized():
-            parts = [torch.empty_like(z) for _ in range(dist.get_world_size())]
-            dist.all_gather(parts, z)
-            z = torch.cat(parts, 1)
+        z = common.gather(z, 1)
         self.queue.copy_(torch.cat([z, self.queue], 1)[:, : self.queue.shape[1]])
 
 
-class LARC(common.LARS):
+class LARC(optim.LARS):
     """LARS as the authors use it (NVIDIA's apex, LARC.py, clip=False):  q = eta |w| / (|g| + lambda |w|);
     v <- mu v + q (g + lambda w);  w <- w - lr v. It adapts and decays all tensors, biases and BatchNorm, too. Where |w| or
     |g| is 0 the gradient stays as it is."""
@@ -250,7 +245,7 @@ class LARC(common.LARS):
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 LARGE, SMALL = RECIPES["imagenet"]["views"][:2], [RECIPES["imagenet"]["views"][2] | {"size": 48}] * 2
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=LARGE + SMALL, lr=3.2e-2, small_size=48)
-OPTIMIZERS = {"lars": LARC, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+OPTIMIZERS = optim.OPTIMIZERS | {"lars": LARC}
 
 
 # ============ the run ============
@@ -260,15 +255,11 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    say = print if rank == 0 else lambda *_: None
 
     # ============ data ============
     views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size, args.min_scale)
     views = [data.view(**{"size": args.size, **v}) for v in views]
-    train, bank, test = (
-        data.load(args.data, args.root, split, device, args.limit, args.seed, args.in_memory)
-        for split in ("pretrain", "train", "test")
-    )
+    train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     if isinstance(train, data.Images) and args.size > min(train.images.shape[2:]):
         side = "x".join(map(str, train.images.shape[2:]))
@@ -277,7 +268,9 @@ def main(argv=None):
     if args.queue_length % args.batch_size:
         common.fail(f"--queue-length {args.queue_length} is not a multiple of --batch-size {args.batch_size}")
     if args.queue_length > len(train):
-        common.fail(f"--queue-length {args.queue_length} is larger than the {len(train)} training images of {args.data}")
+        common.fail(
+            f"--queue-length {args.queue_length} is larger than the {len(train)} training images of {args.data}"
+        )
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
@@ -297,111 +290,58 @@ def main(argv=None):
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 
-    # ============ optimiser ============
+    # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
     # All tensors are decayed and, by LARC, adapted, as in the code: biases and BatchNorm, too.
     group = {"params": list(model.parameters()), "weight_decay": args.weight_decay, "adapt": True}
     optimizer = OPTIMIZERS[args.optimizer]([group], lr=lr)
-    steps = loader.steps // args.accumulate  # updates per epoch
-    total = args.epochs * steps
-    warmup = min(round(args.warmup_epochs * steps), total // 2)  # a run that is short of epochs warms up for half of it
-    frozen = round(args.freeze_epochs * steps)  # updates without the prototypes
-    queue_from = max(round(args.queue_epoch * steps), args.queue_length // args.batch_size)  # not before it is full
 
-    # ============ recipe ============
-    say(f"{METHOD} on {train.name}: {len(train)} images at {args.size} px, recipe {args.recipe} ({args.why}), seed {args.seed}")
-    say(backbones.describe(model.f, args.arch, args.size))
-    say(
-        f"batch {args.batch_size} = {world} {device.type} x {args.accumulate} x {per_pass}; {args.epochs} epochs x {steps} steps"
-    )
-    say(f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {warmup} steps of warm-up, then to a thousandth")
-    say(f"{args.optimizer}: {common.count(optimizer)}; {'bf16' if args.amp else 'fp32'}")
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
+    frozen = round(args.freeze_epochs * run.steps)  # updates without the prototypes
+    queue_from = max(round(args.queue_epoch * run.steps), args.queue_length // args.batch_size)  # not before it is full
     crops = f"2 x {args.size} px, {args.small_crops} x {args.small_size} px"
-    say(f"views {crops}; {args.prototypes} prototypes of {args.dim}, which do not move in the first {frozen} steps")
+    queue = []
     if args.queue_length:
         size = model.queue.numel() * 4 / 1e6
-        say(f"queue 2 x {args.queue_length} x {args.dim}, {size:.1f} MB a process, used from step {queue_from}")
+        queue = [f"queue 2 x {args.queue_length} x {args.dim}, {size:.1f} MB a rank, used from step {queue_from}"]
     even = math.log(args.prototypes)
     spread = 1 / (2 * args.dim * args.temperature**2)  # a cosine of random unit vectors has variance 1 / D
-    say(f"loss of even predictions ln {args.prototypes} = {even:.2f}, of unrelated vectors {even + spread:.2f}")
-    if args.dry_run:
+    run.describe(
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, then to a thousandth",
+        f"{args.optimizer}: {optim.count(optimizer)}",
+        f"views {crops}; {args.prototypes} prototypes of {args.dim}, which do not move in the first {frozen} steps",
+        *queue,
+        f"loss of even predictions ln {args.prototypes} = {even:.2f}, of unrelated vectors {even + spread:.2f}",
+    )
+    if run.resume():
         return
-
-    # ============ resume ============
-    states = {"model": model, "optimizer": optimizer}
-    settings, step, finished = training.resume(args, METHOD, views, train, states, total)
-    if finished:
-        return
-    command = shlex.join(["python", *sys.argv])
-
-    def checkpoint(result=None):
-        norms = torch.stack(torch._foreach_norm(list(model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", step, lr, args.amp)  # all processes
-        if rank == 0:
-            state = {"method": METHOD, "settings": settings, "step": step, "result": result}
-            runs.save(args.out, state | {name: of.state_dict() for name, of in states.items()})
-            about = {"method": METHOD, "data": args.data, "command": command, "epoch": step // steps}
-            about |= {
-                "arch": args.arch,
-                "preprocess": preprocess,
-                "state_dict": {k: v.cpu() for k, v in model.f.state_dict().items()},
-            }
-            runs.write(Path(args.out, "backbone.pt"), about)
-
-    if step == 0:
-        checkpoint()  # the first file in the folder, which is this run's from now on
-    log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
-
-    def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
-        log.record("eval", step, epoch=step // steps, **numbers)
-        log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
     # ============ training ============
-    stop = common.catch_signals()
-    while step < total:
-        epoch, stopped = step // steps, False
-        if step == 0 or (args.eval_every and step % (args.eval_every * steps) == 0):
-            probe()  # at step 0 of the random network: what learning is measured against
-        batches = log.watch(loader.epoch(epoch, step % steps * args.accumulate))
-        log.start_interval(step)
-        while step < (epoch + 1) * steps and not stopped:
-            lr_now = common.cosine(step, total, lr, lr / 1000, warmup)
+    while run.is_training():
+        if run.probe_is_due():
+            run.probe()
+        for step in run.epoch():
+            lr_now = optim.cosine(step, run.total, lr, lr / 1000, run.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             queued = args.queue_length > 0 and step >= queue_from
-            for micro in range(1, args.accumulate + 1):
-                _, xs = next(batches)
-                if step == 0 and micro == 1:
-                    log.image("views", data.picture(xs, views))
-                # Gradients are exchanged between processes once an update.
-                with contextlib.nullcontext() if micro == args.accumulate or world == 1 else ddp.no_sync():
-                    with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
-                        loss = ddp(xs, queued) / args.accumulate
-                    loss.backward()
-                log.loss += loss.detach()
+            for _, _, xs in run.passes(ddp):
+                with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+                    loss = ddp(xs, queued) / args.accumulate
+                loss.backward()
+                run.log.loss += loss.detach()
             if step < frozen:
                 model.C.weight.grad = None  # so no momentum and no decay, either
             optimizer.step()
             optimizer.zero_grad()
             if args.queue_length:
                 model.enqueue()  # after the step: the codes of an update are made with the old queue
-            step += 1
-            stopped = common.any_rank(stop)
-            if step % args.log_every == 0 or step % steps == 0 or stopped:
-                log.train(step, lr_now, args.amp, epoch=step / steps, **model.figures)
-        checkpoint()
-        if stopped:
-            log.say(f"stopped by a signal at step {step}; the same command goes on from here")
-            return common.STOPPED
-
-    # ============ final probe ============
-    common.end_at_signals()
-    log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
-    checkpoint(result)
-    say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
-    say(result)
+            run.end_step(lr_now, **model.figures)
+        run.save()
+    if run.stopped:
+        return common.STOPPED
+    run.finish()
 
 
 if __name__ == "__main__":

@@ -2,13 +2,19 @@
 optimiser. Whoever skips it still understands the paper."""
 
 import argparse
+import contextlib
 import os
+import shlex
 import sys
+from pathlib import Path
+
+import torch
 
 import backbones
 import common
 import data
 import evaluate
+import optim
 import runs
 
 # Of the settings of a run those that may differ when it goes on.
@@ -34,14 +40,18 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default=known.data, help=f"a folder of images, or one of {', '.join(data.NAMES)}")
-    p.add_argument("--recipe", default=known.recipe, choices=recipes, help="preset of hyper-parameters (default: by --data)")
+    p.add_argument(
+        "--recipe", default=known.recipe, choices=recipes, help="preset of hyper-parameters (default: by --data)"
+    )
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
-    p.add_argument("--changed-data", action="store_true", help="go on though the training images are not those of the start")
+    p.add_argument(
+        "--changed-data", action="store_true", help="go on though the training images are not those of the start"
+    )
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -55,8 +65,10 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     p.add_argument("--size", type=int, help="px of the views")
     p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
     p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
-    p.add_argument("--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch")
-    p.add_argument("--optimizer", choices=("lars", "sgd", "adamw"), help="each needs a learning rate of its own")
+    p.add_argument(
+        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
+    )
+    p.add_argument("--optimizer", choices=optim.OPTIMIZERS, help="each needs a learning rate of its own")
     p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
     p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
@@ -93,7 +105,10 @@ def parse(p, method, recipe, argv):
 # The recipe of a folder of photographs, for a laptop or one GPU; scripts add what their method needs. Sized by `size_folder`.
 FOLDER = dict(arch="resnet10_32", size=96, epochs=100, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
               warmup_epochs=1.0, eval_every=10)  # fmt: skip
-SEEN, LARGE = 200_000, 20_000  # images to see in a run, at least 20 times each; how many are for a larger network and batch
+SEEN, LARGE = (
+    200_000,
+    20_000,
+)  # images to see in a run, at least 20 times each; how many are for a larger network and batch
 
 
 def size_folder(args, images):
@@ -123,22 +138,153 @@ def images_per_pass(args, world, images):
     parts = world * args.accumulate
     lower(args, "batch_size", images // parts * parts, images)
     if args.batch_size % parts:
-        common.fail(f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}")
+        common.fail(
+            f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}"
+        )
     if args.batch_size // parts < 2:
         common.fail(f"--batch-size {args.batch_size} leaves one image a pass, and BatchNorm needs two")
     return args.batch_size // parts
 
 
+# ============ a run ============
 
 
-def resume(args, method, views, train, states, total):
-    """Load the run in --out into `states`, as `runs.resume` does, and say so: (the settings that it must agree with, the updates
-    made, whether it is finished). Every process must call it."""
-    settings = {k: v for k, v in vars(args).items() if k not in SAME_RESULT} | {"views": views}
-    settings |= {"images": len(train), "contents": train.contents()}
-    step, result = runs.resume(args.out, method, settings, states, args.fresh, args.changed_data)
-    if common.first_rank() and result:
-        print(f"{args.out} is finished; --fresh starts over\n{result}")
-    elif common.first_rank() and step:
-        print(f"{args.out}: going on from step {step} of {total}")
-    return settings, step, bool(result)
+class Run:
+    """A training run around the loop of a script: recipe, resume, epochs and passes, checkpoints, probes.
+
+    The script owns the model, the loss and the optimizers' steps; `run.step` counts the updates made. Methods marked
+    "collective" must be called by every rank.
+
+        method           name of the script; with `title` (default: the same) for the recipe and the result line
+        optimizers       {name in checkpoint.pt: optimizer}
+        labelled, test   the sets that the probes train on and classify
+        backbone         what the probes see of the model (default: model.f)
+        arch, built_for  name and image size in px that build the exported model.f again (default: --arch, --size)
+    """
+
+    def __init__(self, method, args, model, optimizers, loader, views, preprocess, labelled, test, device, *,
+                 title=None, backbone=None, arch=None, built_for=None):  # fmt: skip
+        self.method, self.title, self.args, self.model, self.device = method, title or method, args, model, device
+        self.backbone, self.arch, self.built_for = backbone or model.f, arch or args.arch, built_for or args.size
+        self.loader, self.views, self.preprocess, self.labelled, self.test = loader, views, preprocess, labelled, test
+        self.states = {"model": model, **optimizers}
+        self.rank, self.world, self.lr, self.log, self.stopped = loader.rank, loader.world, 0.0, None, False
+        self.step, self.steps = 0, loader.steps // args.accumulate  # updates made; updates per epoch
+        self.total = args.epochs * self.steps
+        self.warmup = min(
+            round(args.warmup_epochs * self.steps), self.total // 2
+        )  # a short run warms up for half of it
+        self.command = shlex.join(["python", *sys.argv])
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text)
+
+    def describe(self, *lines):
+        """Print what is going to be trained: what all methods have in common, then the method's own `lines`."""
+        a, train = self.args, self.loader.data
+        size, recipe = self.views[0]["size"], f"recipe {a.recipe} ({a.why}), seed {a.seed}"
+        self.say(f"{self.title} on {train.name}: {len(train)} images at {size} px, {recipe}")
+        self.say(backbones.describe(self.model.f, self.arch, self.built_for))
+        parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
+        self.say(
+            f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {'bf16' if a.amp else 'fp32'}"
+        )
+        for line in lines:
+            self.say(line)
+
+    def resume(self):
+        """Load what is in --out. True if nothing is left to do: a finished run, or --dry-run. Collective."""
+        a, train = self.args, self.loader.data
+        if a.dry_run:
+            return True
+        self.settings = {k: v for k, v in vars(a).items() if k not in SAME_RESULT} | {"views": self.views}
+        self.settings |= {"images": len(train), "contents": train.contents()}
+        self.step, result = runs.resume(a.out, self.method, self.settings, self.states, a.fresh, a.changed_data)
+        if result:
+            self.say(f"{a.out} is finished; --fresh starts over\n{result}")
+            return True
+        if self.step:
+            self.say(f"{a.out}: going on from step {self.step} of {self.total}")
+        return False
+
+    def is_training(self):
+        """Whether updates are left to be made and no signal has stopped the run. Collective."""
+        if self.log is None:
+            if self.step == 0:
+                self.save()  # the first file in the folder, which is this run's from now on
+            a, text = self.args, f"{self.command}\n\n{self.settings}"
+            self.log = runs.Log(a.out, self.method, self.step, self.total, a.batch_size, self.rank, text)
+        if self.stopped:
+            self.log.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
+        elif self.step < self.total:
+            self.caught = common.catch_signals()
+            return True
+        else:
+            common.end_at_signals()  # nothing is left to save
+            self.log.bar.close()
+        return False
+
+    def probe_is_due(self):
+        """At step 0, where it measures the random init, and every --eval-every epochs."""
+        every = self.args.eval_every * self.steps
+        return self.step == 0 or (every > 0 and self.step % every == 0)
+
+    def probe(self, head=None, **more):
+        """Log k-NN and health of the backbone (and k-NN of `head` on top of it) with the method's own numbers `more`.
+        Collective."""
+        a, epoch = self.args, self.step // self.steps
+        sets = self.labelled, self.test, self.preprocess, self.device
+        numbers = evaluate.online(self.backbone, *sets, a.workers, a.amp, head) | more
+        self.log.record("eval", self.step, epoch=epoch, **numbers)
+        self.log.say(f"epoch {epoch:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+
+    def epoch(self):
+        """The number of each update that is left of this epoch; ends early at a signal."""
+        epoch = self.step // self.steps
+        self.batches = self.log.watch(self.loader.epoch(epoch, self.step % self.steps * self.args.accumulate))
+        self.log.start_interval(self.step)
+        while self.step < (epoch + 1) * self.steps and not self.stopped:
+            yield self.step
+
+    def passes(self, ddp, picture=True):
+        """The --accumulate passes of an update: yields (key, index, views). `key` = (step, number of the pass from 1)
+        is what a method's random numbers depend on. Gradients are all-reduced in the last pass."""
+        last = self.args.accumulate
+        for micro in range(1, last + 1):
+            index, xs = next(self.batches)
+            if picture and (self.step, micro) == (0, 1):
+                self.log.image("views", data.picture(xs, self.views))
+            with contextlib.nullcontext() if micro == last or self.world == 1 else ddp.no_sync():
+                yield (self.step, micro), index, xs
+
+    def end_step(self, lr, **numbers):
+        """Count the update and log `numbers` every --log-every steps. Collective."""
+        self.step, self.lr = self.step + 1, lr
+        self.stopped = common.any_rank(self.caught)
+        if self.step % self.args.log_every == 0 or self.step % self.steps == 0 or self.stopped:
+            self.log.train(self.step, lr, self.args.amp, epoch=self.step / self.steps, **numbers)
+
+    def save(self, result=None):
+        """Write checkpoint.pt and backbone.pt, unless a weight is not finite. Collective."""
+        a, norms = self.args, torch.stack(torch._foreach_norm(list(self.model.parameters())))
+        runs.stop_unless_finite(norms.isfinite().all(), "network", self.step, self.lr, a.amp)
+        if self.rank == 0:
+            head = {"method": self.method, "settings": self.settings, "step": self.step, "result": result}
+            runs.save(a.out, head | {name: state.state_dict() for name, state in self.states.items()})
+            weights = {k: v.cpu() for k, v in self.model.f.state_dict().items()}
+            about = {"method": self.method, "data": a.data, "command": self.command, "epoch": self.step // self.steps}
+            about |= {"arch": self.arch, "built_for": self.built_for, "preprocess": self.preprocess}
+            runs.write(Path(a.out, "backbone.pt"), about | {"state_dict": weights})
+
+    def finish(self, note="", **more):
+        """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line; then
+        the last checkpoint. Collective."""
+        sets = self.labelled, self.test, self.preprocess, self.device
+        result = evaluate.finish(self.backbone, *sets, self.args, self.log, self.title, self.step)
+        if self.rank == 0 and more:
+            evaluate.write_json(self.log.out, self.args.data, more)
+        self.save(result and result + note)
+        file = self.log.out / "backbone.pt"
+        lines = backbones.loading_lines(self.arch, self.built_for, file, self.preprocess)
+        self.say(f"load the backbone anywhere:\n{lines}\n{result}{note}")

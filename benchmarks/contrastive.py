@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms.v2.functional import to_pil_image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -177,55 +176,11 @@ def compare(method, args, device, small_stem):
     timing.table(title, ["", "images/s", "s/step", "vs lightly as shipped", "vs lightly bf16", "spread"], rows)
 
 
-class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes, in numbers."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for t in out if isinstance(out, (tuple, list)) else [out]:
-            self.numel = max(self.numel, t.numel() if torch.is_tensor(t) else 0)
-        return out
-
-
-def plain(z, temperature):
-    """NT-Xent as it is usually written, the similarities of all views at once."""
-    s = (z @ z.T / temperature).fill_diagonal_(-torch.inf)
-    return F.cross_entropy(s, torch.arange(len(z), device=z.device).roll(len(z) // 2))
-
-
-def large_batches(args, device):
-    rows = []
-    for batch in args.loss_batches:
-        z = (
-            F.normalize(torch.randn(2 * batch, DIM, generator=data.generator("loss")), dim=1)
-            .to(device)
-            .requires_grad_()
-        )
-        variants = {
-            "simclr.NTXent": lambda z=z: simclr.NTXent.apply(z, z, 0, 0.1),
-            "at once": lambda z=z: plain(z, 0.1),
-        }
-        if modules:
-            criterion = losses.NTXentLoss(temperature=0.1)
-            variants["lightly's NTXentLoss"] = lambda z=z, loss=criterion: loss(*z.chunk(2))
-        times = timing.interleaved({n: lambda f=f: f().backward() for n, f in variants.items()}, device, args.repeats)
-        for name, f in variants.items():
-            with Largest() as largest:
-                f().backward()
-            row = [name, batch, f"{statistics.median(times[name]):.3f}", timing.ratio(times, name, "at once")]
-            rows.append([*row, f"{largest.numel * 4 / 2**20:.0f}", timing.spread(times[name])])
-    head = ["", "batch", "s, forward and backward", "vs at once", "largest tensor, MiB", "spread"]
-    timing.table(f"NT-Xent alone, fp32, {DIM} numbers a view", head, rows)
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=3, help="rounds; every variant runs once in each")
     p.add_argument("--batch-size", type=int, default=128, help="images of a step")
     p.add_argument("--threads", type=int, default=2, help="on the CPU")
-    p.add_argument("--loss-batches", type=int, nargs="*", default=[512, 4096], help="of SimCLR's loss alone")
     args = p.parse_args()
     _, _, device = common.setup()
     torch.set_num_threads(args.threads)
@@ -233,7 +188,6 @@ def main():
     for small_stem in (False, True):
         for method in ("SimCLR", "MoCo", "SwAV"):
             compare(method, args, device, small_stem)
-    large_batches(args, device)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import backbones
 import byol
 import common
 import data
+import optim
 import sage
 
 NOTHING = {"d": 1.0, "pixel": 0.0, "maps": 0.0, "semantic": 0.0}
@@ -51,7 +52,7 @@ class Step:
             model = byol.BYOL(backbone, r["hidden"], r["dim"])
         self.model = model.to(device, memory_format=torch.channels_last)
         encoder = torch.nn.ModuleList([model.f, model.g, model.q])
-        groups = common.param_groups(encoder, r["weight_decay"], lr_factor=1.0)
+        groups = optim.param_groups(encoder, r["weight_decay"], lr_factor=1.0)
         self.optimizers = [byol.OPTIMIZERS[r["optimizer"]](groups, lr=1e-3)]
         if painter:
             weights_ = [*model.bottleneck.parameters(), *model.decoder.parameters()]

@@ -26,6 +26,7 @@ import backbones
 import byol
 import common
 import data
+import optim
 
 try:
     from lightly.loss import NegativeCosineSimilarity
@@ -48,14 +49,14 @@ class Ours:
         torch.manual_seed(0)
         backbone = backbones.build(recipe["arch"], recipe["size"])
         self.model = byol.BYOL(backbone, hidden, recipe["dim"]).to(device, memory_format=torch.channels_last)
-        groups = common.param_groups(nn.ModuleList([self.model.f, self.model.g]), recipe["weight_decay"], lr_factor=1.0)
-        groups += common.param_groups(self.model.q, recipe["weight_decay"], lr_factor=recipe["predictor_lr"])
+        groups = optim.param_groups(nn.ModuleList([self.model.f, self.model.g]), recipe["weight_decay"], lr_factor=1.0)
+        groups += optim.param_groups(self.model.q, recipe["weight_decay"], lr_factor=recipe["predictor_lr"])
         self.optimizer = byol.OPTIMIZERS[recipe["optimizer"]](groups, lr=recipe["lr"])
         if compiled:
             self.model.f.compile(), self.model.target["f"].compile()
 
     def step(self, xs, mark=lambda name: None):
-        lr = common.cosine(self.count, TOTAL, self.recipe["lr"], 0.0, 10)
+        lr = optim.cosine(self.count, TOTAL, self.recipe["lr"], 0.0, 10)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_factor"]
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
@@ -66,7 +67,7 @@ class Ours:
         self.optimizer.step()
         self.optimizer.zero_grad()
         mark("optimiser")
-        self.model.update_target(common.cosine(self.count, TOTAL, self.recipe["tau"], 1.0))
+        self.model.update_target(optim.cosine(self.count, TOTAL, self.recipe["tau"], 1.0))
         mark("target's average")
         self.count += 1
 

@@ -19,6 +19,7 @@ import cpc
 import evaluate
 import instdisc
 import moco
+import optim
 import pirl
 import pretext
 import runs
@@ -285,7 +286,7 @@ def test_every_network_that_was_there_is_decayed_as_before(undrawn):
         given = [torch.full((313,), 1 / 313)] if task == "colorization" else []
         modules.append(pretext.TASKS[task](f, args, *given))
     for module in modules:
-        weights, rest = common.param_groups(module, 0.1)
+        weights, rest = optim.param_groups(module, 0.1)
         params = [p for p in module.parameters() if p.requires_grad]
         assert list(map(id, weights["params"])) == [id(p) for p in params if p.ndim >= 2]
         assert list(map(id, rest["params"])) == [id(p) for p in params if p.ndim < 2]
@@ -304,7 +305,7 @@ def test_every_network_that_was_there_is_decayed_as_before(undrawn):
 def test_tokens_positions_and_scales_are_not_decayed(name, spared, undrawn):
     with torch.device("meta"):
         net = backbones.build(name, 32)
-    weights, rest = common.param_groups(net, 0.1)
+    weights, rest = optim.param_groups(net, 0.1)
     names = {id(p): key for key, p in net.named_parameters()}
     assert {names[id(p)].rpartition(".")[2] for p in rest["params"] if p.ndim >= 2} == spared
     kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.MultiheadAttention)

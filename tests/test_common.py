@@ -15,6 +15,7 @@ from conftest import METHODS, ROOT, equal
 from torch import nn
 
 import common
+import optim
 import runs
 
 
@@ -30,7 +31,7 @@ def test_lars_equals_a_hand_calculation():
     w = nn.Parameter(torch.tensor([[3.0, 4.0]]))
     b = nn.Parameter(torch.tensor([1.0]))
     groups = [{"params": [w], "weight_decay": 0.5}, {"params": [b], "weight_decay": 0.0, "adapt": False}]
-    optimizer = common.LARS(groups, lr=2.0, momentum=0.9, eta=0.1)
+    optimizer = optim.LARS(groups, lr=2.0, momentum=0.9, eta=0.1)
     v = torch.zeros(1, 2)
     expected_w, expected_b, vb = w.detach().clone(), b.detach().clone(), 0.0
     for g, gb in ((torch.tensor([[1.0, 0.0]]), 0.5), (torch.tensor([[0.0, 2.0]]), -1.0)):
@@ -47,7 +48,7 @@ def test_lars_equals_a_hand_calculation():
 def test_lars_with_the_rate_inside_the_buffer_equals_a_hand_calculation():
     """SimCLR's form; the rate changes, or both forms would be one."""
     w, u, v = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([[0.0, 2.0]]), torch.zeros(1, 2)
-    optimizer, expected = common.LARS([w], lr=0.0, eta=0.1, inside=True), w.detach().clone()
+    optimizer, expected = optim.LARS([w], lr=0.0, eta=0.1, inside=True), w.detach().clone()
     for lr in (2.0, 1.0, 0.0):
         optimizer.param_groups[0]["lr"], w.grad = lr, u.clone()
         optimizer.step()
@@ -59,13 +60,13 @@ def test_lars_with_the_rate_inside_the_buffer_equals_a_hand_calculation():
 def test_lars_keeps_its_hands_off_zero_norms():
     w = nn.Parameter(torch.zeros(2, 2))
     w.grad = torch.ones(2, 2)
-    common.LARS([w], lr=0.1).step()
+    optim.LARS([w], lr=0.1).step()
     assert torch.allclose(w, torch.full((2, 2), -0.1))  # q = 1, or a zero tensor could never move
 
 
 def test_lars_without_adaptation_is_torchs_sgd():
     ours, theirs = small(), small()
-    a = common.LARS([{"params": list(ours.parameters()), "adapt": False}], lr=0.1, weight_decay=0.01)
+    a = optim.LARS([{"params": list(ours.parameters()), "adapt": False}], lr=0.1, weight_decay=0.01)
     b = torch.optim.SGD(theirs.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
     for step in range(5):
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(step))
@@ -78,16 +79,16 @@ def test_lars_without_adaptation_is_torchs_sgd():
 
 
 def test_param_groups_exclude_by_dimension():
-    weights, rest = common.param_groups(small(), 0.1, lr_factor=3.0)
+    weights, rest = optim.param_groups(small(), 0.1, lr_factor=3.0)
     assert [tuple(p.shape) for p in weights["params"]] == [(3, 4), (2, 3)]
     assert len(rest["params"]) == 4 and rest["weight_decay"] == 0 and not rest["adapt"]
     assert weights["weight_decay"] == 0.1 and weights["lr_factor"] == rest["lr_factor"] == 3.0
 
 
 def test_cosine_at_known_steps():
-    lr = [common.cosine(k, 110, 4.8, 0.0, 10) for k in (0, 5, 10, 60, 110)]
+    lr = [optim.cosine(k, 110, 4.8, 0.0, 10) for k in (0, 5, 10, 60, 110)]
     assert lr == pytest.approx([0.0, 2.4, 4.8, 2.4, 0.0])
-    tau = [common.cosine(k, 100, 0.99, 1.0) for k in (0, 50, 100)]  # 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2
+    tau = [optim.cosine(k, 100, 0.99, 1.0) for k in (0, 50, 100)]  # 1 - (1 - tau_0) (cos(pi k / K) + 1) / 2
     assert tau == pytest.approx([0.99, 0.995, 1.0])
 
 
@@ -297,11 +298,11 @@ def test_what_cannot_be_written_is_one_sentence(name, tmp_path, capsys):
     assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_scripts_write_only_what_is_renamed(method):
-    text = (ROOT / f"{method}.py").read_text()
+@pytest.mark.parametrize("script", [*METHODS, "training"])
+def test_scripts_write_only_what_is_renamed(script):
+    text = (ROOT / f"{script}.py").read_text()
     assert "torch.save" not in text and "write_bytes" not in text and "save_image" not in text
-    assert 'runs.write(Path(args.out, "backbone.pt"), about)' in text
+    assert ('runs.write(Path(a.out, "backbone.pt"), ' in text) == (script == "training")
 
 
 # ============ checkpoints ============

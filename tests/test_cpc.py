@@ -9,6 +9,7 @@ from conftest import check_two_processes, part, write_images
 from torch import nn
 
 import backbones
+import common
 import cpc
 import data
 import evaluate
@@ -65,7 +66,7 @@ def test_each_process_and_each_pass_draws_patches_of_its_own(monkeypatch):
     model, x, rank = tiny("--v", "1", "--patch", "8", "--stride", "4", "--steps", "1", "--border", "2"), images(4), 0
     alone = model.patches(x, (0,))
     group = types.SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: rank)
-    monkeypatch.setattr(cpc, "dist", group)
+    monkeypatch.setattr(common, "dist", group)
     assert torch.equal(model.patches(x, (0,)), alone) and not torch.equal(model.patches(x, (1,)), alone)
     rank = 1
     assert not torch.equal(model.patches(x, (0,)), alone) and torch.equal(model.patches(x, (0,)), model.patches(x, (0,)))

@@ -74,7 +74,7 @@ def test_grid_equals_torchs_sgd_one_head_at_a_time():
         for _ in range(3):
             for rows in torch.randperm(96, generator=g).view(3, 32):
                 # the learning rate multiplies the momentum buffer from outside, in both
-                optimizer.param_groups[0]["lr"] = lr * evaluate.common.cosine(step, 9, 1.0, 0.0)
+                optimizer.param_groups[0]["lr"] = lr * evaluate.optim.cosine(step, 9, 1.0, 0.0)
                 optimizer.zero_grad()
                 F.cross_entropy(head(x[rows]), y[rows]).backward()
                 optimizer.step()

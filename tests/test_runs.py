@@ -28,6 +28,7 @@ from torchvision.io import write_png
 import backbones
 import common
 import data
+import optim
 import runs
 import shapes
 
@@ -214,7 +215,7 @@ class SimCLR(Loop):
         return self.script.SimCLR(f, a.hidden, a.dim, a.layers, a.temperature)
 
     def optimizers(self):
-        return [common.LARS(self.groups(), inside=True)]
+        return [optim.LARS(self.groups(), inside=True)]
 
 
 class MoCo(Loop):
@@ -414,7 +415,7 @@ def pictures(tmp_path_factory):
 
 def main(method, argv, at=0, happens=lambda optimizer: os.kill(os.getpid(), signal.SIGTERM), code=None):
     """What the script's main prints; it must return `code`. `at`: the update in which something happens, by default a signal."""
-    updates, kinds = itertools.count(1), (torch.optim.SGD, common.LARS)  # no Adam: an update is counted once
+    updates, kinds = itertools.count(1), (torch.optim.SGD, optim.LARS)  # no Adam: an update is counted once
     hook = register_optimizer_step_post_hook(
         lambda optimizer, *_: happens(optimizer) if isinstance(optimizer, kinds) and next(updates) == at else None
     )

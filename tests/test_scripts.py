@@ -9,15 +9,50 @@ from unittest import mock
 import pytest
 from conftest import METHODS, ROOT
 
-SECTIONS = ["data", "model", "optimiser", "recipe", "resume", "training", "final probe"]
+SECTIONS = ["data", "model", "optimizer", "run: print the recipe, go on from a checkpoint", "training"]
 OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same
-LONGEST = {"common.py": 248, "runs.py": 343}
+LONGEST = {"common.py": 231, "runs.py": 343, "training.py": 290, "optim.py": 63, "byol.py": 213, "simclr.py": 227}
+# What main has in every script, in this order; the method stands between these lines.
+SKELETON = """
+args = parse_args(argv)
+rank, world, device = common.setup(args.device)
+args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
+train, labelled, test = data.splits(args, device)
+per_pass = training.images_per_pass(args, world, len(train))
+loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
+torch.manual_seed(args.seed)  # the same initial weights in every process
+ddp = model
+if world > 1:
+if args.compile:
+run = training.Run(
+run.describe(
+if run.resume():
+return
+while run.is_training():
+if run.probe_is_due():
+for step in run.epoch():
+for
+with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
+loss = ddp(
+loss.backward()
+run.log.loss += loss.detach()
+optimizer.step()
+optimizer.zero_grad()
+run.end_step(lr_now,
+run.save()
+if run.stopped:
+return common.STOPPED
+run.finish(
+"""
+# Of the variables in main those that differ, which are the method's; all others are set by the same words wherever they are.
+DIFFER = {"views", "preprocess", "model", "ddp", "f", "lr", "groups", "optimizer", "optimizers", "run", "lr_now", "loss", "rows",
+          "size", "start", "labels", "n", "group['lr']"}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_structure(method):
     text = (ROOT / f"{method}.py").read_text()
-    sections = [line.split("=")[12].strip() for line in text.splitlines() if line.startswith("    # ============ ")]
+    sections = [line.strip("# =") for line in text.splitlines() if line.startswith("    # ============ ")]
     assert sections == SECTIONS
     imported = {a.name for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Import) for a in n.names}
     assert imported & set(METHODS) == ({"byol"} if method == "sage" else set())  # the evaluator's training
@@ -34,6 +69,28 @@ def test_sage_takes_from_byol_its_main_and_nothing_else():
 @pytest.mark.parametrize("file", LONGEST)
 def test_plumbing_stays_short(file):
     assert len((ROOT / file).read_text().splitlines()) <= LONGEST[file]
+
+
+def main_of(method):
+    tree = ast.parse((ROOT / f"{method}.py").read_text())
+    return next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "main")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_main_has_the_common_skeleton(method):
+    lines = iter(line.strip() for line in (ROOT / f"{method}.py").read_text().split("\ndef main(")[1].splitlines())
+    for wanted in SKELETON.split("\n")[1:-1]:
+        assert any(line.startswith(wanted) for line in lines), wanted
+
+
+@pytest.mark.parametrize(("a", "b"), list(itertools.combinations(METHODS, 2)))
+def test_variables_of_main_are_set_alike(a, b):
+    one, two = (
+        {ast.unparse(n.targets[0]): ast.unparse(n.value) for n in ast.walk(main_of(m)) if isinstance(n, ast.Assign)}
+        for m in (a, b)
+    )
+    shared = one.keys() & two.keys() - DIFFER
+    assert len(shared) > 5 and {k: one[k] for k in shared} == {k: two[k] for k in shared}
 
 
 def functions(method):

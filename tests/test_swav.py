@@ -13,6 +13,7 @@ from torch import nn
 import backbones
 import common
 import data
+import optim
 import swav
 
 SMALL = ["swav.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
@@ -293,7 +294,7 @@ def test_larc_equals_a_loop_and_leaves_the_gradient_where_a_norm_is_0():
         optimizer.step()
     for p, expected in zip(params, w, strict=True):
         assert torch.allclose(p, expected, atol=1e-6)
-    assert common.count(optimizer) == "5 tensors, 5 decayed, 5 adapted"
+    assert optim.count(optimizer) == "5 tensors, 5 decayed, 5 adapted"
 
 
 # ============ views and recipes ============
