@@ -508,10 +508,10 @@ def main(argv=None):
         run.save()
     if run.stopped:
         return common.STOPPED
-    numbers = bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
-    if numbers:
-        run.log.record("eval", run.step, epoch=args.epochs, **numbers)
-        run.log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+    final = bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
+    if final:
+        run.log.record("eval", run.step, epoch=args.epochs, **final)
+        run.log.say("  ".join(f"{k} {v:.2f}" for k, v in final.items()))
     run.finish()
 
 

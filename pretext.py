@@ -565,9 +565,9 @@ def main(argv=None):
     train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
-    asked = evaluate.first(test, 2000)  # whose pretext accuracy is measured
-    few = min(per_pass, len(asked) // world)
-    asked = data.Loader(asked, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
+    some = evaluate.first(test, 2000)  # whose pretext accuracy is measured
+    few = min(per_pass, len(some) // world)
+    test_loader = data.Loader(some, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
@@ -630,7 +630,7 @@ def main(argv=None):
 
     def accuracies():
         """{"pretext_accuracy": on test images}, {} where these are too few."""
-        return {"pretext_accuracy": pretext_accuracy(model, asked, draw, device, args.amp)} if few > 1 else {}
+        return {"pretext_accuracy": pretext_accuracy(model, test_loader, draw, device, args.amp)} if few > 1 else {}
 
     # ============ training ============
     while run.is_training():

@@ -262,9 +262,9 @@ def main(argv=None):
     train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     if isinstance(train, data.Images) and args.size > min(train.images.shape[2:]):
-        side = "x".join(map(str, train.images.shape[2:]))
+        px = "x".join(map(str, train.images.shape[2:]))
         fit = "choose --size and --small-size to fit"
-        common.fail(f"--size {args.size}: the views are larger than the images of {args.data}, {side} px; {fit}")
+        common.fail(f"--size {args.size}: the views are larger than the images of {args.data}, {px} px; {fit}")
     if args.queue_length % args.batch_size:
         common.fail(f"--queue-length {args.queue_length} is not a multiple of --batch-size {args.batch_size}")
     if args.queue_length > len(train):

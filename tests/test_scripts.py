@@ -46,7 +46,7 @@ run.finish(
 """
 # Of the variables in main those that differ, which are the method's; all others are set by the same words wherever they are.
 DIFFER = {"views", "preprocess", "model", "ddp", "f", "lr", "groups", "optimizer", "optimizers", "run", "lr_now", "loss", "rows",
-          "size", "start", "labels", "n", "group['lr']"}  # fmt: skip
+          "size", "start", "labels", "n", "negatives", "group['lr']"}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)
