@@ -385,7 +385,7 @@ def main(argv=None):
     )
     ahead = f"{1 + args.skip} to {args.steps + args.skip} rows on" if args.steps > 1 else f"{1 + args.skip} rows on"
     candidates = world * per_pass * model.rows**2
-    asked = (
+    predictions = (
         sum(model.rows * (model.rows - args.skip - k) for k in range(1, args.steps + 1)) * args.directions * per_pass
     )
     run.describe(

@@ -565,9 +565,9 @@ def main(argv=None):
     train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
-    some = evaluate.first(test, 2000)  # whose pretext accuracy is measured
-    few = min(per_pass, len(some) // world)
-    test_loader = data.Loader(some, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
+    test_part = evaluate.first(test, 2000)  # whose pretext accuracy is measured
+    few = min(per_pass, len(test_part) // world)
+    test_loader = data.Loader(test_part, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
