@@ -27,7 +27,7 @@ def fail(sentence):
 
 
 def print_any_name():
-    """Names of files need not be UTF-8, and printing one is to end no program."""
+    """File names need not be UTF-8: print them escaped instead of failing."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -46,8 +46,8 @@ def at_least(least, args, *names, most=math.inf):
 
 
 def keep_freed_memory():
-    """On a CPU: glibc gives blocks above 32 MB back to the system as soon as they are freed, so that with large batches
-    every activation is paged in anew, about a quarter of a step's time. Elsewhere than in glibc nothing happens."""
+    """On a CPU, glibc returns blocks above 32 MB to the system when they are freed, and with large batches paging every
+    activation in again takes about a quarter of a step. No effect where there is no glibc."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
@@ -74,8 +74,8 @@ def setup(wanted=None):
     else:
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
-        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU. The others wait while one process
-        # fits the final probes, which can take long.
+        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU. The long timeout is for rank 0,
+        # which fits the final probes while the others wait.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
     return rank, world, torch.device(device)
@@ -83,9 +83,8 @@ def setup(wanted=None):
 
 @functools.cache  # one thread a process
 def end_with_parent():
-    """From now on this process ends within seconds of its parent, and of the program whose number is in END_WITH_PARENT: a
-    torchrun that is killed by SIGKILL cannot end its processes, which would train on. Of a process that a person starts,
-    the parent is a shell, which may go."""
+    """From now on this process ends within seconds of its parent and of the process in END_WITH_PARENT: a torchrun that is
+    killed by SIGKILL cannot stop its ranks, which would train on. Not for a process started by hand: its shell may end."""
     parent, starter = os.getppid(), int(os.environ.get("END_WITH_PARENT", 0))
 
     def watch():
@@ -103,7 +102,7 @@ def end_with_parent():
 
 
 def run(main):
-    """A command from beginning to end: its exit code is what `main()` returns (None: 0)."""
+    """Run a command and exit with the code that `main()` returns (None: 0)."""
     with explained("what was saved before is intact"):
         code = main()
     if dist.is_initialized():
@@ -123,7 +122,7 @@ LACKS = {  # what torch says where the machine lacks something, and what to do a
 
 @contextlib.contextmanager
 def explained(advice):
-    """Within it a lack of memory and the end of a data worker end the program with one sentence, which ends in `advice`."""
+    """A context in which lack of memory or a killed data worker ends the program with one sentence, `advice` at its end."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -182,7 +181,7 @@ def all_reduce(x):
 
 
 def any_rank(flag):
-    """True on every process if it is true on one; every process must call it."""
+    """True on every rank if it is true on one. Collective."""
     if not dist.is_initialized():
         return bool(flag)
     flag = torch.tensor(int(bool(flag)))
@@ -191,7 +190,7 @@ def any_rank(flag):
 
 
 def same_everywhere(value, sentence):
-    """Stop every process with `sentence` unless they all hold the same number."""
+    """Stop every rank with `sentence` unless all hold the same number. Collective."""
     if dist.is_initialized():
         ends = torch.tensor([value, -value])
         dist.all_reduce(ends, dist.ReduceOp.MAX)  # the largest, and the smallest with its sign turned
@@ -204,8 +203,8 @@ SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if
 
 
 def catch_signals():
-    """The list, one for the whole process, that fills when it is asked to stop; loops look at it between steps. The third
-    signal ends it at once: torchrun passes a Ctrl-C on to processes that have had it from the terminal already."""
+    """The list (one per process) to which signals to stop are added; loops check it between steps. The third signal ends
+    the process at once: torchrun passes Ctrl-C on to ranks that have received it from the terminal already."""
 
     def handler(number, frame):
         CAUGHT.append(number)
@@ -218,7 +217,7 @@ def catch_signals():
 
 
 def end_at_signals():
-    """Before and after training, and in programs that only read, there is nothing to save: a signal ends the process at once."""
+    """Where there is nothing to save (before and after training, in probes) a signal ends the process at once."""
 
     def handler(number, frame):
         for other in SIGNALS:

@@ -14,9 +14,9 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def param_groups(module, weight_decay, **settings):
-    """Weights with decay and LARS adaptation; all else with neither: biases, norms, scales, class tokens, tables of positions.
-    A weight has two or more dimensions and a name that ends in "weight", as torch calls those of its linear layers,
-    convolutions and attention; what a network holds as a bare parameter under another name is none."""
+    """Two groups: weights, with weight decay and LARS adaptation, and all other parameters (biases, norms, class tokens,
+    position embeddings), with neither. A weight has two or more dimensions and a name that ends in "weight", as in torch's
+    linear, convolution and attention layers. `settings` go into both groups."""
     params = [(name.endswith("weight") and p.ndim >= 2, p) for name, p in module.named_parameters() if p.requires_grad]
     weights, rest = ([p for is_weight, p in params if is_weight == kind] for kind in (True, False))
     weights = {"params": weights, "weight_decay": weight_decay, "adapt": True, **settings}
@@ -24,7 +24,7 @@ def param_groups(module, weight_decay, **settings):
 
 
 def count(optimizer):
-    """How many tensors the optimiser moves, decays and (LARS only) adapts."""
+    """How many tensors the optimizer updates, decays and (LARS only) adapts, in words."""
     groups, lars = optimizer.param_groups, isinstance(optimizer, LARS)
     moved, decayed, adapted = (
         sum(len(g["params"]) for g in groups if g[k]) for k in ("params", "weight_decay", "adapt")
@@ -33,10 +33,13 @@ def count(optimizer):
 
 
 class LARS(torch.optim.Optimizer):
-    """LARS (You et al. 2017, arXiv:1708.03888) in the form of BYOL's code, with the learning rate outside the momentum
-    buffer:  u = g + lambda w;  q = eta |w| / |u|;  v <- mu v + q u;  w <- w - lr v.  q = 1 where a norm is 0 and in
-    groups with adapt=False, which is torch's SGD with momentum. inside=True, as in SimCLR's code:  v <- mu v + lr q u;
-    w <- w - v, which differs only while the rate changes."""
+    """LARS (You et al. 2017, https://arxiv.org/abs/1708.03888) as in BYOL's code, the learning rate outside of the momentum
+    buffer v:
+
+        u = g + lambda w;  q = eta |w| / |u|;  v <- mu v + q u;  w <- w - lr v
+
+    q = 1 where a norm is 0 and in groups with adapt=False: SGD with momentum, as in torch. inside=True, as in SimCLR's
+    code:  v <- mu v + lr q u;  w <- w - v.  The two differ only while the learning rate changes."""
 
     def __init__(self, params, lr=0.0, weight_decay=0.0, momentum=0.9, eta=1e-3, inside=False):
         self.inside = inside
@@ -60,4 +63,5 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(w, v, alpha=-outer)
 
 
+# What --optimizer chooses from.
 OPTIMIZERS = {"lars": LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}

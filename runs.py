@@ -5,9 +5,8 @@
     metrics.jsonl        one JSON object per log line and probe; the same numbers as TensorBoard events beside it
     run.lock             held by the process that trains
 
-All files of torch.save hold tensors and plain values only and load with weights_only=True. A run touches no file of a folder
-that it did not begin: but for run.lock, checkpoint.pt is the first that it writes, and --fresh alone deletes what runs write,
-by name.
+All files of torch.save hold tensors and plain values only and load with weights_only=True. A run never touches files that it did
+not write: checkpoint.pt is the first one, and only --fresh deletes, by exact name, what runs write.
 """
 
 import contextlib
@@ -33,7 +32,7 @@ try:
 except ImportError:  # Windows
     fcntl = resource = None
 
-# The names of what runs and evaluate.py write, and of nothing else. Of checkpoint.new.pt there is never anything to keep.
+# The names of the files that a run and its evaluation write, and of nothing else (not checkpoint.new.pt: see `save`).
 OWN = re.compile(
     r"(checkpoint(\.prev)?\.pt|backbone\.pt|features-backbone-.+-(train|test)-[0-9a-f]{16}\.pt|metrics\.jsonl|"
     r"evaluate\.json|(views|reconstructions|neighbours|gradients|swap)\.png|schedule\.csv|events\.out\.tfevents\..+\.run|"
@@ -45,14 +44,13 @@ def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def put(path, fill, sync=True):
-    """Let `fill(f)` write the binary file f, and make it `path`: written aside, then renamed, so that `path` is whole, the old
-    one or the new one, whenever the process dies (or, with `sync`, the machine). What cannot be written ends the program
-    with exit code 2."""
+def put(path, write_to, sync=True):
+    """Let `write_to(f)` write a binary file beside `path`, then rename it: `path` is the whole old or the whole new file
+    whenever the process dies (with `sync`: or the machine). A failure to write ends the program with exit code 2."""
     aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as f:
-            fill(f)
+            write_to(f)
             f.flush()
             if sync:
                 os.fsync(f.fileno())
@@ -92,10 +90,10 @@ def save(out, content):
 
 
 def load(path):
-    """A dict from a file of torch.save, which is read as data and never executed. EOFError if the file is damaged."""
+    """A dict from a file of torch.save, read as data, never executed. EOFError if the file is damaged."""
     try:
         if not Path(path).is_file():  # a pipe would wait for a writer
-            raise OSError("it is no file")
+            raise OSError("it is not a file")
         content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         fail(f"{path} is refused, not executed: it holds something other than tensors and plain values")
@@ -107,7 +105,7 @@ def load(path):
 
 
 def load_checkpoint(path, *states):
-    """`load` of a checkpoint.pt, whose shape is looked at here and nowhere else; `states`: names of the state dicts in it."""
+    """`load` for a checkpoint.pt; checks that all entries and the state dicts named `states` are there."""
     found = load(path)
     kinds = {"method": str, "settings": dict, "step": int, "result": (str, type(None)), **dict.fromkeys(states, dict)}
     wrong = [name for name, kind in kinds.items() if name not in found or not isinstance(found[name], kind)]
@@ -118,15 +116,15 @@ def load_checkpoint(path, *states):
 
 
 def resume(out, method, settings, states, fresh=False, changed_data=False):
-    """Load the run in the folder `out` into `states`, {name: model or optimiser}: (updates made, result or None), which are
-    (0, None) of a new run. Every process must call it.
+    """Load the run in the folder `out` into `states`, {name: model or optimizer}; returns (updates made, result or None),
+    (0, None) for a new run. Collective.
 
-    The last checkpoint counts, or the one before it if that is damaged. A folder that another process trains in, files that
-    are not this run's, other settings, other training images (unless `changed_data`) and states that do not fit end the
-    program, and nothing is lost.
+    If the last checkpoint is damaged, the one before it is used. A folder in use by another process, files of another
+    origin, other settings, other training images (unless `changed_data`) and states that do not fit end the program
+    before anything is changed.
     """
     if first_rank():
-        claim(out)
+        lock(out)
     found, damaged = None, []
     for path in () if fresh else (Path(out, "checkpoint.pt"), Path(out, "checkpoint.prev.pt")):
         if found is None and os.path.lexists(path):
@@ -142,26 +140,27 @@ def resume(out, method, settings, states, fresh=False, changed_data=False):
     if found:
         check_same(out, found, method, settings, changed_data)
         for name, state in states.items():
-            fill(state, found[name], f"{found_in} does not fit this command: {name}")
+            load_state(state, found[name], f"{found_in} does not fit this command: {name}")
     elif first_rank():
         clear(out, fresh)
-    place = 2 * found["step"] + bool(found["result"]) if found else -1
-    same_everywhere(place, f"processes found different checkpoints in {out}, which all machines must share")
-    return (found["step"], found["result"]) if found else (0, None)
+    step, result = (found["step"], found["result"]) if found else (0, None)
+    for value in (bool(found), step, bool(result)):
+        same_everywhere(value, f"the ranks found different checkpoints in {out}, which all machines must share")
+    return step, result
 
 
-LOCKS = []  # open as long as the process lives
+LOCKS = []  # open files, as long as the process lives
 
 
-def claim(out):
-    """Make the folder, and refuse it while another process trains in it. The lock is of the kind that forked data workers do
-    not inherit, so that it ends with this process, however that ends."""
+def lock(out):
+    """Make the folder and lock it, or refuse it while another process trains in it. fcntl.lockf, unlike flock, is not
+    inherited by forked data workers: the lock ends with this process, however that ends."""
     try:
         str(out).encode()  # TensorBoard's names are UTF-8
         Path(out).mkdir(parents=True, exist_ok=True)
-        if os.path.lexists(lock := Path(out, "run.lock")) and not lock.is_file():
-            raise OSError(f"{lock} is no file")  # a pipe would wait for a reader
-        LOCKS.append(open(lock, "a"))  # noqa: SIM115
+        if os.path.lexists(file := Path(out, "run.lock")) and not file.is_file():
+            raise OSError(f"{file} is not a file")  # a pipe would wait for a reader
+        LOCKS.append(open(file, "a"))  # noqa: SIM115
     except (OSError, ValueError) as error:
         fail(f"--out {out}: {reason(error)}")
     if fcntl:
@@ -216,15 +215,15 @@ def check_same(out, found, method, settings, changed_data):
         fail(f"the training images have changed since {out} began ({what}): --changed-data goes on with them; or {ways}")
 
 
-def fill(state, found, sentence):
-    """state.load_state_dict(found) for a model or an optimiser; what does not fit or is not finite ends the program."""
+def load_state(state, found, sentence):
+    """state.load_state_dict(found) for a model or an optimizer; what does not fit or is not finite ends the program."""
     try:
         optimizer = isinstance(state, torch.optim.Optimizer)
         if optimizer and [set(g) for g in state.param_groups] != [set(g) for g in found["param_groups"]]:
             raise ValueError("its groups have other settings")
         state.load_state_dict(found)
         if optimizer:
-            tensors = [(p.shape, t) for p, of in state.state.items() for t in of.values() if torch.is_tensor(t) and t.ndim]
+            tensors = [(p.shape, t) for p, kept in state.state.items() for t in kept.values() if torch.is_tensor(t) and t.ndim]
             if any(t.shape != shape or not t.isfinite().all() for shape, t in tensors):
                 raise ValueError("its tensors have other shapes than the weights, or are not finite")
         elif not all(t.isfinite().all() for t in state.state_dict().values() if t.is_floating_point()):
@@ -234,7 +233,7 @@ def fill(state, found, sentence):
 
 
 def stop_unless_finite(finite, what, step, lr, amp):
-    """Every process must call it; the last checkpoint stays as it is."""
+    """Stop all ranks if `what` is not finite on one; the last checkpoint stays as it is. Collective."""
     if any_rank(not finite):
         sys.exit(
             f"error: the {what} is not finite at step {step} (lr {lr:.3g}, {'bf16' if amp else 'fp32'}); the last good "
@@ -243,7 +242,7 @@ def stop_unless_finite(finite, what, step, lr, amp):
 
 
 def memory_mb():
-    """The most that this process has held at a time: tensors on its GPU, or else all of its memory (0: Windows)."""
+    """Peak memory of this process in MB: tensors on its GPU, or else its resident set (0 on Windows)."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated() / 1e6
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if resource else 0
@@ -251,14 +250,12 @@ def memory_mb():
 
 
 class Log:
-    """metrics.jsonl, TensorBoard and the progress bar of a run. Every process has one; only rank 0 writes.
-
-    On resume the lines of steps that will be made again are dropped, so that curves do not double back.
-    """
+    """metrics.jsonl, TensorBoard and the progress bar of a run. Every rank has one; only rank 0 writes. On resume, lines
+    of steps that will be repeated are dropped."""
 
     def __init__(self, out, name, step, total, batch_size, rank, text):
         self.out, self.rank, self.batch_size = Path(out), rank, batch_size
-        self.warned, self.said = False, time.perf_counter()
+        self.warned, self.last_line = False, time.perf_counter()
         self.bar = tqdm(total=total, initial=step, desc=name, unit="step", disable=None if rank == 0 else True)
         self.start_interval(step)
         if rank == 0:
@@ -276,8 +273,7 @@ class Log:
 
     @staticmethod
     def stays(line, step):
-        """Whether a line of an earlier part of the run stays when it goes on from `step`, beginning with a probe. One that was
-        torn by a kill does not."""
+        """Whether a logged line is kept when the run goes on from `step`, which begins with a probe. Torn lines are not."""
         try:
             line = json.loads(line)
             return line["step"] < step or (line["step"] == step and "loss" in line)
@@ -288,7 +284,7 @@ class Log:
         self.loss, self.step, self.wait, self.clock = 0.0, step, 0.0, time.perf_counter()
 
     def watch(self, batches):
-        """The same batches; the time spent waiting for them is counted."""
+        """Yields from `batches` and counts the time spent waiting for them."""
         while True:
             asked = time.perf_counter()
             batch = next(batches, None)
@@ -298,8 +294,8 @@ class Log:
             yield batch
 
     def train(self, step, lr, amp, **numbers):
-        """One line on the steps since the last. It reads from the device, which no other part of a step does, and stops
-        a run whose loss is no longer finite. Every process must call it."""
+        """Log the steps since the last call; stops a run whose loss is not finite. The only synchronization with the device
+        in a step. Collective."""
         numbers = {k: float(v) for k, v in numbers.items()}
         loss, seconds = float(self.loss) / (step - self.step), time.perf_counter() - self.clock
         stop_unless_finite(math.isfinite(loss), "loss", step, lr, amp)
@@ -307,8 +303,8 @@ class Log:
         line = f"loss {loss:.3f}, {rate:.0f} img/s, data wait {wait:.0%}"
         self.bar.set_postfix_str(line)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.perf_counter() > self.said + 60:  # not a terminal: a line a minute
-            self.said = time.perf_counter()
+        if self.bar.disable and time.perf_counter() > self.last_line + 60:  # not a terminal: a line a minute
+            self.last_line = time.perf_counter()
             self.say(f"step {step} of {self.bar.total}: {line}")
         if numbers.get("feature_std", 1) < 0.05 and not self.warned:
             self.warned = True
@@ -336,7 +332,7 @@ class Log:
             write_picture(self.out / f"{name}.png", picture)
 
     def say(self, text):
-        """A line on stdout that does not break the progress bar; rank 0 only."""
+        """Print a line without breaking the progress bar; rank 0 only."""
         if self.rank == 0:
             tqdm.write(text)
             sys.stdout.flush()

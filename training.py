@@ -1,5 +1,5 @@
-"""What every method script does around its method. Scripts call this file; it calls no script, computes no loss and steps no
-optimiser. Whoever skips it still understands the paper."""
+"""What every method script does around its method: flags, the run, the recipe line. Scripts call this file; it never calls a
+script, computes a loss or steps an optimizer. No subclassing, no hooks. Whoever skips it still understands the papers."""
 
 import argparse
 import contextlib
@@ -17,14 +17,14 @@ import evaluate
 import optim
 import runs
 
-# Of the settings of a run those that may differ when it goes on.
+# Settings that may differ when a run goes on.
 SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study", "classifier",
                "changed_data", "given", "why")  # fmt: skip
 
 
 def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **how):
-    """(a parser with the flags that every method has, and those that decide the defaults of others: data, recipe and `early`,
-    a flag by its names and, in `how`, what argparse needs of it). `dataset`: the default of --data."""
+    """(a parser with the flags that every method has, the flags that decide the defaults of others: --data, --recipe and
+    `early`, another flag with the keywords `how` for argparse). `dataset(known)`: the default of --data."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--data")
     first.add_argument("--recipe", choices=recipes)
@@ -46,18 +46,18 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
-    p.add_argument("--workers", type=int, default=4, help="decoding processes per process, for folders")
+    p.add_argument("--workers", type=int, default=4, help="loader workers per rank, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
     p.add_argument(
-        "--changed-data", action="store_true", help="go on though the training images are not those of the start"
+        "--changed-data", action="store_true", help="go on although the training images have changed"
     )
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each synchronizes with the device")
     p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
     p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
     # optimisation
@@ -70,29 +70,28 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     )
     p.add_argument("--optimizer", choices=optim.OPTIMIZERS, help="each needs a learning rate of its own")
     p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
-    p.add_argument("--weight-decay", type=float, help="the recipe line counts the tensors that it is on")
+    p.add_argument("--weight-decay", type=float, help="on weights, not on biases and norms, unless the paper differs")
     p.add_argument("--warmup-epochs", type=float, help="of the learning rate, linear from 0")
     return p, known
 
 
 def name_of(dataset):
-    """Of a set, or of a folder: by os.path, for which a link that leads to itself is no error; a name need not be UTF-8."""
+    """The name of a set or folder for --out. os.path accepts circular links, and names need not be UTF-8."""
     return os.path.basename(os.path.realpath(dataset)).encode(errors="backslashreplace").decode()
 
 
 def parse(p, method, recipe, argv):
-    """The arguments of `p` with the values of `recipe` as defaults; a folder's are sized by its images. Bad values of the
-    common flags end the program."""
+    """Parse and check the common flags, with the values of `recipe` as defaults (for a folder: scaled to its size)."""
     p.set_defaults(**{k: v for k, v in recipe.items() if k != "views"})
     args = p.parse_args(argv)
     common.at_least(8, args, "size", most=4096)
     common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every")
     common.at_least(0, args, "limit", "workers", "eval_every", "warmup_epochs")
-    common.at_least(0, args, "lr", "weight_decay", most=1e30)  # more is no fp32 number
+    common.at_least(0, args, "lr", "weight_decay", most=1e30)  # larger ones overflow fp32
     common.at_least(0, args, "seed", most=2**62)
     args.out = args.out or f"runs/{method}-{name_of(args.data)}"
     words = sys.argv[1:] if argv is None else argv
-    args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}  # by hand
+    args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}  # on the command line
     if "workers" not in args.given:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
@@ -102,7 +101,7 @@ def parse(p, method, recipe, argv):
     return args
 
 
-# The recipe of a folder of photographs, for a laptop or one GPU; scripts add what their method needs. Sized by `size_folder`.
+# The preset for a folder of photographs, for a laptop or one GPU; scripts add what their method needs.
 FOLDER = dict(arch="resnet10_32", size=96, epochs=100, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
               warmup_epochs=1.0, eval_every=10)  # fmt: skip
 SEEN, LARGE = (
@@ -112,7 +111,7 @@ SEEN, LARGE = (
 
 
 def size_folder(args, images):
-    """What was not given by hand is set for the number of images: epochs, and of LARGE images ResNet-18 and a batch of 256."""
+    """Set epochs, network and batch size for a folder of so many images, except where given on the command line."""
     sized = {"epochs": min(200, max(20, round(SEEN / images)))}
     if images >= LARGE:
         sized |= {"arch": args.arch.replace("resnet10_32", "resnet18"), "batch_size": 256}
@@ -122,7 +121,7 @@ def size_folder(args, images):
 
 
 def lower(args, name, most, images):
-    """A default that is more than the training `images` allow becomes `most`; a number given by hand is refused."""
+    """Lower a default that is too large for the number of training `images` to `most`; refuse a value given by hand."""
     if (value := getattr(args, name)) <= most:
         return
     flag = f"--{name.replace('_', '-')}"
@@ -134,12 +133,12 @@ def lower(args, name, most, images):
 
 
 def images_per_pass(args, world, images):
-    """The share of --batch-size that one process sees at a time."""
+    """The images per forward pass and rank: --batch-size / (world x --accumulate)."""
     parts = world * args.accumulate
     lower(args, "batch_size", images // parts * parts, images)
     if args.batch_size % parts:
         common.fail(
-            f"--batch-size {args.batch_size} is not a multiple of {world} processes x --accumulate {args.accumulate}"
+            f"--batch-size {args.batch_size} is not a multiple of {world} ranks x --accumulate {args.accumulate}"
         )
     if args.batch_size // parts < 2:
         common.fail(f"--batch-size {args.batch_size} leaves one image a pass, and BatchNorm needs two")

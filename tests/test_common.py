@@ -536,7 +536,7 @@ def test_the_embeddings_folder_is_refused_and_only_what_is_ours_in_it_goes(tmp_p
 
 def test_a_pipe_in_the_place_of_the_lock_is_one_sentence(tmp_path, capsys):
     os.mkfifo(tmp_path / "run.lock")
-    with refused(capsys, "run.lock is no file"):
+    with refused(capsys, "run.lock is not a file"):
         resume(tmp_path)
 
 
@@ -548,7 +548,7 @@ def test_a_folder_in_the_place_of_a_file_is_one_sentence(name, tmp_path, capsys)
 
 
 def hold(send, out):
-    runs.claim(out)
+    runs.lock(out)
     fork_and_wait(send)
 
 
