@@ -179,7 +179,7 @@ def test_bad_flags(flags, words, tmp_path):
 def test_batch_not_divisible_by_processes(capsys):
     with pytest.raises(SystemExit) as stopped:
         training.images_per_pass(byol.parse_args(["--batch-size", "15"]), 2, 48)
-    assert stopped.value.code == 2 and "--batch-size 15 is not a multiple of 2 processes" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--batch-size 15 is not a multiple of 2 ranks" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
