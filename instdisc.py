@@ -53,7 +53,7 @@ Measured with this file (k-NN: 20 neighbours; protocols, tables 1 and 2 and curv
     python instdisc.py --copy-paste 0.5                                      with RBD masks, made before training
     python saliency.py DIR --out MASKS && python instdisc.py --data DIR --copy-paste 0.5 --masks MASKS
     torchrun --standalone --nproc_per_node=8 instdisc.py --data imagenet --root DIR --copy-paste 0.5 --masks MASKS
-    python ablate.py instdisc                                                tables 1 and 2
+    python -m experiments.ablate instdisc                                    tables 1 and 2
 """
 
 import contextlib

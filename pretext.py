@@ -44,7 +44,7 @@ Measured with this file (k-NN: 20 neighbours; of the random network, after train
     python pretext.py --task jigsaw                                          or exemplar, relative, colorization
     python pretext.py --task rotation --data DIR --arch revnet50_k4          any folder, any backbone (backbones.py)
     torchrun --standalone --nproc_per_node=8 pretext.py --task rotation --data imagenet --root DIR
-    python pretext.py --study                                                which backbone suits which task (study.py)
+    python -m experiments.study                                              which backbone suits which task
 """
 
 import functools
@@ -64,7 +64,6 @@ import common
 import data
 import evaluate
 import optim
-import study
 import training
 
 METHOD = "pretext"
@@ -130,7 +129,6 @@ def parse_args(argv=None):
         "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
     )
     # pretext tasks
-    p.add_argument("--study", action="store_true", help="tasks x backbones x widths, as tables and a figure: study.py")
     p.add_argument("--task", choices=TASKS, help="what is asked of an image")
     p.add_argument("--embedding", type=int, help="width of what an image or patch becomes before the head compares it")
     p.add_argument("--head", type=int, help="hidden width of the head, of the tasks that have a hidden layer")
@@ -555,7 +553,7 @@ def rate_at(step, total, lr, warmup, drop_at):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if "--study" in argv:
-        return study.main([word for word in argv if word != "--study"])
+        common.fail("--study: this is `python -m experiments.study` now")
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp

@@ -41,7 +41,7 @@ Measured with this file (k-NN: 20 neighbours; protocols, curves and more in resu
 
     python sage.py                                                           shapes, minutes on a laptop
     torchrun --standalone --nproc_per_node=8 sage.py --data imagenet --root DIR
-    python ablate.py sage --epochs 8                                         every row of tables 6-10
+    python -m experiments.ablate sage --epochs 8                             every row of tables 6-10
 """
 
 import copy

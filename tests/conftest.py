@@ -191,6 +191,16 @@ def folder(tmp_path):
     return write_images(tmp_path / "images", 64)
 
 
+@pytest.fixture
+def few_shapes(monkeypatch):
+    """Sets of 64 drawn images: 12,000 take seconds."""
+    draw = data.shapes.draw_shapes
+    monkeypatch.setattr(data.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))
+    data._load.cache_clear()
+    yield
+    data._load.cache_clear()
+
+
 def equal(a, b):
     """Bit for bit, for tensors, plain values, and dicts of them."""
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""ablate.py with a method and an evaluate.py that take no time, and once with the real ones."""
+"""experiments/ablate.py with a method and an evaluate.py that take no time, and once with the real ones."""
 
 import importlib
 import json
@@ -8,19 +8,18 @@ import signal
 import sys
 import threading
 import time
-import types
 
 import pytest
 import torch
 from conftest import ROOT, TINY, fork, write_images
 from torchvision.io import decode_image, write_png
 
-import ablate
 import byol
 import common
 import data
 import evaluate
 import saliency
+from experiments import ablate, jobs
 
 TOY = '''
 import argparse, json, os, pathlib, signal, sys, time
@@ -85,26 +84,17 @@ TABLES = {
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path, monkeypatch, few_shapes):
     (tmp_path / "toy.py").write_text(TOY)
     (tmp_path / "measure.py").write_text(MEASURE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy", raising=False)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "measure.py"))
     monkeypatch.setattr(ablate, "TABLES", {**ablate.TABLES, "toy": TABLES})
-    columns = {**ablate.COMMON, "energy": "localisation energy"}
-    monkeypatch.setattr(ablate, "FIGURES", {**ablate.FIGURES, "toy": columns})
-    monkeypatch.setattr(ablate, "READ", {**ablate.READ, "toy": "how to read it"})
-    monkeypatch.setattr(common, "CAUGHT", [])
-    draw = data.shapes.draw_shapes
-    monkeypatch.setattr(data.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))  # 12,000 take seconds
-    data._load.cache_clear()
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
-    yield tmp_path / "out"
-    data._load.cache_clear()
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+    columns = {**ablate.FROZEN, "energy": "localisation energy"}
+    monkeypatch.setattr(ablate, "METRICS", {**ablate.METRICS, "toy": columns})
+    monkeypatch.setattr(ablate, "NOTES", {**ablate.NOTES, "toy": "how to read it"})
+    return tmp_path / "out"
 
 
 def lines(file):
@@ -117,7 +107,7 @@ def lines(file):
 def test_rows_of_sage_are_commands_that_parse():
     sage = importlib.import_module("sage")
     base = ["--data", "imagenet", "--evaluator-epochs", "300"]
-    tables = ablate.fill("sage", sage.parse_args(base))
+    tables = ablate.rows_for("sage", sage.parse_args(base))
     rows = {name: flags for table in tables.values() for name, _, flags in table if flags is not None}
     assert len(rows) == 18 and sum(map(len, tables.values())) == 28
     got = {name: sage.parse_args(["--data", "imagenet", *flags]) for name, flags in rows.items()}
@@ -134,7 +124,7 @@ def test_rows_of_sage_are_commands_that_parse():
     assert [got[f"{n} the bottleneck"].bottleneck for n in ("twice", "half")] == [1024, 256]
     assert [got[f"{n} the decoder"].width for n in ("twice", "half")] == [1024, 256]
     assert got["frozen decoder"].freeze_decoder and got["average pooling"].pool and got["evaluator not frozen"].train_evaluator
-    epochs = ablate.values("sage", sage.parse_args([]))["epochs"]
+    epochs = ablate.placeholders("sage", sage.parse_args([]))["epochs"]
     assert epochs == byol.RECIPES["shapes"]["epochs"]  # where --evaluator-epochs is not given
 
 
@@ -144,8 +134,8 @@ def test_every_row_parses_and_only_rows_of_the_same_settings_share_a_folder(meth
     if not (ROOT / f"{method}.py").exists():
         pytest.skip(f"{method}.py is not there")
     parse, base = importlib.import_module(method).parse_args, ["--data", recipe]
-    tables = ablate.fill(method, parse(base))
-    folders = ablate.folders(parse, base, tables)
+    tables = ablate.rows_for(method, parse(base))
+    folders = ablate.row_folders(parse, base, tables)
     settings = {}
     for table, rows in tables.items():
         heads = ablate.TABLES[method][table][1]
@@ -155,8 +145,8 @@ def test_every_row_parses_and_only_rows_of_the_same_settings_share_a_folder(meth
                 found = ablate.settings_of(parse, [*base, *flags])
                 assert settings.setdefault(folders[name], found) == found
     assert len({tuple(map(str, s.values())) for s in settings.values()}) == len(settings)
-    probes = {path.split()[0] for path in ablate.FIGURES[method].values()}
-    assert probes <= {*evaluate.PROBES, *evaluate.MORE} and method in ablate.READ
+    probes = {path.split()[0] for path in ablate.METRICS[method].values()}
+    assert probes <= {*evaluate.PROBES, *evaluate.MORE} and method in ablate.NOTES
 
 
 # ============ running them ============
@@ -204,14 +194,6 @@ def test_a_dry_run_lists_the_commands_and_writes_nothing(toy, capfd):
     assert len(printed) == 6 and not toy.exists()
 
 
-def test_processes_are_torchruns(toy):
-    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # as in conftest.start
-    words, shown = ablate.command("toy", ["--out", toy], 2)
-    assert words == [*how, str(toy.parent / "toy.py"), "--out", str(toy)]
-    assert shown == f"torchrun --standalone --nproc_per_node=2 toy.py --out {toy}"
-    assert ablate.command("toy", [])[0] == [sys.executable, str(toy.parent / "toy.py")]
-
-
 def test_a_row_that_fails_stops_with_its_exit_code_and_command(toy, capfd):
     with pytest.raises(SystemExit) as stopped:
         ablate.main(["toy", "--fail", "3", "--out", str(toy)])
@@ -241,7 +223,7 @@ def test_a_signal_reaches_the_run_and_the_same_command_goes_on(toy, capfd):
 
 
 def test_a_run_that_was_stopped_by_others_is_no_row(toy, capfd, monkeypatch):
-    monkeypatch.setattr(ablate, "figures", lambda folder, name: {})
+    monkeypatch.setattr(jobs, "read_metrics", lambda folder, name: {})
     with pytest.raises(SystemExit) as stopped:
         ablate.main(["toy", "--out", str(toy)])
     assert "has not come to its end" in str(stopped.value.code)
@@ -269,8 +251,8 @@ def test_a_probe_that_the_run_left_out_is_made_up_for(toy):
     [
         ([], "say of which method"),
         (["--seeds", "0"], "say of which method"),
-        (["tow"], "no method 'tow'; did you mean 'toy'"),
-        (["toy", "ration"], "no table 'ration'; did you mean 'ratio'"),
+        (["tow"], "method tow: did you mean 'toy'"),
+        (["toy", "ration"], "table ration: did you mean 'ratio'"),
         (["toy", "xyz"], "there are ratio, masks"),
         (["toy", "--ratio", "0.7"], "--ratio: the row 'half' sets it"),
         (["toy", "masks", "--masks=rbd"], "--masks: the row 'exact' sets it"),
@@ -305,11 +287,11 @@ def test_torchrun_is_for_the_rows(toy, monkeypatch, capfd):
 # ============ the real thing ============
 
 
-def test_sage_with_judge_and_pictures(tmp_path, monkeypatch, capfd):
+def test_sage_with_classifier_and_pictures(tmp_path, monkeypatch, capfd):
     rows = [row for row in ablate.TABLES["sage"]["evaluators"][2] if row[0] in ("neither", "L_D only", "full")]
     monkeypatch.setattr(ablate, "TABLES", {"sage": {"evaluators": ("table 6", ("linear",), rows)}})
     monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(ablate, "start", lambda words, **_: fork(*words[1:]))
+    monkeypatch.setattr(jobs, "start", lambda words, **_: fork(*words[1:]))
     images = write_images(tmp_path / "images", 64)
     flags = ["--data", str(images), "--recipe", "shapes", "--workers", "0", "--limit", "48", "--epochs", "1"]
     out = tmp_path / "ablation"
@@ -365,13 +347,13 @@ def test_masks_of_a_folder_are_rows_and_are_measured_against_true_ones(folder, t
     own, args = ablate.parse_args(command)
     flags = {name: flags for name, _, flags in own.rows["saliency"]}
     # Half of the object is found and nothing else: precision 1, recall 1/2.
-    found = ablate.mask_figures(own, args, flags["learned: BASNet"])
+    found = ablate.mask_quality(own, args, flags["learned: BASNet"])
     assert found == {"F_beta": [pytest.approx(1.3 * 0.5 / (0.3 + 0.5), abs=0.01)], "MAE": [pytest.approx(200 / 1600, abs=0.01)]}
-    found = ablate.mask_figures(own, args, flags["exact masks"])
+    found = ablate.mask_quality(own, args, flags["exact masks"])
     assert found == {"F_beta": [pytest.approx(1, abs=1e-6)], "MAE": [pytest.approx(0, abs=0.01)]}
-    assert ablate.mask_figures(own, args, flags["baseline"]) == {}  # it pastes nothing
+    assert ablate.mask_quality(own, args, flags["baseline"]) == {}  # it pastes nothing
     own.true_masks = None
-    assert ablate.mask_figures(own, args, flags["learned: BASNet"]) == {}  # and of photographs nobody knows
+    assert ablate.mask_quality(own, args, flags["learned: BASNet"]) == {}  # and of photographs nobody knows
 
 
 def test_what_the_masks_of_drawn_objects_are_worth_stands_beside_the_papers(toy, tmp_path, monkeypatch, capfd):
@@ -389,105 +371,3 @@ def test_what_the_masks_of_drawn_objects_are_worth_stands_beside_the_papers(toy,
     printed = {line.split("  ")[0]: line.split("|")[1].split() for line in capfd.readouterr().out.splitlines() if "|" in line}
     assert printed["exact masks"][:2] == ["1.000", "0.000"] and printed["baseline"][:2] == ["-", "-"]
     assert printed["RBD"][0] == f"{kept['RBD']['F_beta'][0]:.3f}"
-
-
-# ============ the end of them all ============
-
-SLEEPER = """
-import pathlib, signal, sys, time
-out, needed = pathlib.Path(sys.argv[1]), int(sys.argv[2])
-def ended(*_):
-    global needed
-    needed -= 1
-    if not needed:
-        out.write_text("ended")
-        sys.exit(85)
-signal.signal(signal.SIGTERM, ended)
-out.touch()
-time.sleep(60)
-"""
-
-
-def job(code, *args, end=lambda code, stopping: f"exit code {code}" if code and not stopping else ""):
-    command = [sys.executable, "-S", "-c", code, *map(str, args)]
-    return types.SimpleNamespace(start=lambda: ablate.start(command), end=end, done=str)
-
-
-def asleep(folder, signals=1):
-    """Two jobs that sleep until they have had so many SIGTERM, and the files that tell of it."""
-    files = [folder / name for name in ("a", "b")]
-    return [job(SLEEPER, file, signals) for file in files], files
-
-
-def wait_for(files):
-    while not all(file.exists() for file in files):
-        time.sleep(0.01)
-
-
-@pytest.mark.parametrize(("name", "times"), [("SIGHUP", 1), ("SIGTERM", 1), ("SIGINT", 1), ("SIGTERM", 3)])
-def test_signals_end_all_that_was_started(toy, tmp_path, capsys, name, times):
-    jobs, files = asleep(tmp_path, times)
-
-    def interrupt():
-        wait_for(files)
-        for _ in range(times):
-            os.kill(os.getpid(), getattr(signal, name))
-            time.sleep(0.2)
-
-    threading.Thread(target=interrupt).start()
-    with pytest.raises(SystemExit) as stopped:
-        ablate.run_all([*jobs, job("pathlib")], common.catch_signals(), 2)
-    assert stopped.value.code == 85 and "the same command" in capsys.readouterr().out
-    assert [file.read_text() for file in files] == ["ended", "ended"]
-
-
-@pytest.mark.parametrize(("how", "code"), [("sys.exit(85)", 85), ("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
-def test_a_run_that_ends_badly_ends_the_others(toy, tmp_path, capsys, how, code):
-    jobs, files = asleep(tmp_path)
-    last = job(f"import os, sys, time\nwhile not all(map(os.path.exists, sys.argv[1:])): time.sleep(.01)\n{how}", *files)
-    with pytest.raises(SystemExit) as stopped:
-        ablate.run_all([*jobs, last], [], 3)
-    said = capsys.readouterr()
-    assert stopped.value.code == code and [file.read_text() for file in files] == ["ended", "ended"]
-    assert ("the same command" in said.out) == (code == 85) and ("exit code" in said.err) == (code != 85)
-
-
-def test_when_this_program_fails_nothing_that_it_started_goes_on(toy, tmp_path):
-    def full(code, stopping):
-        wait_for(files)
-        common.fail("the disk is full")
-
-    jobs, files = asleep(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        ablate.run_all([*jobs, job("", end=full)], [], 3)
-    assert stopped.value.code == 2 and [file.read_text() for file in files] == ["ended", "ended"]
-
-
-def test_a_killed_program_takes_its_runs_along(tmp_path):
-    """SIGKILL leaves it no time to end them: they see to it themselves (common.setup)."""
-    beat = tmp_path / "beat"
-    run = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport common\ncommon.setup('cpu')\n"
-    run += f"while True:\n    open({str(beat)!r}, 'a').write('.')\n    time.sleep(0.1)"
-    (tmp_path / "parent.py").write_text(
-        f"import sys, types\nsys.path.insert(0, {str(ROOT)!r})\nimport ablate\n"
-        f"job = types.SimpleNamespace(start=lambda: ablate.start([sys.executable, '-c', {run!r}]))\nablate.run_all([job], [])"
-    )
-    parent, deadline = fork(tmp_path / "parent.py"), time.time() + 60
-    while not beat.exists() and parent.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    parent.kill()
-    parent.communicate(timeout=10)
-    assert beat.exists()
-    sizes = [-1, beat.stat().st_size]
-    while sizes[-1] != sizes[-2] and len(sizes) < 20:
-        time.sleep(1)
-        sizes.append(beat.stat().st_size)
-    assert len(sizes) < 20, "it is still there"
-
-
-def test_broken_files_of_a_run_are_sentences(tmp_path, capsys):
-    for name, text in (("evaluate.json", "{"), ("evaluate.json", "[]"), ("metrics.jsonl", "{")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(SystemExit) as stopped:
-            ablate.figures(tmp_path, "shapes") if name == "evaluate.json" else ablate.at_random(tmp_path)
-        assert stopped.value.code == 2 and f"error: {tmp_path / name} " in capsys.readouterr().err

@@ -5,13 +5,13 @@ import importlib
 import re
 import shlex
 import sys
-from pathlib import Path
 
 import pytest
 from conftest import ROOT
 
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("results/*.md"))
-COMMAND = re.compile(r"(?:python|torchrun [^`\n]*?) (\w+\.py)\b(.*?)(?=$|  |#|&&|\||;)")
+NAME = r"\w+\.py|-m (?:experiments|downstream|analysis)\.\w+"
+COMMAND = re.compile(rf"(?:python|torchrun [^`\n]*?) ({NAME})\b(.*?)(?=$|  |#|&&|\||;)")
 STANDS_FOR = {"S": "0", "N": "1", "T": "rotation", "A": "resnet18"}
 
 
@@ -44,22 +44,21 @@ def check(script, words, monkeypatch):
         real(*args)
         parsed()
 
-    if script == "pretext.py" and "--study" in words:
-        script, words = "study.py", [word for word in words if word != "--study"]
-    module = importlib.import_module(Path(script).stem)
+    module = importlib.import_module(script.removesuffix(".py").removeprefix("-m "))
     with monkeypatch.context() as patch:
         patch.setattr(sys, "argv", [script, *words])
-        if script == "compare.py":  # what is no flag of its own goes to every script
+        compares = script == "-m experiments.compare"
+        if compares:  # what is no flag of its own goes to every script
             own = module.parse_args(words)
-            runs = [module.Run(own, dataset, method) for dataset in own.data for method in own.methods]
+            runs = [module.Run(own, dataset, method, 0) for dataset in own.data for method in own.methods]
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("data.check", parsed)
-        if script != "compare.py":
+        if not compares:
             with pytest.raises(Parsed):
                 module.main()
             return
     for run in runs:
-        _, script, *words = shlex.split(run.shown)
+        _, script, *words = shlex.split(run.typed)
         check(script, words, monkeypatch)
 
 
@@ -75,11 +74,13 @@ def test_every_command_that_is_written_down_parses(page, monkeypatch, capsys):
 
 def test_commands_are_found_and_a_flag_that_is_none_is_refused(monkeypatch, capsys):
     text = "See `python byol.py\n--seed S [--epochs 3]`.\n\n    python moco.py --lr \\\n        3   a comment\n\n"
-    text += "```bash\ntorchrun --standalone --nproc_per_node=8 swav.py --amp     # fast\n```\n"
+    text += "```bash\ntorchrun --standalone --nproc_per_node=8 swav.py --amp     # fast\n"
+    text += "python -m experiments.ablate sage --dry-run\n```\n"
     assert sorted(commands(text)) == [
-        ("byol.py", ["--seed", "0", "--epochs", "3"]), ("moco.py", ["--lr", "3"]), ("swav.py", ["--amp"]),
+        ("-m experiments.ablate", ["sage", "--dry-run"]), ("byol.py", ["--seed", "0", "--epochs", "3"]),
+        ("moco.py", ["--lr", "3"]), ("swav.py", ["--amp"]),
     ]  # fmt: skip
-    for script in ("byol.py", "compare.py", "ablate.py", "evaluate.py", "saliency.py", "data.py"):
+    for script in ("byol.py", "evaluate.py", "saliency.py", "data.py", "-m experiments.compare", "-m experiments.ablate"):
         with pytest.raises(SystemExit):
             check(script, ["--no-such-flag"], monkeypatch)
     assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 100

@@ -1,23 +1,22 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import METHODS, fork
 
-import ablate
 import backbones
 import common
-import compare
 import runs
-import study
+from experiments import compare, jobs
 
 SMALL = ["--limit", "64", "--batch-size", "16", "--epochs", "1", "--probes", "knn", "--log-every", "1", "--device", "cpu"]
 
 
-def finished(out, dataset, method, knn=50.0):
+def finished(out, dataset, method, knn=50.0, seed=0):
     """A run of `method` as it lies there when it has ended."""
     own = compare.parse_args(["--out", str(out)])
-    run = compare.Run(own, dataset, method)
+    run = compare.Run(own, dataset, method, seed)
     run.path.mkdir(parents=True)
     found = {dataset: {"knn": {"20": {"weighted": knn, "majority": 1.0}}, "linear": {"top1": 61.25}}}
     (run.path / "evaluate.json").write_text(json.dumps(found))
@@ -27,17 +26,28 @@ def finished(out, dataset, method, knn=50.0):
     (run.path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     about = {"arch": "resnet10_16", "preprocess": {"size": 32}}
     torch.save(about | {"state_dict": backbones.build("resnet10_16", 32).state_dict()}, run.path / "backbone.pt")
-    runs.write_text(study.beside(run.path, "json"), json.dumps({"command": run.shown, "seconds": 90.0}))
+    runs.write_text(f"{run.path}.json", json.dumps({"command": run.typed, "seconds": 90.0}))
     return run
 
 
 def test_a_row_is_what_the_run_left(tmp_path):
-    row = finished(tmp_path, "shapes", "byol").row()
+    run = finished(tmp_path, "shapes", "byol")
     parameters = sum(p.numel() for p in backbones.build("resnet10_16", 32).parameters()) / 1e6
-    note = study.beside(tmp_path / "shapes" / "byol", "json")
-    note.unlink()  # a run made by hand has none
-    assert compare.Run(compare.parse_args(["--out", str(tmp_path)]), "shapes", "byol").row()[4] == "-"
-    assert row == ("BYOL", "50.0", "14.5", "61.2", "1.5", "506", "200", f"{parameters:.2f} M", 74.3)
+    row = compare.table_row("byol", [run])
+    assert row == ("BYOL", 1, "50.0", "14.5", "61.2", "1.5", "506", "200", f"{parameters:.2f}", 74.3)
+    Path(f"{run.path}.json").unlink()  # a run made by hand has none
+    assert compare.table_row("byol", [run])[compare.COLUMNS.index("minutes")] == "-"
+
+
+def test_accuracies_have_their_mean_and_spread_over_the_seeds_that_are_finished(tmp_path):
+    own = compare.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "2", "--methods", "byol", "--data", "shapes"])
+    finished(tmp_path, "shapes", "byol", knn=50.0)
+    finished(tmp_path, "shapes", "byol", knn=54.0, seed=2)
+    seeds = [compare.Run(own, "shapes", "byol", seed) for seed in own.seeds]
+    row = dict(zip(compare.COLUMNS, compare.table_row("byol", seeds), strict=True))
+    assert row["seeds"] == 2 and row["20-NN"] == "52.0 ± 2.8" and row["linear"] == "61.2 ± 0.0" and row["MB"] == "506"
+    text = compare.tables(own, {"shapes": {"byol": seeds}})
+    assert "seeds 0 1 2" in text and text.count("(not run)") == 1 and "--seed 1 --out" in text
 
 
 def test_rows_stand_in_the_order_of_the_report_whatever_order_they_are_asked_in():
@@ -54,10 +64,10 @@ def test_every_script_of_the_project_is_there():
 
 def test_the_budget_is_equal_and_what_is_given_overrides_it(tmp_path):
     own = compare.parse_args(["--out", str(tmp_path), "--epochs", "3", "--methods", "byol", "sage"])
-    shown = [compare.Run(own, "cifar10", method).shown for method in own.methods]
-    for line in shown:
+    typed = [compare.Run(own, "cifar10", method, 2).typed for method in own.methods]
+    for line in typed:
         assert "--recipe shapes" in line and "--epochs 3" in line and "--epochs 5" not in line and "--data cifar10" in line
-    assert f"--evaluator {tmp_path}/cifar10/byol" in shown[1]
+    assert f"--evaluator {tmp_path}/cifar10/seed2/byol" in typed[1] and "--seed 2" in typed[1]
 
 
 def test_finished_rows_are_not_run_again_and_the_table_is_written(tmp_path, capsys):
@@ -70,25 +80,25 @@ def test_finished_rows_are_not_run_again_and_the_table_is_written(tmp_path, caps
     assert text in capsys.readouterr().out
     rows = [line for line in text.splitlines() if line.startswith("| ")]
     assert [row.split(" | ")[0] for row in rows] == ["| method", "| ---", "| MoCo v2", "| BYOL", "| SwAV"]
-    assert rows[2].count("| - ") == 7 and "71.1" in rows[2] and "(not run)" in text
-    assert compare.Run(compare.parse_args(["--out", str(tmp_path / "runs"), "--epochs", "9"]), "shapes", "byol").needs()
+    assert rows[2].count("| - ") == 8 and "71.1" in rows[2] and "(not run)" in text
+    assert compare.Run(compare.parse_args(["--out", str(tmp_path / "runs"), "--epochs", "9"]), "shapes", "byol", 0).needs()
 
 
 def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
     table, out = tmp_path / "methods.md", tmp_path / "runs"
     monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(ablate, "start", lambda words, **_: fork(*words[1:]))
+    monkeypatch.setattr(jobs, "start", lambda words, **_: fork(*words[1:]))
     command = ["--methods", "byol", "--data", "shapes", "--out", str(out), "--table", str(table), *SMALL]
     compare.main(command)
-    assert "1 cells, 0 of them finished" in capsys.readouterr().out
+    assert "1 runs, 0 of them finished" in capsys.readouterr().out
     row = next(line for line in table.read_text().splitlines() if line.startswith("| BYOL")).strip("| ").split(" | ")
     row = dict(zip(compare.COLUMNS, row, strict=True))
-    log = [json.loads(line) for line in (out / "shapes/byol/metrics.jsonl").read_text().splitlines()]
-    found = json.loads((out / "shapes/byol/evaluate.json").read_text())["shapes"]
-    assert row["20-NN"] == f"{found['knn']['20']['weighted']:.1f}" and row["at random"] == f"{log[0]['knn20']:.1f}"
-    assert row["linear"] == "-" and float(row["MB"]) > 100 and row["parameters"] == "0.31 M"
+    log = [json.loads(line) for line in (out / "shapes/seed0/byol/metrics.jsonl").read_text().splitlines()]
+    found = json.loads((out / "shapes/seed0/byol/evaluate.json").read_text())["shapes"]
+    assert row["20-NN"] == f"{found['knn']['20']['weighted']:.1f}" and row["random init"] == f"{log[0]['knn20']:.1f}"
+    assert row["linear"] == "-" and float(row["MB"]) > 100 and row["parameters"] == "0.31"
     compare.main(command)
-    assert "1 cells, 1 of them finished" in (again := capsys.readouterr().out) and table.read_text() in again
+    assert "1 runs, 1 of them finished" in (again := capsys.readouterr().out) and table.read_text() in again
 
 
 @pytest.mark.parametrize(
@@ -99,6 +109,7 @@ def test_a_run_from_end_to_end(tmp_path, monkeypatch, capsys):
         (["--jobs", "0"], "--jobs"),
         (["--data", "a/train", "b/train"], "two sets have one name"),
         (["--task", "jigsaw"], "--task"),
+        (["--seed", "3"], "--seed: say --seeds"),
     ],
 )
 def test_bad_flags(flags, words, capsys):

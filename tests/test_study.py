@@ -1,4 +1,4 @@
-"""study.py with a pretext.py and an evaluate.py that take no time, and over folders of runs that never ran."""
+"""experiments/study.py with a pretext.py and an evaluate.py that take no time, and over folders of runs that never ran."""
 
 import csv
 import importlib
@@ -13,15 +13,14 @@ import statistics
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
-import torch
-from PIL import Image
+from torchvision.io import decode_image
 
 import common
-import data
 import evaluate
-import study
+from experiments import study
 
 TOY = '''
 import argparse, json, os, pathlib, signal, sys, time
@@ -88,23 +87,18 @@ GRID = ["--tasks", "rotation", "jigsaw", "--archs", "revnet14", "vgg11", "--widt
 
 
 @pytest.fixture
-def toy(tmp_path, monkeypatch):
+def toy(tmp_path, monkeypatch, few_shapes):
     (tmp_path / "pretext.py").write_text(TOY)
     (tmp_path / "measure.py").write_text(MEASURE)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "pretext", raising=False)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "measure.py"))
-    monkeypatch.setattr(common, "CAUGHT", [])
-    draw = data.shapes.draw_shapes
-    monkeypatch.setattr(data.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))  # 12,000 take seconds
-    data._load.cache_clear()
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-    handlers = [signal.getsignal(number) for number in numbers]
     yield tmp_path / "out"
-    data._load.cache_clear()
     sys.modules.pop("pretext", None)
-    for number, handler in zip(numbers, handlers, strict=True):
-        signal.signal(number, handler)
+
+
+def record(path):
+    return Path(f"{path}.json")
 
 
 def lines(file):
@@ -123,7 +117,7 @@ def write_run(path, pretext, linear, knn=30.0, chance=25.0, **about):
     log = [{"step": 0, "epoch": 0, "knn20": 13.5}, {"step": 8, "epoch": 4, "loss": 1.0}, {"step": 8, "epoch": 4, "knn20": knn}]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     if about:
-        study.beside(path, "json").write_text(json.dumps(about))
+        record(path).write_text(json.dumps(about))
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +130,7 @@ def shown(tmp_path_factory):
         path = out / f"seed{seed}" / f"{task}-{study.arch_name(family, k)}"
         if (task, family, k) == ("jigsaw", "vgg11", 1):
             path.parent.mkdir(parents=True, exist_ok=True)
-            study.beside(path, "json").write_text(json.dumps({"refused": "too small a patch", "seconds": 4.0}))
+            record(path).write_text(json.dumps({"refused": "too small a patch", "seconds": 4.0}))
         elif (task, family, k) != ("jigsaw", "vgg11", 2):
             # Within a family the wider, the better both; across them the better the pretext accuracy, the worse the other.
             pretext = 100 - linear + 4 * k + seed - 9 * (task == "jigsaw")
@@ -181,7 +175,7 @@ def test_marks_and_empty_cells():
 
 def test_rows_are_in_the_papers_order():
     families = ["vgg11", "resnet14v1", "revnet14", "revnet50", "resnet50v2_minus", "revnet50_minus", "resnet14v2"]
-    assert sorted(families, key=study.rank_of_family) == [
+    assert sorted(families, key=study.family_order) == [
         "revnet50", "revnet14", "resnet14v2", "resnet14v1", "revnet50_minus", "resnet50v2_minus", "vgg11",
     ]  # fmt: skip
     assert study.arch_name("revnet50_minus", 4.0) == "revnet50_k4_minus" and study.arch_name("vgg11", 0.5) == "vgg11_k0.5"
@@ -194,7 +188,7 @@ def test_what_is_there_is_printed(shown):
     assert next(line for line in printed if line.startswith("vgg11")).split()[-2:] == ["-", "-"]
     assert "- jigsaw vgg11_k1 seed 1: too small a patch" in printed
     assert not any(line.startswith("- jigsaw vgg11_k2") for line in printed)  # not run is no reason
-    paper = printed.index("the paper's table 1: ImageNet, L-BFGS. Compare the order of rows and columns, not the heights.")
+    paper = printed.index("the paper's table 1: ImageNet, L-BFGS. Compare the order of rows and columns, not the values.")
     assert printed[paper + 1].split() == ["rotation", "jigsaw"] and len(printed[paper + 3].split()) == 7
     assert "mean and standard deviation of 2 seeds; epochs: 4" in "\n".join(printed)
 
@@ -217,8 +211,8 @@ def test_csv_has_a_line_a_run(shown):
 
 def test_json_has_everything(shown):
     found = json.loads((shown[0] / "study.json").read_text())
-    assert len(found["cells"]) == 22 and found["figure"] == "linear"
-    assert {"family": "revnet14", "task": "rotation", "width": 2.0, "figures": [50.0, 51.0]} in found["table"]
+    assert len(found["cells"]) == 22 and found["metric"] == "linear"
+    assert {"family": "revnet14", "task": "rotation", "width": 2.0, "values": [50.0, 51.0]} in found["table"]
     assert found["correlations"]["rotation"]["across"] == [-1.0, 3]
 
 
@@ -237,7 +231,7 @@ def test_spearman():
 
 def test_correlations_within_and_across(shown):
     out, printed = shown
-    found = study.correlations(study.gather(out), "linear")
+    found = study.correlations(study.read_cells(out), "linear")
     assert found["rotation"]["revnet14"] == (pytest.approx(1), 4) and found["rotation"]["across"] == (pytest.approx(-1), 3)
     assert found["jigsaw"]["across"] == (None, 2) and "vgg11" not in found["jigsaw"]
     rows = {line.split()[0]: line.split()[1:] for line in study.correlation_table(found)[1:]}
@@ -248,57 +242,49 @@ def test_correlations_within_and_across(shown):
 # ============ figure 4 ============
 
 
-@pytest.mark.parametrize("values", [[50.0], [0.2, 0.3], [12.0, 97.0], [48.7, 62.1], [99.9, 100.0], [0.0, 3.0], [1, 2, 60]])
-def test_ticks_are_round_and_enclose(values):
-    found = study.ticks(values)
-    steps = {round(b - a, 6) for a, b in itertools.pairwise(found)}
-    assert len(steps) == 1 and 3 <= len(found) <= 8 and found[0] <= min(values) <= max(values) <= found[-1]
-    assert str(steps.pop()).replace(".", "").strip("0") in ("1", "2", "5", "25")
-
-
-def centre(pixels, colour):
-    """(x, y, how many) of the pixels of a circle: its colour at 110 / 255 over white."""
-    blend = 255 + (torch.tensor(colour) - 255) * 110 / 255
-    y, x = ((pixels - blend).abs() < 6).all(2).nonzero().T
-    return (x.min() + x.max()).item() / 2, (y.min() + y.max()).item() / 2, len(x)
-
-
-def test_circles_are_where_they_should_be():
+def test_points_are_runs():
+    pytest.importorskip("matplotlib")
     families, points = ("revnet14", "resnet14v1", "vgg11"), ((40.0, 30.0, 1), (60.0, 50.0, 4), (75.0, 35.0, 2))
     rows = [
-        {"task": "rotation", "family": f, "width": k, "pretext_accuracy": x, "linear": y, "chance": 25.0}
+        {"task": "rotation", "family": f, "width": k, "pretext_accuracy": x, "linear": y, "chance": 25.0, "random_knn20": None}
         for f, (x, y, k) in zip(families, points, strict=True)
     ]
-    image, places = study.draw([*rows, {**rows[0], "linear": None}], "linear")
-    assert image.size == (1200, study.TITLE + study.HIGH)  # a panel, and the legend beside it
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*image.size[::-1], 3).float()
-    pixels = pixels[:, :600]
-    xs, ys, areas = [], [], []
-    for family, (x, y, k) in zip(families, points, strict=True):
-        px, py, area = centre(pixels, study.palette(families)[family])
-        xs, ys, areas = [*xs, px], [*ys, py], [*areas, area]
-        assert places["rotation"][x, y, family, k] == pytest.approx((px, py), abs=1.5)
-    # Two points give the scale, the third must be on it.
-    assert (xs[2] - xs[0]) / (xs[1] - xs[0]) == pytest.approx(35 / 20, abs=0.02)
-    assert (ys[2] - ys[0]) / (ys[1] - ys[0]) == pytest.approx(5 / 20, abs=0.02) and ys[1] < ys[0]
-    assert areas[1] / areas[2] == pytest.approx(2, rel=0.2) and areas[1] > areas[2] > areas[0]
-    # The zero of the scale: the frame's corner is the first tick of both axes.
-    (x0, x1), (y0, y1) = ((t[0], t[-1]) for t in (study.ticks([40, 60, 75]), study.ticks([30, 50, 35])))
-    assert xs[0] == pytest.approx(72 + (600 - 72 - 20) * (40 - x0) / (x1 - x0), abs=1.5)
-    assert ys[0] == pytest.approx(44 + 44 + (480 - 44 - 66) * (y1 - 30) / (y1 - y0), abs=1.5)
+    figure = study.draw([*rows, {**rows[0], "linear": None}], "linear")
+    (panel,) = figure.axes
+    drawn = panel.collections[:3]
+    assert [tuple(d.get_offsets()[0]) for d in drawn] == [(x, y) for x, y, _ in points]
+    assert [len(d.get_offsets()) for d in drawn] == [1, 1, 1] and len({tuple(d.get_facecolor()[0]) for d in drawn}) == 3
+    areas = [d.get_sizes()[0] for d in drawn]
+    assert areas[1] == pytest.approx(2 * areas[2]) == pytest.approx(4 * areas[0])  # the area is the width
+    assert panel.get_title() == "rotation (chance 25)" and panel.get_ylabel() == "linear, %"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*families, "1x as wide", "2x as wide", "4x as wide"]
 
 
-def test_the_picture_of_several_tasks(shown):
-    out, _ = shown
-    with Image.open(out / "study.png") as image:
-        assert image.size == (1800, study.TITLE + study.HIGH)  # two panels and the legend
-    rows = study.gather(out)
-    image, places = study.draw(rows, "knn20")
-    assert {task: len(each) for task, each in places.items()} == {"rotation": 12, "jigsaw": 8}
-    without = study.draw([{**row, "random_knn20": None} for row in rows], "knn20")[0]
-    assert image.tobytes() != without.tobytes()  # the random network's line
-    rows = [{**row, "task": task} for row in rows for task in study.TASKS]
-    assert study.draw(rows, "linear")[0].size == (1800, study.TITLE + 2 * study.HIGH)
+def test_the_figure_of_several_tasks(shown):
+    pytest.importorskip("matplotlib")
+    out, printed = shown
+    assert decode_image(str(out / "study.png")).shape[0] in (3, 4) and printed[-1].endswith("study.png")
+    rows = study.read_cells(out)
+    points = lambda figure: {
+        p.get_title().split()[0]: sum(len(c.get_offsets()) for c in p.collections) for p in figure.axes if p.axison
+    }
+    figure = study.draw(rows, "knn")
+    assert points(figure) == {"rotation": 12, "jigsaw": 8}
+    lines = lambda figure: [list(line.get_ydata()) for panel in figure.axes for line in panel.lines]
+    assert lines(figure) == [[13.5, 13.5]] * 2  # random initialization
+    assert lines(study.draw([{**row, "random_knn20": None} for row in rows], "knn")) == []
+    assert lines(study.draw(rows, "linear")) == []
+    figure = study.draw([{**row, "task": task} for row in rows for task in study.TASKS], "linear")
+    assert list(points(figure)) == list(study.TASKS) and len(figure.axes) == 6
+
+
+def test_without_matplotlib_the_tables_are_written(toy, monkeypatch, capfd):
+    for name in ("matplotlib", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    write_run(toy / "seed0" / "rotation-vgg11_k1", 40.0, 50.0)
+    study.main(["--out", str(toy), "--show"])
+    assert "study.png needs matplotlib" in capfd.readouterr().out
+    assert (toy / "study.csv").exists() and (toy / "study.json").exists() and not (toy / "study.png").exists()
 
 
 # ============ running it ============
@@ -309,7 +295,7 @@ def test_runs_and_then_skips_what_is_finished(toy, capfd):
     command = [*grid, "--out", str(toy), "--epochs", "3"]
     study.main(command)
     printed = capfd.readouterr().out
-    assert "4 cells, 0 of them finished" in printed and "(4 of 4; about 0 min left)" in printed
+    assert "4 runs, 0 of them finished" in printed and "(4 of 4; about 0 min left)" in printed
     assert "51.0 ± 1.4" in printed and "jigsaw vgg11_k1 seed 2: pretext_accuracy 70.0, chance 25.0, knn20 42.0" in printed
     path = toy / "seed2" / "rotation-vgg11_k1"
     about = json.loads((toy / "seed2" / "rotation-vgg11_k1.json").read_text())
@@ -320,7 +306,7 @@ def test_runs_and_then_skips_what_is_finished(toy, capfd):
 
     study.main(command)  # again: nothing is started
     again = capfd.readouterr().out
-    assert "4 cells, 4 of them finished" in again and len(lines(path / "starts")) == 1
+    assert "4 runs, 4 of them finished" in again and len(lines(path / "starts")) == 1
     assert again.split("table 1")[1] == printed.split("table 1")[1]
 
     study.main([*command, "--workers", "1"])  # other words: the runs themselves say that they are finished
@@ -397,12 +383,12 @@ def test_a_signal_reaches_all_runs_and_the_same_command_goes_on(toy, capfd):
         study.main(command)
     assert stopped.value.code == 85 and "the same command" in capfd.readouterr().out
     assert all((path / "stopped").exists() for path in waiting) and not (toy / "study.csv").exists()
-    part = json.loads(study.beside(waiting[0], "json").read_text())
+    part = json.loads(record(waiting[0]).read_text())
     assert part["seconds"] > 0 and "command" not in part
     common.CAUGHT.clear()
     study.main(command)
     assert all(len(lines(path / "starts")) == 2 for path in waiting) and (toy / "study.csv").exists()
-    whole = json.loads(study.beside(waiting[0], "json").read_text())
+    whole = json.loads(record(waiting[0]).read_text())
     assert whole["seconds"] >= part["seconds"] + 0.1 and "command" in whole  # both parts
 
 
@@ -417,27 +403,27 @@ def test_a_run_that_was_stopped_by_others_is_no_cell(toy, capfd):
 def test_a_figure_that_the_run_left_out_is_made_up_for(toy, capfd):
     command = ["--tasks", "rotation", "--archs", "vgg11", "--widths", "1", "--out", str(toy)]
     study.main(command)
-    study.main([*command, "--figure", "mlp", "--limit", "8"])
+    study.main([*command, "--metric", "mlp", "--limit", "8"])
     path = toy / "seed0/rotation-vgg11_k1"
     measured = (path / "measured").read_text()
     assert measured == "--data shapes-natural --probe mlp --root datasets --limit 8 --workers 0 --seed 0"
     assert "mlp 55.0" in capfd.readouterr().out
-    study.main([*command, "--figure", "mlp", "--limit", "8"])
+    study.main([*command, "--metric", "mlp", "--limit", "8"])
     assert len(lines(path / "starts")) == 2
 
 
 def test_commands_have_the_budget_and_processes_are_torchruns(toy, capfd):
     assert f"--epochs {study.GRIDS['shapes'][2]['--epochs']} " in study_commands(capfd, toy)[0]
-    printed = study_commands(capfd, toy, *GRID, "--processes", "2", "--figure", "knn")
+    printed = study_commands(capfd, toy, *GRID, "--processes", "2", "--metric", "knn")
     first = "torchrun --standalone --nproc_per_node=2 pretext.py --task rotation --arch revnet14_k1 --epochs "
     assert len(printed) == 4 and printed[0].startswith(first) and not toy.exists()
     assert "--probes" not in printed[0]  # it has k-NN already
-    assert "--probes knn linear mlp --seed" in study_commands(capfd, toy, "--figure", "mlp")[0]
-    assert "--probes" not in study_commands(capfd, toy, "--figure", "lbfgs")[0]  # evaluate.py does that
+    assert "--probes knn linear mlp --seed" in study_commands(capfd, toy, "--metric", "mlp")[0]
+    assert "--probes" not in study_commands(capfd, toy, "--metric", "lbfgs")[0]  # evaluate.py does that
 
 
 def test_lbfgs_is_with_the_studys_penalty(toy, capfd):
-    command = ["--tasks", "rotation", "--archs", "vgg11", "--widths", "1", "--figure", "lbfgs", "--out", str(toy)]
+    command = ["--tasks", "rotation", "--archs", "vgg11", "--widths", "1", "--metric", "lbfgs", "--out", str(toy)]
     study.main(command)
     path = toy / "seed0/rotation-vgg11_k1"
     measured = (path / "measured").read_text()
@@ -457,7 +443,7 @@ def test_what_is_broken_or_cannot_be_written_is_a_sentence(tmp_path, capfd):
     for spoil, sentence in (
         (lambda: None, f"could not write {tmp_path}/study.csv"),
         (lambda: (path / "metrics.jsonl").write_text("{"), f"{path}/metrics.jsonl cannot be read"),
-        (lambda: study.beside(path, "json").write_text("[]"), f"{path}.json holds no JSON object"),
+        (lambda: record(path).write_text("[]"), f"{path}.json holds no JSON object"),
         (lambda: (path / "evaluate.json").write_text("{"), f"{path}/evaluate.json cannot be read"),
     ):
         spoil()
@@ -470,7 +456,7 @@ def test_what_is_broken_or_cannot_be_written_is_a_sentence(tmp_path, capfd):
     ("words", "sentence"),
     [
         (["--tasks", "rotaton"], "--tasks rotaton: did you mean 'rotation'"),
-        (["--figure", "xyz"], "--figure xyz: there are knn, linear, lbfgs, mlp"),
+        (["--metric", "xyz"], "--metric xyz: there are knn, linear, lbfgs, mlp"),
         (["--archs", "revnt50"], "did you mean 'revnet50"),
         (["--archs", "revnet50_k4_minus"], "say revnet50_minus, and --widths 4"),
         (["--archs", "resnet50v1_minus"], "_minus"),
@@ -503,7 +489,7 @@ def test_torchrun_is_for_the_runs(toy, monkeypatch, capfd):
 @pytest.mark.parametrize("recipe", study.GRIDS)
 def test_default_grids_are_commands_that_parse(recipe, tmp_path, capfd):
     pretext = importlib.import_module("pretext")
-    pretext.main(["--study", "--dry-run", "--out", str(tmp_path / "out"), *(["--data", recipe] if recipe != "shapes" else [])])
+    study.main(["--dry-run", "--out", str(tmp_path / "out"), *(["--data", recipe] if recipe != "shapes" else [])])
     commands = [line.split()[2:] for line in capfd.readouterr().out.splitlines()]
     archs, widths, _ = study.GRIDS[recipe]
     assert len(commands) == len(study.TASKS) * len(archs) * len(widths) and not (tmp_path / "out").exists()
