@@ -280,11 +280,11 @@ def bank_figures(model, train, y, test, preprocess, device, workers, amp, recomp
         return {}
     numbers, net = {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}, nn.Sequential(model.f, model.g)
     embed = lambda images: evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
-    queries, query_labels = evaluate.labelled(*embed(evaluate.first(test, 10_000)))
+    queries, query_labels = evaluate.with_labels(*embed(evaluate.first(test, 10_000)))
     if (y >= 0).any() and len(queries):
         banks = {"bank_knn200": model.bank} | ({"embedding_knn200": embed(train)[0]} if recompute else {})
         for name, bank in banks.items():
-            found = evaluate.knn(*evaluate.labelled(bank, y), queries, query_labels, (200,), model.temperature)
+            found = evaluate.knn(*evaluate.with_labels(bank, y), queries, query_labels, (200,), model.temperature)
             numbers[name] = next(iter(found.values()))[0]
     return numbers
 
@@ -511,7 +511,7 @@ def main(argv=None):
     log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        numbers = evaluate.monitor(model.f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
         numbers |= bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp)
         log.record("eval", step, epoch=step // steps, **numbers)
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
@@ -557,7 +557,7 @@ def main(argv=None):
     if numbers:
         log.record("eval", step, epoch=args.epochs, **numbers)
         log.say("  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    result = evaluate.final_probes(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
     say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
     say(result)

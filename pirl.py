@@ -422,7 +422,7 @@ def main(argv=None):
     log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
-        numbers = evaluate.online(model.f, bank, test, preprocess, device, args.workers, args.amp, model.head_f)
+        numbers = evaluate.monitor(model.f, bank, test, preprocess, device, args.workers, args.amp, model.head_f)
         numbers |= {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}
         log.record("eval", step, epoch=step // steps, **numbers)
         log.say(f"epoch {step // steps:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
@@ -465,7 +465,7 @@ def main(argv=None):
     # ============ final probe ============
     common.end_at_signals()
     log.bar.close()
-    result = evaluate.finish(model.f, bank, test, preprocess, device, args, log, METHOD, step)
+    result = evaluate.final_probes(model.f, bank, test, preprocess, device, args, log, METHOD, step)
     checkpoint(result)
     say(f"load the backbone anywhere:\n{backbones.loading_lines(args.arch, args.size, log.out / 'backbone.pt', preprocess)}")
     say(result)

@@ -64,6 +64,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 import backbones
+import checkpoints
 import common
 import data
 import evaluate
@@ -592,7 +593,7 @@ def main(argv=None):
     model = Pretext(f, TASKS[args.task](f, args, *prior)).to(device, memory_format=torch.channels_last)
     preprocess = {"mean": HALF["mean"], "std": HALF["std"], "size": 3 * patch or args.size, "interpolation": "bilinear"}
     preprocess |= {"sees": model.task.sees} if model.task.sees else {}
-    f = evaluate.as_trained(model.f, preprocess)  # for the probes
+    f = checkpoints.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:
         # The code's BatchNorm sees the share of one device, and so does this.
@@ -655,7 +656,7 @@ def main(argv=None):
     log = runs.Log(args.out, METHOD, step, total, args.batch_size, rank, f"{command}\n\n{settings}")
 
     def probe():
-        numbers = evaluate.online(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
+        numbers = evaluate.monitor(f, bank, test, preprocess, device, args.workers, args.amp)  # all processes
         if few > 1:
             numbers["pretext_accuracy"] = pretext_accuracy(model, asked, draw, device, args.amp)
         log.record("eval", step, epoch=step // steps, **numbers)
@@ -704,7 +705,7 @@ def main(argv=None):
     accuracy = pretext_accuracy(model, asked, draw, device, args.amp) if few > 1 else None
     if accuracy is not None:
         log.record("eval", step, epoch=args.epochs, pretext_accuracy=accuracy)
-    result = evaluate.finish(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
+    result = evaluate.final_probes(f, bank, test, preprocess, device, args, log, f"{METHOD}-{args.task}", step)
     if rank == 0 and accuracy is not None:
         pretext = {"accuracy": accuracy, "chance": model.task.chance(world * few)[1]}
         evaluate.write_json(log.out, args.data, {"pretext": pretext})
