@@ -56,9 +56,9 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import backbones
+import checkpoints
 import common
 import data
-import evaluate
 import optim
 import training
 
@@ -282,7 +282,7 @@ class CPC(nn.Module):
         self.turns, dim = TURNS[args.directions], args.target_dim or backbone.dim
         self.change = data.view(
             args.patch - 2 * args.border, jitter=JITTER.get(args.recipe, SZEGEDY), jitter_p=args.patch_jitter,
-            grey=args.patch_grey, mean=evaluate.HALF, std=evaluate.HALF,
+            grey=args.patch_grey, mean=data.HALF, std=data.HALF,
         )  # fmt: skip
         self.f, self.g = backbone, CONTEXTS[args.context](backbone.dim, args.context_width)
         self.target = nn.Linear(backbone.dim, dim) if args.target_dim else nn.Identity()
@@ -347,7 +347,7 @@ def main(argv=None):
     train, labelled, test = data.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
-    preprocess = {"mean": evaluate.HALF, "std": evaluate.HALF, "size": args.size, "interpolation": "bilinear"}
+    preprocess = {"mean": data.HALF, "std": data.HALF, "size": args.size, "interpolation": "bilinear"}
     grey = 1 in (views[0]["grey"], args.patch_grey)
     preprocess["sees"] = {"patch": args.patch, "stride": args.stride, "grey": grey}
 
@@ -357,7 +357,7 @@ def main(argv=None):
     if any(isinstance(m, nn.BatchNorm2d) for m in f.modules()):
         common.fail(f"--arch {args.arch}: by BatchNorm patches would see each other; add _ln or _nobn to the name")
     model = CPC(f, args).to(device, memory_format=torch.channels_last)
-    f = evaluate.as_trained(model.f, preprocess)  # for the probes
+    f = checkpoints.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)

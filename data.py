@@ -43,6 +43,7 @@ import shapes
 from common import at_least, fail, first_rank, print_any_name
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
+HALF = (0.5, 0.5, 0.5)  # as mean and std they take [0, 1] to [-1, 1]
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 IN_MEMORY = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100, "stl10": datasets.STL10}
 BY_FILE = {  # name: (class, arguments of the training split, of the test split)
@@ -1018,7 +1019,7 @@ def show(args, rest):
     methods = sorted(path.stem for path in folder.glob("*.py") if "\nRECIPES = " in path.read_text())
     if args.method not in methods:
         fail(f"--method {args.method}: it must be one of {', '.join(methods)}")
-    script, evaluate, runs = (importlib.import_module(name) for name in (args.method, "evaluate", "runs"))
+    script, pictures, runs = (importlib.import_module(name) for name in (args.method, "analysis.pictures", "runs"))
     flags = script.parse_args(["--data", args.data, *rest])
     at_least(1, args, "n", most=64)
     at_least(8, flags, "size", most=1024)
@@ -1030,8 +1031,8 @@ def show(args, rest):
     rows = {"image": plain, **seen(script, flags, xs, views, generator(flags.seed, "show"))}
     if dataset.masks is not None:
         rows["mask"] = tvf.resize(dataset.masks[index][:, None].float(), [flags.size] * 2).expand(-1, 3, -1, -1)
-    figure = evaluate.figure([(name, 2 * x.clamp(0, 1) - 1, None, None) for name, x in rows.items()])
-    runs.write_picture(args.out, figure)
+    picture = pictures.draw_rows([(name, 2 * x.clamp(0, 1) - 1, None, None) for name, x in rows.items()])
+    runs.write_picture(args.out, picture)
     print(f"{args.out}: {n} images of {dataset.name} and what the network of {args.method}.py sees: {', '.join(rows)}")
 
 

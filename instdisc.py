@@ -284,11 +284,11 @@ def bank_figures(model, train, y, test, preprocess, device, workers, amp, recomp
         nn.Sequential(model.f, model.g),
     )
     embed = lambda images: evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
-    queries, query_labels = evaluate.labelled(*embed(evaluate.first(test, 10_000)))
+    queries, query_labels = evaluate.with_labels(*embed(evaluate.first(test, 10_000)))
     if (y >= 0).any() and len(queries):
         banks = {"bank_knn200": model.bank} | ({"embedding_knn200": embed(train)[0]} if recompute else {})
         for name, bank in banks.items():
-            found = evaluate.knn(*evaluate.labelled(bank, y), queries, query_labels, (200,), model.temperature)
+            found = evaluate.knn(*evaluate.with_labels(bank, y), queries, query_labels, (200,), model.temperature)
             numbers[name] = next(iter(found.values()))[0]
     return numbers
 

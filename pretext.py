@@ -60,6 +60,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import make_grid
 
 import backbones
+import checkpoints
 import common
 import data
 import evaluate
@@ -577,7 +578,7 @@ def main(argv=None):
     model = Pretext(f, TASKS[args.task](f, args, *prior)).to(device, memory_format=torch.channels_last)
     preprocess = {"mean": HALF["mean"], "std": HALF["std"], "size": 3 * patch or args.size, "interpolation": "bilinear"}
     preprocess |= {"sees": model.task.sees} if model.task.sees else {}
-    f = evaluate.as_trained(model.f, preprocess)  # for the probes
+    f = checkpoints.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:
         # The code's BatchNorm sees the share of one device, and so does this.

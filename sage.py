@@ -58,12 +58,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import byol
+import checkpoints
 import common
 import data
-import evaluate
 import optim
 import runs
 import training
+from analysis import reconstruct
 
 METHOD = "sage"
 
@@ -143,7 +144,7 @@ def parse_args(argv=None):
     p.add_argument("--weight-pixel", type=float, help="lambda of L_MSE (eq. 4)")
     p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
-    p.add_argument("--classifier", help="marks the recoveries that it recognises (made by evaluate.py --save)")
+    p.add_argument("--classifier", help="marks the recoveries that it recognises (made by downstream.finetune --save)")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "hidden", "dim")
     common.at_least(0, args, "tau", "predictor_lr")
@@ -382,7 +383,7 @@ def open_evaluator(args, name):
     """The evaluator in the run, the file or by the architecture `name`, and a line on it. What does not fit ends the
     program: never a random network instead."""
     # Another seed than f's: a random evaluator of f's architecture would be f's own start.
-    backbone, preprocess, about, path = evaluate.open_backbone(name, None, args.size, args.seed + 1000)
+    backbone, preprocess, about, path = checkpoints.open_backbone(name, None, args.size, args.seed + 1000)
     if path and about.get("method") != "byol":
         common.fail(
             f"--evaluator {name} was trained by {about.get('method', 'something else')}; a BYOL run is needed (sec. 3.4)"
@@ -403,7 +404,7 @@ def open_evaluator(args, name):
 
 
 def autoencoder(folder):
-    """The Autoencoder of a run, on the CPU and in eval mode; evaluate.py reads it for the perceptual test and pictures."""
+    """The Autoencoder of a run, on the CPU and in eval mode; analysis/reconstruct.py reads it."""
     try:
         found = runs.load_checkpoint(Path(folder, "checkpoint.pt"), "model")
     except EOFError as error:  # the decoder is in no other file
@@ -429,7 +430,7 @@ def main(argv=None):
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
     paints, judges, h = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"], args.evaluator
-    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
     if judges and not h:
         # What would stop stage 2 stops it now, not after stage 1.
         build_decoder(backbones.build(args.arch, args.size), args.size, args.bottleneck, args.width, args.pool)
@@ -448,7 +449,7 @@ def main(argv=None):
     # ============ model ============
     evaluator, line = open_evaluator(args, h) if judges else (None, "none")
     if classifier:
-        evaluate.check_classifier(classifier, test)
+        reconstruct.check_classifier(classifier, test)
     torch.manual_seed(args.seed)  # the same initial weights in every process
     backbone, painter = backbones.build(args.arch, args.size), ()
     if paints:
@@ -508,7 +509,7 @@ def main(argv=None):
     def picture():
         if paints and rank == 0:
             net = Autoencoder(model.f, model.bottleneck, model.decoder)
-            image = evaluate.reconstructions({"": net}, test, views, device, classifier, amp=args.amp)
+            image = reconstruct.draw_recoveries({"": net}, test, views, device, classifier, amp=args.amp)
             run.log.image("reconstructions", image, run.step)
 
     # ============ training ============

@@ -50,6 +50,7 @@ import common
 import data
 import evaluate
 import runs
+from analysis import reconstruct
 
 METHODS = ("rbd", "mc", "gs")
 CLASS_METHODS = ("cam", "gradient")  # of a network trained with labels
@@ -377,7 +378,7 @@ REGIONS = {"rbd": rbd, "mc": mc, "gs": gs}
 def cam(classifier, x):
     """Class activation maps [B, H, W] of the predicted classes, any scale: the last feature map, its channels weighted as
     the head weighs them for the class (Zhou et al. 2016). x [B, 3, H, W] in [-1, 1]; classifier: of
-    evaluate.open_classifier, its head one linear layer on the pooled last map of `layer4` or `features`."""
+    reconstruct.open_classifier, its head one linear layer on the pooled last map of `layer4` or `features`."""
     trunk, head = classifier.net if isinstance(classifier.net, nn.Sequential) else (classifier.net, None)
     head, last = head or getattr(trunk, "fc", None), getattr(trunk, "layer4", None) or getattr(trunk, "features", None)
     if not isinstance(head, nn.Linear) or last is None:
@@ -389,6 +390,25 @@ def cam(classifier, x):
     return resized(torch.einsum("bchw,bc->bhw", kept[0], head.weight[y])[:, None], *x.shape[2:])[:, 0]
 
 
+def pixel_gradients(net, x, y):
+    """d score_y / d x, float [B, 3, S, S], the score being the logit of class y [B] for x [B, 3, S, S], net in eval mode.
+
+    One backward for the batch, as in eval mode no image's score depends on another image. No parameter gets a gradient,
+    and the caller may be in inference mode."""
+    with torch.inference_mode(False), torch.enable_grad(), evaluate.in_eval(net):
+        x = x.detach().clone().requires_grad_()  # a clone made here is no inference tensor
+        scores = net(x).gather(1, y.clone().to(x.device)[:, None])
+        return torch.autograd.grad(scores.sum(), x)[0].float()
+
+
+def class_gradients(net, x, y):
+    """The saliency of each pixel for class y (Simonyan et al. 2014): the largest |d score_y / d x| of its channels.
+
+    net: normalised images [B, 3, S, S] to logits [B, C]; y int64 [B]. Returns float [B, S, S]; more in `pixel_gradients`.
+    """
+    return pixel_gradients(net, x, y).abs().amax(1)
+
+
 def gradient(classifier, x, g):
     """The saliency of each region [B, K] in [0, 1]: a segmentation grown from where the score of the predicted class is
     most and least sensitive to the pixels (Simonyan et al. 2014, who cut a graph with the same seeds).
@@ -396,7 +416,7 @@ def gradient(classifier, x, g):
     Seeds of the foreground are the regions whose mean gradient lies above the 95 % quantile, of the background those up to
     the 30 % quantile. A region counts d_bg / (d_fg + d_bg), its geodesic distances to the nearest seed of each kind."""
     used, flat = g["used"], g["label"].flatten(1)
-    slope = evaluate.class_gradients(classifier, x, classifier(x).argmax(1)).flatten(1)
+    slope = class_gradients(classifier, x, classifier(x).argmax(1)).flatten(1)
     size = torch.zeros_like(used, dtype=torch.float).scatter_add_(1, flat, torch.ones_like(slope))
     slope = torch.zeros_like(size).scatter_add_(1, flat, slope) / size.clamp(min=1)
     high, low = (slope.masked_fill(~used, math.nan).nanquantile(q, 1, keepdim=True) for q in (0.95, 0.3))
@@ -432,7 +452,7 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
     """Saliency maps float32 [B, h, w] in [0, 1] of images [B, 3, H, W], uint8 or float in [0, 1], on any device.
 
     size: (h, w), or one number for both; default that of the images. side: the working size, a multiple of BLOCK.
-    classifier: of evaluate.open_classifier, for CLASS_METHODS. chunk: images at a time, which bounds the memory (about
+    classifier: of reconstruct.open_classifier, for CLASS_METHODS. chunk: images at a time, which bounds the memory (about
     10 MB an image); on a CPU a few, whose intermediates stay in its cache. A constant image has an empty map.
     """
     if method not in METHODS + CLASS_METHODS:
@@ -578,7 +598,7 @@ def write_masks(argv):
     p.add_argument("data", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
     p.add_argument("--out", required=True, help="folder for the masks, KEY.png; what it has already stays")
     p.add_argument("--method", choices=METHODS + CLASS_METHODS, default="rbd", help="the last two need --classifier")
-    p.add_argument("--classifier", help="a file of evaluate.py --save, or torchvision:NAME (of a ResNet)")
+    p.add_argument("--classifier", help="a file of downstream.finetune --save, or torchvision:NAME (of a ResNet)")
     p.add_argument("--root", default="datasets", help="where named sets live")
     p.add_argument("--split", choices=("pretrain", "train", "test"), default="pretrain", help="which images of the set")
     p.add_argument("--size", type=int, default=64, help="px, height and width of a mask, whatever the image's")
@@ -596,7 +616,7 @@ def write_masks(argv):
     stop = common.catch_signals()
     dataset = data.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
     keys = data.keys_of(dataset)
-    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
     out = Path(args.out)
     claim(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
 
@@ -687,7 +707,7 @@ def score_command(argv):
     p.add_argument("images", help="folder of images")
     p.add_argument("masks", help="folder of masks with the images' names: above 128 is the object")
     p.add_argument("--method", nargs="+", choices=METHODS + CLASS_METHODS, default=list(METHODS), help="of the maps")
-    p.add_argument("--classifier", help="for cam and gradient: a file of evaluate.py --save, or torchvision:NAME")
+    p.add_argument("--classifier", help="for cam and gradient: a file of downstream.finetune --save, or torchvision:NAME")
     p.add_argument("--maps", help="folder of saved maps with the images' names; none are computed")
     p.add_argument("--picture", help="PNG to write: twenty images, each with its mask and its maps")
     p.add_argument("--limit", type=int, default=0, help="the first N images (0: all)")
@@ -706,7 +726,7 @@ def score_command(argv):
         common.fail(f"no images in {args.images}")
     truths = [grey > 128 for grey in matched(args.masks, keys)]
     saved = [grey[None] / 255 for grey in matched(args.maps, keys)] if args.maps else None
-    classifier = evaluate.open_classifier(args.classifier).to(device) if args.classifier else None
+    classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
     dataset = data.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
     side = first_side(dataset)
 

@@ -234,7 +234,7 @@ class Run:
         Collective."""
         a, epoch = self.args, self.step // self.steps
         sets = self.labelled, self.test, self.preprocess, self.device
-        numbers = evaluate.online(self.backbone, *sets, a.workers, a.amp, head) | more
+        numbers = evaluate.monitor(self.backbone, *sets, a.workers, a.amp, head) | more
         self.log.record("eval", self.step, epoch=epoch, **numbers)
         self.log.say(f"epoch {epoch:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
@@ -280,7 +280,7 @@ class Run:
         """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line; then
         the last checkpoint. Collective."""
         sets = self.labelled, self.test, self.preprocess, self.device
-        result = evaluate.finish(self.backbone, *sets, self.args, self.log, self.title, self.step)
+        result = evaluate.final_probes(self.backbone, *sets, self.args, self.log, self.title, self.step)
         if self.rank == 0 and more:
             evaluate.write_json(self.log.out, self.args.data, more)
         self.save(result and result + note)

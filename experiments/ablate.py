@@ -151,6 +151,7 @@ background's.""",
 }
 DIGITS = {"MSE": 4, "F_beta": 3, "MAE": 3}  # else 1
 NEEDS_MASKS = ("localisation", "swap")  # probes of data whose masks are known
+COMMANDS = {"perceptual": "analysis.reconstruct", **dict.fromkeys(NEEDS_MASKS, "analysis.diagnose")}  # others: evaluate
 NO_DECODER = ("L_D only",)  # rows without recovered images
 # Flags that rows start from, so that they may be given though some rows set them. Any other flag of a row is refused.
 START_FROM = {"sage": {"--bottleneck", "--width", "--semantic", "--evaluator", "--evaluator-arch", "--evaluator-epochs",
@@ -267,10 +268,12 @@ def run_rows(own, args, plan, probes, run):
         missing = [probe for probe in probes if probe not in done]
         if "perceptual" in missing and not classifier.exists() and "classifier" not in commands:
             words = [f"random:{args.arch}", "--data", args.data, "--size", args.size, *same, "--save", classifier]
-            commands["classifier"] = run("evaluate", [*words, "--probe", "finetune", "--labels", 100])
-        if missing:
-            words = [path, "--probe", *missing, *same, "--seed", seed]
-            run("evaluate", words + ["--classifier", classifier] * ("perceptual" in missing))
+            commands["classifier"] = run("downstream.finetune", [*words, "--labels", 100])
+        for module in dict.fromkeys(COMMANDS.get(probe, "evaluate") for probe in missing):
+            words = ["--classifier", classifier, "--recipe", args.recipe]
+            if module != "analysis.reconstruct":
+                words = ["--probe", *(probe for probe in missing if COMMANDS.get(probe, "evaluate") == module)]
+            run(module, [path, *words, *same, "--seed", seed])
     return commands, classifier
 
 
@@ -351,9 +354,9 @@ def main(argv=None):
         own.out / f"seed{own.seeds[0]}" / f for f, (name, _) in plan.items() if name not in NO_DECODER and classifier
     ]
     if pictured:
-        words = [pictured[0], "--probe", "pictures", *jobs.evaluation_flags(args), "--recipe", args.recipe]
+        words = [pictured[0], *jobs.evaluation_flags(args), "--recipe", args.recipe]
         words += ["--classifier", classifier, "--out", own.out, *["--beside", *pictured[1:]] * bool(pictured[1:])]
-        run("evaluate", words)
+        run("analysis.reconstruct", words)
     if own.dry_run:
         return
     write_tables(own, args, plan, folders, columns, commands)

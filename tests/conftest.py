@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import os
 import random
@@ -24,8 +25,10 @@ METHODS = ["byol", "cmc", "cpc", "instdisc", "moco", "pirl", "pretext", "sage", 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import backbones  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
+import runs  # noqa: E402
 import shapes  # noqa: E402
 
 # Small tensors gain nothing by a second thread, and on a machine that does something else, too, threads wait for each other.
@@ -260,3 +263,93 @@ def check_accumulation(build, batch, atol=1e-6, rtol=1e-5, n=16):
     assert sum(p.grad.abs().sum() for p in one.parameters() if p.grad is not None) > 0
     for p, q in zip(one.parameters(), two.parameters(), strict=True):
         assert p.grad is None or torch.allclose(p.grad, q.grad, atol=atol, rtol=rtol)
+
+
+# ============ commands on a checkpoint ============
+
+
+def clusters(n, classes=5, d=16, spread=1.0, seed=0):
+    """Features [n, d] in Gaussian clusters around fixed centres, and their labels; `seed` draws the points."""
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(classes, (n,), generator=g)
+    return centres[y] + spread * torch.randn(n, d, generator=g), y
+
+
+def colours(n=96, classes=3, seed=0, size=16):
+    """An easy set in memory: each class (modulo 3) brightens a channel of noise."""
+    x = torch.randint(0, 120, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    y = torch.arange(n) % classes
+    x[torch.arange(n), y % 3] += 100
+    return data.Images("colours", x, y, [f"class {c}" for c in range(classes)])
+
+
+class Maps(torch.nn.Module):
+    """A backbone with two maps and a vector; only `useful` tells the brightest channel, which `colours` are about."""
+
+    dim = 4
+
+    def __init__(self, useful="block1"):
+        super().__init__()
+        self.useful, self.scale = useful, torch.nn.Parameter(torch.ones(()))
+
+    def taps(self, x):
+        bright, noise = x * self.scale, x.flip(2)[:, :1] - x[:, :1]  # of noise a mean over an image says nothing
+        maps = {"root": noise.expand(-1, 5, -1, -1), "block1": noise, "pre_logits": noise.mean((2, 3)).expand(-1, 4)}
+        pooled = torch.nn.functional.pad(bright.mean((2, 3)), (0, 1))
+        return maps | {self.useful: bright if self.useful != "pre_logits" else pooled}
+
+    def forward(self, x):
+        return self.taps(x)["pre_logits"]
+
+
+def small_backbone(seed=0):
+    torch.manual_seed(seed)
+    return backbones.build("resnet10_16", 16)
+
+
+def command(monkeypatch, module, *args):
+    """`python -m MODULE ARGS` on the CPU, in this process."""
+    monkeypatch.setattr(sys, "argv", [module, *map(str, args), "--device", "cpu", "--workers", "0", "--no-amp"])
+    importlib.import_module(module).main()
+
+
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """The call, or the command of a module and its words, ends with exit code 2 and one sentence; returns that."""
+
+    def check(*args):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            args[0]() if callable(args[0]) else command(monkeypatch, *args)
+        err = capsys.readouterr().err
+        assert stop.value.code == 2 and len(err.splitlines()) == 1, err
+        return err
+
+    return check
+
+
+@pytest.fixture
+def tiny_run(tmp_path):
+    """A run folder with a random backbone, and 60 images that it was "trained" on."""
+    folder, out = write_images(tmp_path / "images", 60, classes=3, size=16), tmp_path / "run"
+    out.mkdir()
+    preprocess = {"mean": data.MEAN, "std": data.STD, "size": 16, "interpolation": "bilinear"}
+    about = {"method": "byol", "data": str(folder), "epoch": 0, "arch": "resnet10_16", "preprocess": preprocess}
+    runs.write(out / "backbone.pt", about | {"state_dict": small_backbone().state_dict()})
+    return out
+
+
+@pytest.fixture(scope="session")
+def patches_run(tmp_path_factory):
+    """A run folder with a random network that sees patches, and 120 images that it was "trained" on."""
+    out = tmp_path_factory.mktemp("probes") / "run"
+    folder = write_images(out.parent / "images", 120, classes=3, size=24)
+    out.mkdir()
+    torch.manual_seed(0)
+    seen = {"mean": data.HALF, "std": data.HALF, "size": 24, "interpolation": "bilinear"}
+    sees = {"patch": 8, "cell": 8, "standardise": False}
+    about = {"method": "pretext", "data": str(folder), "epoch": 0, "arch": "resnet10_16", "built_for": 8}
+    state = backbones.build("resnet10_16", 8).state_dict()
+    runs.write(out / "backbone.pt", about | {"preprocess": seen | {"sees": sees}, "state_dict": state})
+    return out

@@ -90,6 +90,7 @@ def toy(tmp_path, monkeypatch, few_shapes):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy", raising=False)
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "measure.py"))
+    monkeypatch.setattr(ablate, "COMMANDS", {})  # every probe by evaluate.py
     monkeypatch.setattr(ablate, "TABLES", {**ablate.TABLES, "toy": TABLES})
     columns = {**ablate.FROZEN, "energy": "localisation energy"}
     monkeypatch.setattr(ablate, "METRICS", {**ablate.METRICS, "toy": columns})
@@ -146,7 +147,7 @@ def test_every_row_parses_and_only_rows_of_the_same_settings_share_a_folder(meth
                 assert settings.setdefault(folders[name], found) == found
     assert len({tuple(map(str, s.values())) for s in settings.values()}) == len(settings)
     probes = {path.split()[0] for path in ablate.METRICS[method].values()}
-    assert probes <= {*evaluate.PROBES, *evaluate.MORE} and method in ablate.NOTES
+    assert probes <= {*evaluate.PROBES, *ablate.COMMANDS} and method in ablate.NOTES
 
 
 # ============ running them ============

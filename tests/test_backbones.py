@@ -13,6 +13,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 import backbones
 import byol
+import checkpoints
 import cmc
 import common
 import cpc
@@ -225,7 +226,7 @@ def test_simclr_trains_a_vision_transformer_that_takes_one_size(tmp_path, monkey
 def test_torchvisions_own_files_are_read_without_their_head(name, tmp_path):
     net = getattr(torchvision.models, name)()
     torch.save(net.state_dict(), tmp_path / "theirs.pth")
-    found, *_ = evaluate.open_backbone(str(tmp_path / "theirs.pth"), name, 32, 0)
+    found, *_ = checkpoints.open_backbone(str(tmp_path / "theirs.pth"), name, 32, 0)
     assert all(torch.equal(p, net.state_dict()[key]) for key, p in found.state_dict().items())
 
 
@@ -250,7 +251,7 @@ def test_a_network_of_your_own_takes_two_lines(tmp_path, monkeypatch, capsys):
 {first}''')
     exec(compile(text, "backbones.py", "exec"), vars(copied))
     copied.Mine = Mine
-    for module in (byol, evaluate):
+    for module in (byol, checkpoints):
         monkeypatch.setattr(module, "backbones", copied)
     monkeypatch.setitem(sys.modules, "backbones", copied)
     out = quick(byol, tmp_path, monkeypatch, "--arch", "mine", "--hidden", "16")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import TINY, check_accumulation, check_two_processes, equal, run
 
 import backbones
+import checkpoints
 import cmc
 import data
 import evaluate
@@ -327,7 +328,7 @@ def unbroken(tmp_path_factory):
 
 def test_the_export_evaluates_as_joined_features_of_all_networks(unbroken):
     out, printed = unbroken
-    net, preprocess, about, _ = evaluate.open_backbone(str(out), None, 0, 0)
+    net, preprocess, about, _ = checkpoints.open_backbone(str(out), None, 0, 0)
     assert about["arch"] == "resnet10_16_lab3" and preprocess["mean"] == (0, 0, 0) and preprocess["std"] == (1, 1, 1)
     some = data.load("shapes", split="test", limit=0)
     some = data.pick(some, torch.arange(20))
@@ -346,9 +347,9 @@ def test_the_export_evaluates_as_joined_features_of_all_networks(unbroken):
 
 
 def test_the_random_network_beside_it_sees_images_as_it_does():
-    net, preprocess, _, _ = evaluate.open_backbone("random:resnet10_16_lab", None, 32, 0)
+    net, preprocess, _, _ = checkpoints.open_backbone("random:resnet10_16_lab", None, 32, 0)
     assert preprocess == {"mean": (0, 0, 0), "std": (1, 1, 1), "size": 32, "interpolation": "bilinear"}
-    assert evaluate.open_backbone("random:resnet10_16", None, 32, 0)[1]["mean"] == data.MEAN and net.dim == 128
+    assert checkpoints.open_backbone("random:resnet10_16", None, 32, 0)[1]["mean"] == data.MEAN and net.dim == 128
 
 
 @pytest.fixture

@@ -9,10 +9,10 @@ from conftest import check_two_processes, part, write_images
 from torch import nn
 
 import backbones
+import checkpoints
 import common
 import cpc
 import data
-import evaluate
 import runs
 import shapes
 
@@ -94,7 +94,7 @@ def test_each_patch_is_changed_by_itself_in_training_only():
     assert torch.equal(colours(0), colours(0)) and not torch.equal(colours(0), colours(1))
     share = lambda p: (tiny("--patch-jitter", "0", "--patch-grey", p).patches(x, (0,)).std(1).amax((1, 2)) < 1e-5).float().mean()
     assert share("1") == 1 and share("0") == 0 and 0.1 < share("0.25") < 0.4
-    assert torch.equal(model.eval().patches(x, (0,)), data.normalise(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [evaluate.HALF]))
+    assert torch.equal(model.eval().patches(x, (0,)), data.normalise(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [data.HALF]))
 
 
 # ============ the loss ============
@@ -373,8 +373,8 @@ def test_a_run_writes_what_it_promises(finished):
 
 @pytest.mark.parametrize("v", [1, 2])
 def test_the_export_gives_the_mean_over_the_grid(v, finished):
-    backbone, preprocess, about, _ = evaluate.open_backbone(str(finished[v]), None, 0, 0)
-    assert isinstance(backbone, evaluate.Trunk) and about["built_for"] == 4 and preprocess["size"] == 16
+    backbone, preprocess, about, _ = checkpoints.open_backbone(str(finished[v]), None, 0, 0)
+    assert isinstance(backbone, checkpoints.InputAdapter) and about["built_for"] == 4 and preprocess["size"] == 16
     assert preprocess["sees"] == {"patch": 4, "stride": 3, "grey": v == 1}
     model, x = tiny("--v", str(v)).eval(), images(3)
     model.load_state_dict(runs.load(finished[v] / "checkpoint.pt")["model"])
@@ -394,7 +394,7 @@ def test_a_grid_that_does_not_fit_is_refused(finished, capsys):
     found, f = runs.load(finished[2] / "backbone.pt"), backbones.build("resnet10_16_ln", 4)
     for size, asked, words in ((16, 32, "no other size"), (3, 0, "patches of 4 px do not fit images of 3 px")):
         with pytest.raises(SystemExit) as stopped:
-            evaluate.as_trained(f, found["preprocess"] | {"size": size}, asked)
+            checkpoints.as_trained(f, found["preprocess"] | {"size": size}, asked)
         assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 

@@ -976,8 +976,8 @@ SEES = {  # rows between "image" and "mask": their names, and how many px the pi
 
 @pytest.mark.parametrize("flags", SEES, ids=" ".join)
 def test_show_captions_what_a_network_sees(flags, tmp_path, monkeypatch, capsys):
-    rows, figure = [], evaluate.figure
-    monkeypatch.setattr(evaluate, "figure", lambda given: rows.extend(given) or figure(given))
+    rows, draw = [], pictures.draw_rows
+    monkeypatch.setattr(pictures, "draw_rows", lambda given: rows.extend(given) or draw(given))
     data.main(["show", "shapes", "--method", *flags, "--n", "3", "--out", str(tmp_path / "a.png")])
     names, side = SEES[flags]
     assert [name for name, *_ in rows] == ["image", *names, "mask"] and ", ".join(names) in capsys.readouterr().out

@@ -118,8 +118,8 @@ def test_nce_has_the_epsilon_of_the_code():
 def test_Z_is_that_of_the_first_pass_alone(tmp_path, monkeypatch):
     seen, forward = [], pirl.PIRL.forward
     monkeypatch.setattr(common, "catch_signals", list)
-    monkeypatch.setattr(evaluate, "online", lambda *_: {})
-    monkeypatch.setattr(evaluate, "finish", lambda *_: "done")
+    monkeypatch.setattr(evaluate, "monitor", lambda *_: {})
+    monkeypatch.setattr(evaluate, "final_probes", lambda *_: "done")
     monkeypatch.setattr(pirl.PIRL, "forward", lambda m, *a, **k: [forward(m, *a, **k), seen.append(m.Z.item())][0])
     flags = ["--nce", "constant-z", "--accumulate", "2", "--epochs", "1", "--eval-every", "0", "--out", str(tmp_path / "run")]
     pirl.main([*SMALL[1:], *flags])

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.io import write_png
 
 import backbones
+import checkpoints
 import data
 import evaluate
 import pretext
@@ -438,12 +439,12 @@ def test_a_run_writes_what_it_promises(task, finished, pictures):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_export_sees_what_the_task_saw(task, finished):
-    backbone, preprocess, about, _ = evaluate.open_backbone(str(finished[task]), None, 0, 0)
+    backbone, preprocess, about, _ = checkpoints.open_backbone(str(finished[task]), None, 0, 0)
     backbone.eval()
     assert about["method"] == "pretext" and preprocess["size"] == (24 if task in pretext.PATCHES else 32)
     x = 2 * torch.rand(2, 3, preprocess["size"], preprocess["size"]) - 1
     if task == "rotation":
-        assert not isinstance(backbone, evaluate.Trunk)
+        assert not isinstance(backbone, checkpoints.InputAdapter)
         return
     f = backbone.f
     if task in pretext.PATCHES:

@@ -312,9 +312,9 @@ def test_projector_as_semantic_feature(unbroken, tmp_path):
 def test_evaluate_reads_what_a_run_recovers(unbroken):
     out, _, evaluator = unbroken
     (out / "reconstructions.png").unlink()
-    printed, _ = run("evaluate.py", out, "--probe", "pictures", "--beside", out)
+    printed, _ = run("analysis/reconstruct.py", out, "--beside", out)
     assert "reconstructions.png" in printed and decode_image(str(out / "reconstructions.png")).shape[0] == 3
-    _, err = run("evaluate.py", evaluator, "--probe", "pictures", code=2)
+    _, err = run("analysis/reconstruct.py", evaluator, code=2)
     assert "byol does not make images" in err
 
 

@@ -14,11 +14,12 @@ from conftest import run, write_images
 from torch import nn
 from torchvision.io import decode_image, read_file, write_jpeg, write_png
 
+import backbones
 import data
-import evaluate
 import runs
 import saliency
 import shapes
+from analysis import reconstruct
 
 BLOCK = saliency.BLOCK
 
@@ -480,8 +481,8 @@ def test_hard_masks_of_larger_images_have_an_edge_of_one_pixel(tmp_path, soft):
 
 
 def classifier(path, classes=3):
-    """A file like those of evaluate.py --save: the bright channel of an image is its class."""
-    backbone = evaluate.backbones.build("resnet10_16", 32)
+    """A file like those of downstream.finetune --save: the bright channel of an image is its class."""
+    backbone = backbones.build("resnet10_16", 32)
     about = {"kind": "classifier", "arch": "resnet10_16", "state_dict": backbone.state_dict(),
              "head": nn.Linear(backbone.dim, classes).state_dict(),
              "preprocess": {"mean": data.MEAN, "std": data.STD, "size": 32, "interpolation": "bilinear"}}  # fmt: skip
@@ -491,7 +492,7 @@ def classifier(path, classes=3):
 
 def test_cam_equals_loops(tmp_path):
     torch.manual_seed(0)
-    net, x = evaluate.open_classifier(classifier(tmp_path / "c.pt")), torch.rand(3, 3, 64, 64) * 2 - 1
+    net, x = reconstruct.open_classifier(classifier(tmp_path / "c.pt")), torch.rand(3, 3, 64, 64) * 2 - 1
     x[1, 0], x[2, 1:] = -1, -1
     net.net[1].bias -= net(x).mean(0)  # so that not all are of one class
     got = saliency.cam(net, x)

@@ -1,11 +1,10 @@
-"""The probes that ask what a network looks at: neighbours, gradients, localisation, swap."""
+"""What a network looks at: neighbours, gradients, localisation, swap."""
 
 import json
-import sys
 
 import pytest
 import torch
-from conftest import write_images
+from conftest import command, write_images
 from PIL import Image
 from torch import nn
 from torchvision.utils import save_image
@@ -14,6 +13,8 @@ import backbones
 import data
 import evaluate
 import runs
+import saliency
+from analysis import diagnose, pictures
 
 CPU = torch.device("cpu")
 PLAIN = {"mean": (0, 0, 0), "std": (1, 1, 1), "size": 16, "interpolation": "bilinear"}
@@ -62,8 +63,8 @@ def test_gradients_of_a_linear_net_are_its_weights():
     net = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16, 5))
     x, y = torch.randn(4, 3, 4, 4), torch.tensor([4, 0, 2, 2])
     expected = net[1].weight[y].view(4, 3, 4, 4)
-    assert torch.allclose(evaluate.pixel_gradients(net, x, y), expected)
-    assert torch.allclose(evaluate.class_gradients(net, x, y), expected.abs().amax(1))
+    assert torch.allclose(saliency.pixel_gradients(net, x, y), expected)
+    assert torch.allclose(saliency.class_gradients(net, x, y), expected.abs().amax(1))
 
 
 def test_gradients_equal_finite_differences_in_eval_mode_and_within_inference_mode():
@@ -75,7 +76,7 @@ def test_gradients_equal_finite_differences_in_eval_mode_and_within_inference_mo
     x, y = torch.randn(2, 3, 7, 7), torch.tensor([1, 3])
     net[1].running_mean += 1
     with torch.inference_mode():
-        maps = evaluate.class_gradients(net.requires_grad_(False), x.clone(), y.clone())
+        maps = saliency.class_gradients(net.requires_grad_(False), x.clone(), y.clone())
     assert maps.shape == (2, 7, 7) and net.training and net[4].training and x.grad is None
     exact = nn.Sequential(*net).double().eval()
     slopes = torch.zeros(2, 3, 7, 7, dtype=torch.double)
@@ -91,14 +92,12 @@ def test_a_fitted_head_is_the_linear_probe():
     g = torch.Generator().manual_seed(0)
     y, test_y = torch.arange(200) % 4, torch.arange(60) % 4
     x, test_x = (3 * torch.eye(4)[t] + torch.randn(len(t), 4, generator=g) for t in (y, test_y))
-    fitted = evaluate.fit_linear(x, y, 4)
     result = evaluate.linear_sgd(x, y, test_x, test_y)
-    assert evaluate.linear_sgd(x, y, test_x, test_y, fitted) == result  # bit by bit
-    with pytest.raises(ValueError):
-        evaluate.linear_sgd(x, y, test_x, test_y, (*fitted, "more"))  # and it was this one that was used
-    head = evaluate.linear_head(*fitted)
+    head, how = diagnose.fit_head((x, y), (test_x, test_y), 0)
     assert evaluate.accuracy(head(test_x), test_y)[0].item() == result["top1"] < 100
-    assert torch.allclose(head(test_x), test_x / fitted[0] @ fitted[1][0].T + fitted[2][0, :, 0], atol=1e-5)
+    assert f"lr {result['lr']:g}, wd {result['weight_decay']:g}" in how
+    scale, w, b, _ = evaluate.fit_linear(x, y, 4)
+    assert torch.allclose(head(test_x), test_x / scale @ w[0].T + b[0, :, 0], atol=1e-5)
 
 
 # ============ localisation ============
@@ -107,12 +106,12 @@ def test_a_fitted_head_is_the_linear_probe():
 def test_localisation_of_networks_that_see_only_the_object_the_ground_or_everything():
     test = two_colours()
     masks = test.masks > 0
-    score = lambda what, preprocess=PLAIN, m=masks: evaluate.localisation(Reads(what), identity(), test, m, preprocess, CPU)
+    score = lambda what, preprocess=PLAIN, m=masks: diagnose.localisation(Reads(what), identity(), test, m, preprocess, CPU)
     on_object = lambda x: (x > 0.9).any(1, keepdim=True)  # objects are brighter than grounds
     r = score(lambda x: (x * on_object(x)).mean((2, 3)))
     assert r["energy"] == pytest.approx(100) and r["pointing"] == 100 and r["images"] == 90
     assert r["area"] == pytest.approx(25)
-    partner = evaluate.partners(90, 0)
+    partner = diagnose.partners(90, 0)
     shared = (masks & masks[partner]).flatten(1).sum(1) / 64
     assert r["energy_other"] == pytest.approx(100 * shared.mean().item(), abs=1e-3) and 20 < r["energy_other"] < 80
     assert 0 < r["pointing_other"] < 100
@@ -135,10 +134,10 @@ def test_localisation_asks_for_the_true_label_and_skips_images_without_label_or_
     left = torch.zeros(3, 16, 16)
     left[0, 0, 0], left[1, 8, 8], left[2, 8, 8] = 1, 1, 1  # class 0 looks into the corner, the others at the centre
     net = Reads(lambda x: (x * left).sum((2, 3)))
-    assert evaluate.localisation(net, identity(), test, masks, PLAIN, CPU)["pointing"] == pytest.approx(200 / 3)
+    assert diagnose.localisation(net, identity(), test, masks, PLAIN, CPU)["pointing"] == pytest.approx(200 / 3)
     test.labels[0] = -1
     masks[1] = False
-    r = evaluate.localisation(net, identity(), test, masks, PLAIN, CPU, batch_size=3)
+    r = diagnose.localisation(net, identity(), test, masks, PLAIN, CPU, batch_size=3)
     assert r["images"] == 4 and r["pointing"] == 75  # of images 2 to 5, only the fourth is of class 0
 
 
@@ -154,13 +153,13 @@ def test_masks_are_cut_as_the_images_are(tmp_path):
             save_image(mask, path)
     dataset = data.load(str(tmp_path / "images"), split="train")
     for size in (48, 96):
-        masks = evaluate.object_masks(dataset, size, str(tmp_path / "masks"))
+        masks = diagnose.object_masks(dataset, size, str(tmp_path / "masks"))
         assert masks.shape == (len(dataset), size, size) and masks.dtype == torch.bool
         x, _ = next(data.batches(dataset, PLAIN | {"size": size}, len(dataset)))
         assert ((x[:, 0] > 0.5) != masks).float().mean() < 0.03  # the edges
         assert 0.05 < masks.float().mean() < 0.2
     both = two_colours(30)
-    assert torch.equal(evaluate.object_masks(both, 48), both.masks > 0)
+    assert torch.equal(diagnose.object_masks(both, 48), both.masks > 0)
 
 
 def tvf_resize(image, size):
@@ -176,29 +175,29 @@ def test_fill_keeps_constants_and_slopes_and_everything_outside_the_hole():
     masks = torch.zeros(3, 30, 45, dtype=torch.bool)
     masks[:, 5:22, 12:30] = True
     holed = images.where(~masks[:, None], 7.0)  # what is in the hole must not matter
-    filled = evaluate.fill(holed, masks)
+    filled = diagnose.fill(holed, masks)
     assert torch.equal(filled.where(~masks[:, None], 0.0), images.where(~masks[:, None], 0.0))
     assert (filled[0] - images[0]).abs().max() < 0.05  # of a slope of 0.6 across the hole
     assert torch.allclose(filled[1], images[1], atol=1e-5)
     assert filled[2].max() <= 1 and filled[2].std() > 0
-    assert torch.equal(evaluate.fill(images, torch.zeros_like(masks)), images)
-    whole = evaluate.fill(images[:2], torch.ones(2, 30, 45, dtype=torch.bool))
+    assert torch.equal(diagnose.fill(images, torch.zeros_like(masks)), images)
+    whole = diagnose.fill(images[:2], torch.ones(2, 30, 45, dtype=torch.bool))
     assert torch.allclose(whole, torch.tensor(0.5))
 
 
 def test_partners_are_a_permutation_without_fixed_points():
     for n in (2, 3, 10, 101):
         for seed in range(5):
-            p = evaluate.partners(n, seed)
+            p = diagnose.partners(n, seed)
             assert torch.equal(p.sort().values, torch.arange(n)) and not (p == torch.arange(n)).any()
-    assert not torch.equal(evaluate.partners(101, 0), evaluate.partners(101, 1))
+    assert not torch.equal(diagnose.partners(101, 0), diagnose.partners(101, 1))
 
 
 def test_composites_show_what_their_names_say():
     test = two_colours(6)
     around = nn.functional.max_pool2d(test.masks.float(), 3, 1, 1).byte() - test.masks
     test.images[around[:, None].expand(-1, 3, -1, -1) > 0] = 99  # a soft edge, outside the mask
-    (made, y), (more, _) = evaluate.composites(test, test.masks > 0, PLAIN, CPU, torch.arange(6), batch_size=3)
+    (made, y), (more, _) = diagnose.composites(test, test.masks > 0, PLAIN, CPU, torch.arange(6), batch_size=3)
     assert y.tolist() == [0, 1, 2]
     v = {name: torch.cat([made[name], more[name]]) for name in made}
     m = test.masks[:, None] > 0
@@ -207,8 +206,8 @@ def test_composites_show_what_their_names_say():
         assert torch.equal(v[name].where(m, torch.tensor(0)), test.images.where(m, torch.tensor(0)))
     ground = lambda labels: test.images[labels, :, 0, 0][:, :, None, None].int()  # each is of one colour
     assert ((v["removed"].int() - ground(torch.arange(6))).abs() <= 1).all()
-    elsewhere = v["swapped"].where(~m, ground(evaluate.partners(6, 0)).byte().expand_as(v["swapped"]))
-    assert ((elsewhere.int() - ground(evaluate.partners(6, 0))).abs() <= 1).all()
+    elsewhere = v["swapped"].where(~m, ground(diagnose.partners(6, 0)).byte().expand_as(v["swapped"]))
+    assert ((elsewhere.int() - ground(diagnose.partners(6, 0))).abs() <= 1).all()
     assert ((v["grey"] == 128) | m).all()
 
 
@@ -216,9 +215,9 @@ def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
     train, test = two_colours(120, seed=1), two_colours()
     scores = {}
     for reader in (object_reader, ground_reader):
-        bank, y = evaluate.extract(reader, train, PLAIN, CPU)
-        scores[reader] = evaluate.swap(reader, identity(), bank, y, test, test.masks > 0, PLAIN, CPU)
-    same = 100 * (test.labels == test.labels[evaluate.partners(90, 0)]).float().mean().item()  # by chance
+        keys, y = evaluate.extract(reader, train, PLAIN, CPU)
+        scores[reader] = diagnose.swap(reader, identity(), keys, y, test, test.masks > 0, PLAIN, CPU)
+    same = 100 * (test.labels == test.labels[diagnose.partners(90, 0)]).float().mean().item()  # by chance
     assert 20 < same < 45
     r = scores[object_reader]
     assert r["original"] == r["swapped"] == r["grey"] == {"knn": 100.0, "linear": 100.0}
@@ -233,32 +232,21 @@ def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
 # ============ pictures ============
 
 
-def test_nearest_equals_a_naive_loop():
-    g = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(50, 6, generator=g) * torch.rand(50, 1, generator=g), torch.randn(7, 6, generator=g)
-    for most in (2**26, 6 * 17):  # the bank whole, and in parts of 17
-        for q, *found in zip(queries, *evaluate.nearest(bank, queries, 4, chunk=3, most=most), strict=True):
-            cosines = [(q @ b / q.norm() / b.norm()).item() for b in bank]
-            order = sorted(range(50), key=lambda i: -cosines[i])[:4]
-            assert found[1].tolist() == order and found[0].tolist() == pytest.approx([cosines[i] for i in order])
-    assert evaluate.nearest(bank[:2], queries, 4)[1].shape == (7, 2)
-
-
 def test_queries_are_of_all_classes_labelled_and_chosen_by_the_seed():
     labels = torch.arange(100) % 5
     labels[::7] = -1
-    some = evaluate.choose(labels, 10, 0)
+    some = diagnose.choose(labels, 10, 0)
     assert sorted(labels[some].tolist()) == labels[some].tolist() == [c for c in range(5) for _ in range(2)]
-    assert len(set(some.tolist())) == 10 and torch.equal(some, evaluate.choose(labels, 10, 0))
-    assert not torch.equal(some, evaluate.choose(labels, 10, 1))
-    assert len(set(labels[evaluate.choose(labels, 3, 0)].tolist())) == 3
-    assert len(evaluate.choose(labels[:8], 20, 0)) == (labels[:8] >= 0).sum()
+    assert len(set(some.tolist())) == 10 and torch.equal(some, diagnose.choose(labels, 10, 0))
+    assert not torch.equal(some, diagnose.choose(labels, 10, 1))
+    assert len(set(labels[diagnose.choose(labels, 3, 0)].tolist())) == 3
+    assert len(diagnose.choose(labels[:8], 20, 0)) == (labels[:8] >= 0).sum()
 
 
 def model(name, reader, train, test, size=16):
     preprocess = PLAIN | {"size": size}
     features = [evaluate.extract(reader, s, preprocess, CPU)[0] for s in (train, test)]
-    return evaluate.Model(name, nn.Sequential(reader, identity()), preprocess, *features)
+    return diagnose.Model(name, nn.Sequential(reader, identity()), preprocess, *features)
 
 
 def test_neighbours_of_several_models_side_by_side(monkeypatch):
@@ -269,18 +257,18 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
         s.images = s.images // 4 * 3 + torch.randint(40, s.images.shape, dtype=torch.uint8, generator=g)
     some = torch.randn(3, 16 * 16 * 3, generator=torch.Generator().manual_seed(0))
     models = [model("a", Reads(lambda x: x.flatten(1) @ some.T), train, test), model("b", object_reader, train, test, size=32)]
-    cosines, _ = evaluate.nearest(models[0].bank, models[0].queries[rows], 21)
+    cosines, _ = evaluate.nearest(models[0].keys, models[0].queries[rows], 21)
     assert -cosines.diff().max() > 1e-5  # so the order is no matter of rounding
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "figure", lambda *args, **kwargs: (args, kwargs))
-        (table, headings), frames = evaluate.neighbours(models, train, test, rows, CPU, k=20)
+        patch.setattr(pictures, "draw_rows", lambda *args, **kwargs: (args, kwargs))
+        (table, headings), frames = diagnose.neighbours(models, train, test, rows, CPU, k=20)
     assert headings == {0: "query", 1: "a", 22: "b"} and frames == {"frames": True}
     size = (3, 32, 32)  # of the larger of them
     for (name, images, captions, marks), row in zip(table, rows.tolist(), strict=True):
         assert name == test.classes[test.labels[row]] and images.shape == (43, *size) and len(captions) == len(marks) == 43
         large = lambda image: tvf_resize(image / 127.5 - 1, (32, 32))
         assert torch.allclose(images[0], large(test.images[row]), atol=1e-6) and captions[0] == f"# {row}"
-        found = evaluate.nearest(models[0].bank, models[0].queries[[row]], 20)[1][0]
+        found = evaluate.nearest(models[0].keys, models[0].queries[[row]], 20)[1][0]
         for k, i in enumerate(found.tolist(), 2):
             assert torch.allclose(images[k], large(train.images[i]), atol=1e-6)
             label = train.labels[i].item()
@@ -290,31 +278,12 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
         assert marks[23:29] == (True,) * 6  # of the model that reads the object
 
 
-def test_frames_and_headings_of_a_figure():
-    images = torch.zeros(3, 3, 96, 96)
-    rows = [("a", images, ["x", "y", "z"], [True, False, None])] * 2
-    framed, plain = evaluate.figure(rows, {1: "here"}, frames=True), evaluate.figure(rows)
-    gap, strip = evaluate.GAP, evaluate.STRIP
-    assert framed.shape[1] == plain.shape[1] + strip == gap + strip + 2 * (96 + gap + strip)
-    left = framed.shape[2] - 3 * (96 + gap)
-    colours = [evaluate.PASSES, evaluate.FAILS, (128, 128, 128)]
-    for row in range(2):
-        top = gap + strip + row * (96 + gap + strip)
-        for i, colour in enumerate(colours):
-            at = left + i * (96 + gap)
-            for y, x in ((top, at + 50), (top + 95, at + 50), (top + 50, at), (top + 50, at + 95)):
-                assert (255 * framed[:, y, x]).round().tolist() == pytest.approx(colour, abs=1)
-            assert (255 * framed[:, top + 50, at + 50]).round().tolist() == pytest.approx([128] * 3, abs=1)
-    words = framed[:, 2:strip].amin(0) < 0.5
-    assert words[:, left + 96 + gap :].any() and not words[:, : left + 96].any()
-
-
 def test_gradients_picture_has_a_row_for_each_model_and_heat_where_it_looks(monkeypatch):
     train, test, rows = two_colours(30, seed=1), two_colours(9), torch.tensor([4, 2])
     models = [model("sees", object_reader, train, test), model("wrong", ground_reader, train, test)]
     models[1].net[1].weight.data = models[1].net[1].weight.data.roll(1, 0)
-    monkeypatch.setattr(evaluate, "figure", lambda table: table)
-    plain, first, second = evaluate.gradients(models, test, rows, CPU)
+    monkeypatch.setattr(pictures, "draw_rows", lambda table: table)
+    plain, first, second = diagnose.gradients(models, test, rows, CPU)
     assert plain[0] == "image" and plain[2] == ["green", "blue"] and plain[3] is None
     assert torch.allclose(plain[1], test.images[rows] / 127.5 - 1, atol=1e-6)
     assert first[0] == "sees" and first[2] == ["green", "blue"] and first[3] == [True, True]
@@ -328,11 +297,6 @@ def test_gradients_picture_has_a_row_for_each_model_and_heat_where_it_looks(monk
 # ============ the command ============
 
 
-def command(monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, args), "--device", "cpu", "--workers", "0"])
-    evaluate.main()
-
-
 def make_run(out, name, size=32):
     out.mkdir()
     torch.manual_seed(len(out.name))
@@ -342,7 +306,7 @@ def make_run(out, name, size=32):
     return out
 
 
-ALL = ("--probe", *evaluate.DIAGNOSIS)
+ALL = ("--probe", *diagnose.PROBES)
 
 
 def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
@@ -350,7 +314,7 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     fits, fit = [], evaluate.fit_linear
     monkeypatch.setattr(evaluate, "fit_linear", lambda *args, **kwargs: fits.append(args) or fit(*args, **kwargs))
     flags = ("--limit", 200, "--queries", 3, 1999, 7, "--top", 2)
-    command(monkeypatch, run, *ALL, "linear", "--beside", other, *flags)
+    command(monkeypatch, "analysis.diagnose", run, *ALL, "--beside", other, *flags)
     out = capsys.readouterr().out
     assert len(fits) == 2  # one for each checkpoint
     words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "green frame", "20-NN")
@@ -360,9 +324,11 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     masks = data.load("shapes", split="test").masks
     assert r["images"] == 2000 and 0 < r["energy"] < 100 and r["area"] == pytest.approx(100 * masks.float().mean().item())
     r = results["swap"]
+    command(monkeypatch, "evaluate", run, "--probe", "linear", "--limit", 200)
+    results = json.loads((run / "evaluate.json").read_text())["shapes"]
     assert set(r) == {"original", "swapped", "removed", "grey", "images", "object"} and r["images"] == 2000
     assert r["original"]["linear"] == pytest.approx(results["linear"]["top1"], abs=0.11)  # the batches differ
-    cell, gap, strip = 96, evaluate.GAP, evaluate.STRIP
+    cell, gap, strip = 96, pictures.GAP, pictures.STRIP
     sizes = {"neighbours": (strip + gap + 3 * (cell + gap + strip), 1 + 2 * 3),
              "gradients": (gap + 3 * (cell + gap + strip), 3), "swap": (gap + 4 * (cell + gap + strip), 3)}  # fmt: skip
     for name, (height, columns) in sizes.items():
@@ -382,16 +348,16 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
     out = tmp_path / "out"
     out.mkdir()
     flags = ("--data", folder, "--size", 32, "--masks", tmp_path / "masks", "--out", out)
-    command(monkeypatch, "random:resnet10_16", *ALL, *flags, "--beside", make_run(tmp_path / "run", "x", size=48))
+    command(monkeypatch, "analysis.diagnose", "random:resnet10_16", *ALL, *flags, "--beside", make_run(tmp_path / "run", "x", size=48))
     assert "6 test images" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {"neighbours.png", "gradients.png", "swap.png"}
     with Image.open(out / "gradients.png") as image:
-        assert image.height == evaluate.GAP + 3 * (96 + evaluate.GAP + evaluate.STRIP)
+        assert image.height == pictures.GAP + 3 * (96 + pictures.GAP + pictures.STRIP)
     run = make_run(tmp_path / "second", folder)
     flags = ("--masks", tmp_path / "masks", "--beside", "random:resnet10_16")
-    command(monkeypatch, run, "--probe", "localisation", "gradients", *flags)
+    command(monkeypatch, "analysis.diagnose", run, "--probe", "localisation", "gradients", *flags)
     with Image.open(run / "gradients.png") as image:  # a random network of the run's size
-        assert image.height == evaluate.GAP + 3 * (96 + evaluate.GAP + evaluate.STRIP)
+        assert image.height == pictures.GAP + 3 * (96 + pictures.GAP + pictures.STRIP)
     (results,) = json.loads((run / "evaluate.json").read_text()).values()
     assert results["localisation"]["images"] == 6 and 20 < results["localisation"]["area"] < 30  # of 40 px wide images
 
@@ -399,15 +365,15 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
 def test_neighbours_need_no_labels(tmp_path, monkeypatch, capsys):
     run, other = (make_run(tmp_path / name, write_images(tmp_path / "flat", 30, classes=1)) for name in ("run", "other"))
     seen = []
-    monkeypatch.setattr(evaluate, "figure", lambda rows, *_, **__: seen.append(rows) or torch.zeros(3, 8, 8))
+    monkeypatch.setattr(pictures, "draw_rows", lambda rows, *_, **__: seen.append(rows) or torch.zeros(3, 8, 8))
     monkeypatch.setattr(evaluate, "fit_linear", lambda *_, **__: pytest.fail("nothing to fit without labels"))
-    command(monkeypatch, run, "--probe", "neighbours", "--beside", other, "--top", 2)
+    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbours", "--beside", other, "--top", 2)
     out = capsys.readouterr().out
     assert "no labels: left out" in out and (run / "neighbours.png").exists() and len(seen[0]) == 8
     for name, images, captions, marks in seen[0]:
         assert name == "" and len(images) == 1 + 2 + 2  # the query, and two neighbours for each network: no gradients
         assert captions[1:] == ("",) * 4 and marks == (None,) * 5
-    command(monkeypatch, run, "--probe", "neighbours", "--queries", 4)
+    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbours", "--queries", 4)
     assert [captions[0] for _, _, captions, _ in seen[1]] == ["# 4"]
 
 
@@ -434,18 +400,18 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, probe, flags, 
     }
     flags = [folders[flag]() if flag in folders else flag for flag in flags]
     with pytest.raises(SystemExit) as stop:
-        command(monkeypatch, make_run(tmp_path / "run", "shapes"), "--probe", probe, *flags)
+        command(monkeypatch, "analysis.diagnose", make_run(tmp_path / "run", "shapes"), "--probe", probe, *flags)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1
 
 
 def test_swap_needs_two_images_and_objects(capsys):
     test = two_colours(1)
-    bank, y = evaluate.extract(object_reader, two_colours(30), PLAIN, CPU)
+    keys, y = evaluate.extract(object_reader, two_colours(30), PLAIN, CPU)
     for dataset, masks in ((test, test.masks > 0), (two_colours(4), torch.zeros(4, 16, 16, dtype=torch.bool))):
         with pytest.raises(SystemExit) as stop:
-            evaluate.swap(object_reader, identity(), bank, y, dataset, masks, PLAIN, CPU)
+            diagnose.swap(object_reader, identity(), keys, y, dataset, masks, PLAIN, CPU)
         assert stop.value.code == 2 and "swap needs 2 test images" in capsys.readouterr().err
         with pytest.raises(SystemExit) as stop:
-            evaluate.localisation(object_reader, identity(), dataset, masks, PLAIN, CPU)
+            diagnose.localisation(object_reader, identity(), dataset, masks, PLAIN, CPU)
         assert stop.value.code == 2 and "localisation needs 2 test images" in capsys.readouterr().err
