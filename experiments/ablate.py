@@ -6,10 +6,10 @@
     python -m experiments.ablate instdisc --processes 8 --data imagenet --root DIR
     python -m experiments.ablate sage --dry-run                      the commands and nothing else
 
-A row is a run of the method's script in OUT/seedN/ROW, and evaluate.py for the metrics that the script does not end with.
-Rows of the same settings are one run, in whatever tables they stand; what the script looks for beside its run (SaGe's
-evaluator) each seed has of its own. The same command goes on where it was stopped and skips what is finished. At the end
-it prints the tables, the paper's numbers beside ours, and writes OUT/TABLE.json.
+A row is a run of the method's script in OUT/seedN/ROW, and evaluate.py for the metrics that the script does not end
+with. Rows of the same settings are one run, in whatever tables they stand; what the script looks for beside its run
+(SaGe's evaluator) each seed has of its own. The same command goes on where it was stopped and skips what is finished.
+At the end it prints the tables, the paper's numbers beside ours, and writes OUT/TABLE.json.
 """
 
 import functools
@@ -33,8 +33,8 @@ import saliency
 from experiments import jobs
 
 # ============ the tables ============
-# METHOD: {NAME: (where in the paper, heads of the paper's columns, rows)}. A row: its name, the paper's numbers, its flags
-# (None: no run, but the random initialization of one). `placeholders` fills in what {stands in braces}.
+# METHOD: {NAME: (where in the paper, heads of the paper's columns, rows)}. A row: its name, the paper's numbers, its
+# flags (None: no run, but the random initialization of one). `placeholders` fills in what {stands in braces}.
 
 FLAT, WEAK = "--weight-maps 0 --weight-semantic 0", "--evaluator random:{other} --semantic pooled"
 TRAINED = "--evaluator '' --evaluator-arch {other} --evaluator-epochs"
@@ -140,14 +140,14 @@ METRICS = {
 }  # fmt: skip
 NOTES = {
     "sage": """\
-paper: ResNet-50, 100 epochs of ImageNet, and a ResNet-18 where a row names an evaluator. top-1 and top-5: the perceptual
-test, the accuracy of a classifier on recovered images.""",
+paper: ResNet-50, 100 epochs of ImageNet, and a ResNet-18 where a row names an evaluator. top-1 and top-5: the
+perceptual test, the accuracy of a classifier on recovered images.""",
     "instdisc": """\
-paper: ResNet-50, 200 epochs of ImageNet. F_beta (the largest over the thresholds) and MAE are of the saliency: the paper's
-on DUT-OMRON, ours on the training images, where their true masks are known. In per cent: energy (other), the share of the
-class gradient's energy inside the object (inside another image's object); pointing, images with its maximum there; swapped,
-objects that the linear probe recognizes on another background; object, those nearer to the object's image than to the
-background's.""",
+paper: ResNet-50, 200 epochs of ImageNet. F_beta (the largest over the thresholds) and MAE are of the saliency: the
+paper's on DUT-OMRON, ours on the training images, where their true masks are known. In per cent: energy, the share of
+the class gradient's energy inside the object (other: inside another image's object); pointing, images with its maximum
+there; swapped, objects that the linear probe recognizes on another background; object, those nearer to the object's
+image than to the background's.""",
 }
 DIGITS = {"MSE": 4, "F_beta": 3, "MAE": 3}  # else 1
 NEEDS_MASKS = ("localisation", "swap")  # probes of data whose masks are known
@@ -202,17 +202,14 @@ def row_folders(parse, flags, tables):
     return folders
 
 
-def add_flags(p):
+def parse_args(argv):
+    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    tables = "\n".join(f"{method}: {' '.join(tables)}" for method, tables in TABLES.items())
+    p = jobs.parser("ablate METHOD [tables] [--seeds N ...] [--dry-run] [flags of METHOD.py]", __doc__, tables, False)
     p.add_argument("--out", help="folder of all runs (default: runs/METHOD-DATA-ablation)")
     p.add_argument("--learned-masks", help="folder: a saliency network's masks of the training images, for their row")
     p.add_argument("--true-masks", help="folder: drawn masks of the training images, for F_beta, MAE and the exact row")
-
-
-def parse_args(argv):
-    words = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
-    usage = "python -m experiments.ablate METHOD [tables] [--seeds N ...] [--out DIR] [--dry-run] [flags of METHOD.py]"
-    tables = "\n".join(f"{method}: {' '.join(tables)}" for method, tables in TABLES.items())
-    own, own.flags = jobs.parse(argv[len(words) :], usage, __doc__, tables, add_flags)
+    own, own.flags = jobs.parse(p, argv[len(words) :])
     if not words:
         common.fail(f"say of which method: {', '.join(TABLES)}")
     own.method, *chosen = words
@@ -298,41 +295,29 @@ def cell(head, values):
     return next((v for v in values if isinstance(v, str)), None) or jobs.mean_std(values, DIGITS.get(head, 1))
 
 
-def write_table(own, table, columns, measured):
-    """Print one table and write OUT/TABLE.json. measured: row name -> ({our head: values by seed}, commands by seed)."""
+def write_table(own, args, table, plan, folders, columns, commands):
+    """Print one table and write OUT/TABLE.json. columns: our head -> where it stands in evaluate.json."""
     where, heads, _ = TABLES[own.method][table]
-    lines, rows = [["", *heads, "|", *columns]], []
-    for name, paper, _ in own.rows[table]:
-        (ours, commands), papers = measured[name], dict(zip(heads, paper, strict=True))
-        lines.append(
-            [name, *(cell(h, [v]) for h, v in papers.items()), "|", *(cell(h, ours.get(h, [])) for h in columns)]
-        )
-        rows.append({"row": name, "paper": papers, "seeds": own.seeds, "ours": ours, "commands": commands})
-    print(f"\n{table} ({where})", *jobs.aligned(lines), sep="\n")
-    runs.write_text(own.out / f"{table}.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
-
-
-def write_tables(own, args, plan, folders, columns, commands):
-    measured, rows = {}, {name: flags for table in own.tables for name, _, flags in own.rows[table]}
-    for name, flags in rows.items():
+    rows = []
+    for name, paper, flags in own.rows[table]:
         folder = next(iter(plan)) if flags is None else folders[name]
         paths = [own.out / f"seed{seed}" / folder for seed in own.seeds]
-        found = [jobs.read_metrics(path, args.data) for path in paths]
         if flags is None:
             found = [{"knn": {"20": {"weighted": jobs.initial_knn(path)}}} for path in paths]
-        ours = {head: [jobs.lookup(each, keys) for each in found] for head, keys in columns.items()}
-        measured[name] = ours, [commands[folder, seed] for seed in own.seeds if flags is not None]
-    for table in own.tables:
-        heads = list(columns)
-        if "F_beta" in TABLES[own.method][table][1]:
-            for name in (name for name, _, flags in own.rows[table] if flags):
-                found = mask_quality(own, args, plan[folders[name]][1])
-                measured[name][0].update(found)
-                heads = ["F_beta", "MAE", *columns] if found else heads
-        write_table(own, table, heads, measured)
-    seeds = f"; mean and standard deviation of {len(own.seeds)} seeds" if len(own.seeds) > 1 else ""
-    print(f"\nleft of the bar the paper's numbers, right ours{seeds}. Compare the order of the rows, not their values.")
-    print(NOTES[own.method])
+        else:
+            found = [jobs.read_metrics(path, args.data) for path in paths]
+        ours = {head: [jobs.lookup(metrics, keys) for metrics in found] for head, keys in columns.items()}
+        ours |= mask_quality(own, args, plan[folder][1]) if flags and "F_beta" in heads else {}
+        ran = [commands[folder, seed] for seed in own.seeds if flags is not None]
+        papers = dict(zip(heads, paper, strict=True))
+        rows.append({"row": name, "paper": papers, "seeds": own.seeds, "ours": ours, "commands": ran})
+    columns = [head for head in ("F_beta", "MAE", *columns) if any(head in row["ours"] for row in rows)]
+    lines = [["", *heads, "|", *columns]]
+    for row in rows:
+        papers, ours = row["paper"].items(), [(head, row["ours"].get(head, [])) for head in columns]
+        lines.append([row["row"], *(cell(h, [v]) for h, v in papers), "|", *(cell(h, values) for h, values in ours)])
+    print(f"\n{table} ({where})", *jobs.aligned(lines), sep="\n")
+    runs.write_text(own.out / f"{table}.json", json.dumps(rows, indent=1, ensure_ascii=False) + "\n")
 
 
 def main(argv=None):
@@ -359,7 +344,11 @@ def main(argv=None):
         run("analysis.reconstruct", words)
     if own.dry_run:
         return
-    write_tables(own, args, plan, folders, columns, commands)
+    for table in own.tables:
+        write_table(own, args, table, plan, folders, columns, commands)
+    seeds = f"; mean and standard deviation of {len(own.seeds)} seeds" if len(own.seeds) > 1 else ""
+    print(f"\nleft of the bar the paper's numbers, right ours{seeds}. Compare the order of the rows, not their values.")
+    print(NOTES[own.method])
     if pictured:
         images = jobs.read_metrics(pictured[0], args.data)["perceptual"]
         print(f"of the images themselves: top-1 {images['originals_top1']:.1f}, top-5 {images['originals_top5']:.1f}")

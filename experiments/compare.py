@@ -1,16 +1,15 @@
-"""Every method of the project at one small, equal budget: accuracy and cost. One table per data set, in the order of the
-report's table 1.
+"""Every method of the project at one small, equal budget: accuracy and cost. One table per data set, in the order of
+the report's table 1.
 
     python -m experiments.compare                                     `shapes` and CIFAR-10, into results/methods.md
     python -m experiments.compare --data shapes --methods byol simclr --seeds 0 1 2     a part of it, mean and spread
     python -m experiments.compare --data cifar10 --epochs 100 --limit 0 --jobs 4    other flags go to every run
     python -m experiments.compare --show                              the tables of what is there; runs nothing
 
-All runs have the recipe `shapes` of their script (a small network, AdamW, batches of 64; CMC's networks have half the width,
-CPC's no BatchNorm; views of its own), and all of them the same images and epochs, on every data set. So they see the same
-images equally often, in as many views as the method takes; what that costs is in the table. A run is in
-OUT/DATA/seedN/METHOD, what it prints in OUT/DATA/seedN/METHOD.log. The same command goes on where it was stopped and skips
-what is finished.
+All runs have the recipe `shapes` of their script (a small network, AdamW, batches of 64; CMC's networks have half the
+width, CPC's no BatchNorm; views of its own), and the same images, epochs and seeds. So they see the same images equally
+often, in as many views as the method takes; what that costs is in the table. A run is in OUT/DATA/seedN/METHOD, its
+output in OUT/DATA/seedN/METHOD.log. The same command goes on where it was stopped and skips what is finished.
 """
 
 import statistics
@@ -47,18 +46,14 @@ COST = {"minutes": ".1f", "MB": ".0f", "images/s": ".0f", "parameters": ".2f"}
 COLUMNS = ("method", "seeds", "20-NN", "random init", "linear", *COST, "report")
 
 
-def add_flags(p):
+def parse_args(argv):
+    budget = "budget: " + " ".join(f"{flag} {value}" for flag, value in BUDGET.items())
+    p = jobs.parser("compare [--methods M ...] [--data D ...] [--seeds N ...] [flags of every script]", __doc__, budget)
     p.add_argument("--methods", nargs="+", default=list(METHODS), help="rows of the table")
     p.add_argument("--data", nargs="+", default=["shapes", "cifar10"], help="a table for each")
     p.add_argument("--out", default="runs/compare", help="folder of all runs")
     p.add_argument("--table", default="results/methods.md", help="the file to write")
-    jobs.add_parallel(p)
-
-
-def parse_args(argv):
-    usage = "python -m experiments.compare [--methods M ...] [--data D ...] [--seeds N ...] [flags of every script]"
-    budget = "budget: " + " ".join(f"{flag} {value}" for flag, value in BUDGET.items())
-    own, flags = jobs.parse(argv, usage, __doc__, budget, add_flags)
+    own, flags = jobs.parse(p, argv)
     jobs.check_names("--methods", own.methods, METHODS)
     for flag in {"--task", "--v", "--version", "--fresh"} & own.given:
         common.fail(f"{flag}: compare.py sets it itself")
@@ -129,12 +124,12 @@ def tables(own, grid):
     names = f"seed{'s' * (len(own.seeds) > 1)} {' '.join(map(str, own.seeds))}"
     spread = ", mean ± standard deviation over the seeds that are finished" * (len(own.seeds) > 1)
     notes = (
-        f"Asked for: {names}. 20-NN (weighted, T 0.1) and linear: top-1 of the frozen backbone on the test images{spread}; "
-        "random init: 20-NN of the network before its first step. Minutes: all of the run, probes included. MB: the most "
-        "that rank 0 held at a time, program included (on a GPU: tensors there). Images/s: median while training. "
-        "Parameters: of the backbone, in millions. Report: linear top-1 of ResNet-50 on ImageNet in the report's table 1, "
-        "after far longer training (CMC's 66.2 is of two whole ResNet-50s, 47.0 M). A short, equal budget favors what "
-        "learns fast."
+        f"Asked for: {names}. 20-NN (weighted, T 0.1) and linear: top-1 of the frozen backbone on the test "
+        f"images{spread}; random init: 20-NN of the network before its first step. Minutes: all of the run, probes "
+        "included. MB: the most that rank 0 held at a time, program included (on a GPU: tensors there). Images/s: "
+        "median while training. Parameters: of the backbone, in millions. Report: linear top-1 of ResNet-50 on ImageNet "
+        "in the report's table 1, after far longer training (CMC's 66.2 is of two whole ResNet-50s, 47.0 M). A short, equal "
+        "budget favors what learns fast."
     )
     return "\n".join([*text, notes, ""])
 

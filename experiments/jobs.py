@@ -1,4 +1,4 @@
-"""What the experiments share: the flags that all have, runs of the scripts as processes, and what those runs measured."""
+"""What the experiments share: common flags, runs of the scripts as processes, and what those runs measured."""
 
 import argparse
 import difflib
@@ -22,15 +22,20 @@ import runs
 # ============ flags ============
 
 
-def parse(argv, usage, doc, epilog, add_flags):
-    """(the experiment's own flags, the rest as a list: flags of the scripts that it starts)."""
-    p = argparse.ArgumentParser(
-        usage=usage, description=doc, epilog=epilog, formatter_class=common.Help, allow_abbrev=False
-    )
+def parser(usage, doc, epilog, parallel=True):
+    p = argparse.ArgumentParser(usage=f"python -m experiments.{usage}", description=doc, formatter_class=common.Help,
+                                allow_abbrev=False, epilog=epilog)  # fmt: skip
     p.add_argument("--seeds", type=int, nargs="+", default=[0], help="every run with each of them")
     p.add_argument("--processes", type=int, default=1, help="of each run, started by torchrun")
     p.add_argument("--dry-run", action="store_true", help="list the commands and stop")
-    add_flags(p)
+    if parallel:
+        p.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU's threads")
+        p.add_argument("--show", action="store_true", help="run nothing; print what is in --out")
+    return p
+
+
+def parse(p, argv):
+    """(the experiment's own flags, the others as a list: they go to every run)."""
     own, flags = p.parse_known_args(argv)
     common.at_least(1, own, *{"processes", "jobs"} & set(vars(own)))
     own.seeds = list(dict.fromkeys(own.seeds))
@@ -38,15 +43,8 @@ def parse(argv, usage, doc, epilog, add_flags):
     if "--seed" in own.given:
         common.fail("--seed: say --seeds, one or more")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        common.fail(
-            "the processes of each run are started from here: say --processes N, and python instead of torchrun"
-        )
+        common.fail("torchrun is started from here, for each run: say --processes N, and python instead of torchrun")
     return own, flags
-
-
-def add_parallel(p):
-    p.add_argument("--jobs", type=int, default=1, help="runs at a time, each with its share of the CPU's threads")
-    p.add_argument("--show", action="store_true", help="run nothing; print what is in --out")
 
 
 def check_names(what, names, known):
@@ -62,7 +60,7 @@ def check_names(what, names, known):
 
 
 def command(script, words, processes=1):
-    """(the words that start it, the same as a user types it). script: "sage", or a module of a package, "package.module"."""
+    """(the words that start it, the same as a user types it). script: "sage", or a module: "package.module"."""
     words, launcher, typed = [str(word) for word in words], [], "python"
     if processes > 1:
         how = ["--standalone", f"--nproc_per_node={processes}"]
@@ -81,18 +79,18 @@ def evaluation_flags(args):
 
 
 def start(words, **kwargs):
-    """A process that ends when this one does, even by SIGKILL, as END_WITH_PARENT names whose end is to be its own. It has a
-    session of its own: a Ctrl-C of the terminal reaches it only from here, and as a signal that torchrun passes on."""
+    """A process that ends when this one does, even by SIGKILL: END_WITH_PARENT tells it whom to watch (common.setup).
+    It has a session of its own, so that a Ctrl-C reaches it only from here, as a signal that torchrun passes on."""
     env = {**kwargs.pop("env", os.environ), "END_WITH_PARENT": str(os.getpid())}
     return subprocess.Popen(words, env=env, start_new_session=True, **kwargs)
 
 
 def run_all(todo, stop, at_once=1):
-    """Run jobs, `at_once` at a time. `job.start()` gives a process; after it, `job.end(exit code, whether all is to stop)`
-    gives an error message or nothing, and `job.done()` a line to print, or None if the job needs another process.
+    """Run jobs, `at_once` at a time. `job.start()` gives a process; at its end `job.end(exit code, whether all is to
+    stop)` gives an error message or nothing, and `job.done()` a line to print, or None if it needs another process.
 
-    A signal (in `stop`) is passed on to all that run and ends this program once they have ended, with exit code 85; so does
-    one that stopped a single run. An error stops the others in the same way and becomes this program's.
+    A signal (in `stop`) is passed on to all that run and ends this program once they have ended, with exit code 85; so
+    does one that stopped a single run. An error stops the others in the same way and becomes this program's.
     """
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # ignored under nohup
         signal.signal(signal.SIGHUP, signal.getsignal(signal.SIGTERM))
@@ -144,8 +142,8 @@ def run(script, words, stop, processes=1, dry_run=False):
 
 
 class Job:
-    """A run of a script in the folder `path`, with its output in PATH.log. PATH.json is its record: {"command" (once it has
-    finished), "seconds" (over all parts of a run that was stopped), "refused" (why it cannot run)}. A subclass has
+    """A run of a script in the folder `path`, with its output in PATH.log. PATH.json is its record: {"command" (once it
+    has finished), "seconds" (over all parts of a run that was stopped), "refused" (why it cannot run)}. A subclass has
     `metrics()`, what the run measured ({} before its end), and `summary()`, a line about it."""
 
     def __init__(self, path, name, script, words, seed, processes=1, fresh=False):
@@ -174,7 +172,7 @@ class Job:
             common.fail(f"could not write {self.path}.log ({runs.reason(error)})")
 
     def end(self, code, stopping):
-        """Its process has ended: bring the record up to date; an error message if the whole experiment fails with it."""
+        """Its process has ended: update the record; an error message if the whole experiment fails with it."""
         found, failure = record(self.path), None
         if not self.was_finished:
             found["seconds"] = round(self.seconds + time.monotonic() - self.began, 1)

@@ -1,5 +1,5 @@
-"""Which backbone suits which pretext task? The study of "Revisiting Self-Supervised Visual Representation Learning" as one
-command: Kolesnikov, Zhai, Beyer 2019, https://arxiv.org/abs/1901.09005.
+"""Which backbone suits which pretext task? The study of Revisiting Self-Supervised Visual Representation Learning
+(Kolesnikov, Zhai, Beyer 2019, https://arxiv.org/abs/1901.09005) as one command.
 
     python -m experiments.study                             five tasks, four backbones, two widths, `shapes-natural`
     python -m experiments.study --tasks rotation jigsaw --seeds 0 1 2     a part of it
@@ -7,11 +7,11 @@ command: Kolesnikov, Zhai, Beyer 2019, https://arxiv.org/abs/1901.09005.
     python -m experiments.study --data imagenet --root DIR --processes 8  the paper's networks, each run on eight GPUs
     python -m experiments.study --out DIR --show            the tables and the figure of what is there; runs nothing
 
-Flags that are not its own go to every run. A cell of the table is a run of pretext.py in OUT/seedN/TASK-ARCH; what it
-prints is in OUT/seedN/TASK-ARCH.log. The same command goes on where it was stopped and skips what is finished; another grid
-in the same OUT adds to the table. A network that a task cannot use (its size, its patches) is a "-" with the reason. At the
+Other flags go to every run of pretext.py, one for each cell of the table: OUT/seedN/TASK-ARCH, its output in
+OUT/seedN/TASK-ARCH.log. The same command goes on where it was stopped and skips what is finished; another grid in the
+same OUT adds to the table. A network that a task cannot use (its size, its patches) is a "-" with the reason. At the
 end it prints table 1, ours and the paper's, and how well the pretext accuracy predicts the downstream accuracy.
-OUT/study.csv has a line per run, OUT/study.png is figure 4 (with matplotlib), OUT/study.json has everything.
+OUT/study.csv has a line per run, OUT/study.png is figure 4 (needs matplotlib), OUT/study.json has everything.
 """
 
 import csv
@@ -68,19 +68,15 @@ COLUMNS = ("task", "arch", "family", "width", "seed", "pretext_accuracy", "chanc
            "random_knn20", "seconds", "epochs", "command")  # fmt: skip
 
 
-def add_flags(p):
+def parse_args(argv):
+    epilog = "\n".join(f"{name}: --archs {' '.join(a)} --widths {k[0]} {k[1]}" for name, (a, k, _) in GRIDS.items())
+    p = jobs.parser("study [--tasks T ...] [--archs A ...] [--widths K ...] [flags of pretext.py]", __doc__, epilog)
     p.add_argument("--tasks", nargs="+", default=list(TASKS), help="columns of the table")
     p.add_argument("--archs", nargs="+", help="rows: backbones without width, as revnet50_minus (default: by recipe)")
     p.add_argument("--widths", type=float, nargs="+", help="widening factors k (default: by recipe)")
     p.add_argument("--metric", default="linear", help=f"what stands in the table: {', '.join(METRICS)}")
     p.add_argument("--out", help="folder of all runs (default: runs/study-DATA)")
-    jobs.add_parallel(p)
-
-
-def parse_args(argv):
-    usage = "python -m experiments.study [--tasks T ...] [--archs A ...] [--widths K ...] [flags of pretext.py]"
-    epilog = "\n".join(f"{name}: --archs {' '.join(a)} --widths {k[0]} {k[1]}" for name, (a, k, _) in GRIDS.items())
-    own, flags = jobs.parse(argv, usage, __doc__, epilog, add_flags)
+    own, flags = jobs.parse(p, argv)
     jobs.check_names("--tasks", own.tasks, TASKS)
     jobs.check_names("--metric", [own.metric], METRICS)
     for flag in {"--task", "--arch"} & own.given:
@@ -219,8 +215,8 @@ def table(cells):
 
 
 def spearman(pairs):
-    """Spearman's rank correlation of (x, y) pairs, ties sharing their mean rank; None for fewer than three, or where all x
-    or all y are equal."""
+    """Spearman's rank correlation of (x, y) pairs, ties sharing their mean rank; None for fewer than three, or where
+    all x or all y are equal."""
     ranks = [[sum(b < a for b in v) + sum(b == a for b in v) / 2 for a in v] for v in zip(*pairs, strict=True)]
     if len(pairs) < 3 or any(len(set(r)) == 1 for r in ranks):
         return None
@@ -228,8 +224,8 @@ def spearman(pairs):
 
 
 def correlations(rows, column):
-    """{task: {architecture: (correlation or None, number of points)}}: within an architecture over its widths and seeds;
-    under "across" over the architectures, each with the means of its runs."""
+    """{task: {architecture: (correlation or None, number of points)}}: within an architecture over its widths and
+    seeds; under "across" over the architectures, each with the means of its runs."""
     points = {}
     for row in rows:
         if None not in (pair := (row["pretext_accuracy"], row[column])):
@@ -253,14 +249,14 @@ def correlation_table(found):
 
 def draw(rows, metric):
     """Figure 4 as a matplotlib Figure: a panel per task, a point per run; its color is the architecture, its area the
-    width. The dashed line: 20-NN of random initializations."""
+    width."""
     from matplotlib.figure import Figure
 
     _, column, label = METRICS[metric]
     rows = [row for row in rows if None not in (row["pretext_accuracy"], row[column])]
     tasks, widths = list(dict.fromkeys(row["task"] for row in rows)), sorted({row["width"] for row in rows})
     families = sorted({row["family"] for row in rows}, key=family_order)
-    styles = {f: dict(color=f"C{i}", alpha=0.6, edgecolors="black") for i, f in enumerate(families)}
+    dashed, styles = [], {f: dict(color=f"C{i}", alpha=0.6, edgecolors="black") for i, f in enumerate(families)}
     area, columns = {k: 200 * k / widths[-1] for k in widths}, min(3, len(tasks))
     lines = math.ceil(len(tasks) / columns)
     figure = Figure(figsize=(3.4 * columns + 1.6, 3 * lines + 0.4), layout="constrained")
@@ -274,7 +270,7 @@ def draw(rows, metric):
             panel.scatter(row["pretext_accuracy"], row[column], area[row["width"]], **styles[row["family"]])
         random = [row["random_knn20"] for row in cells if row["random_knn20"] is not None]
         if metric == "knn" and random:
-            panel.axhline(statistics.mean(random), color="gray", linestyle="--")
+            dashed = [panel.axhline(statistics.mean(random), color="gray", linestyle="--", label="random init")]
         chance = cells[0]["chance"]
         panel.set(title=task if chance is None else f"{task} (chance {chance:.3g} %)", xlabel="pretext accuracy, %")
         panel.margins(0.15)
@@ -283,7 +279,7 @@ def draw(rows, metric):
     figure.supylabel(label)
     marks = [figure.axes[0].scatter([], [], 80, label=f, **styles[f]) for f in families]
     marks += [figure.axes[0].scatter([], [], area[k], "white", edgecolors="black", label=f"k = {k:g}") for k in widths]
-    figure.legend(handles=marks, loc="outside right upper", frameon=False, labelspacing=1)
+    figure.legend(handles=marks + dashed, loc="outside right upper", frameon=False, labelspacing=1)
     return figure
 
 

@@ -256,8 +256,8 @@ def test_points_are_runs():
     assert [len(d.get_offsets()) for d in drawn] == [1, 1, 1] and len({tuple(d.get_facecolor()[0]) for d in drawn}) == 3
     areas = [d.get_sizes()[0] for d in drawn]
     assert areas[1] == pytest.approx(2 * areas[2]) == pytest.approx(4 * areas[0])  # the area is the width
-    assert panel.get_title() == "rotation (chance 25)" and panel.get_ylabel() == "linear, %"
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*families, "1x as wide", "2x as wide", "4x as wide"]
+    assert panel.get_title() == "rotation (chance 25 %)" and figure.get_supylabel() == "linear probe, %"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [*families, "k = 1", "k = 2", "k = 4"]
 
 
 def test_the_figure_of_several_tasks(shown):
@@ -266,7 +266,7 @@ def test_the_figure_of_several_tasks(shown):
     assert decode_image(str(out / "study.png")).shape[0] in (3, 4) and printed[-1].endswith("study.png")
     rows = study.read_cells(out)
     points = lambda figure: {
-        p.get_title().split()[0]: sum(len(c.get_offsets()) for c in p.collections) for p in figure.axes if p.axison
+        p.get_title().split()[0]: sum(len(c.get_offsets()) for c in p.collections) for p in figure.axes
     }
     figure = study.draw(rows, "knn")
     assert points(figure) == {"rotation": 12, "jigsaw": 8}
@@ -275,7 +275,7 @@ def test_the_figure_of_several_tasks(shown):
     assert lines(study.draw([{**row, "random_knn20": None} for row in rows], "knn")) == []
     assert lines(study.draw(rows, "linear")) == []
     figure = study.draw([{**row, "task": task} for row in rows for task in study.TASKS], "linear")
-    assert list(points(figure)) == list(study.TASKS) and len(figure.axes) == 6
+    assert list(points(figure)) == list(study.TASKS) and len(figure.axes) == 5
 
 
 def test_without_matplotlib_the_tables_are_written(toy, monkeypatch, capfd):
