@@ -66,7 +66,12 @@ def script(words, folder, env):
     torch.set_num_threads(1)
     mp.set_start_method(None, force=True)  # its workers start as they do anywhere, not by the server
     sys.argv = words
-    runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        sys.path.insert(0, str(ROOT))
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
 
 
 class fork:
