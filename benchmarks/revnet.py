@@ -10,7 +10,6 @@ is all that a process needs at most for three passes of each kind, less what it 
 
 import argparse
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -18,7 +17,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing
-from sage_step import resident
 
 import backbones
 import common
@@ -54,33 +52,19 @@ class Step:
         """MB that autograd holds after the forward pass."""
         own, found = {p.untyped_storage().data_ptr() for p in self.net.parameters()}, {}
 
-        def note(t):  # holds t, so that no other storage gets its address
+        def remember(t):  # holds t, so that no other storage gets its address
             found.setdefault(t.untyped_storage().data_ptr(), t)
             return t
 
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(remember, lambda t: t):
             self.forward()
         return sum(t.untyped_storage().nbytes() for p, t in found.items() if p not in own) / 2**20
 
 
 def peak(variant, depth, args, device, amp):
-    """MB that three passes need at most, in a process of its own on a CPU."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step = Step(variant, depth, args, device, amp)
-        for _ in range(3):
-            step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    flags = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in ("k", "size", "batch_size", "threads")]
-    done = subprocess.run(
-        [sys.executable, __file__, *flags, "--depth", depth, "--peak", variant],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return float(done.stdout.splitlines()[-1])
+    words = [f"--{k.replace('_', '-')}={getattr(args, k)}" for k in ("k", "size", "batch_size", "threads")]
+    words = [__file__, *words, "--depth", depth, "--peak", variant]
+    return timing.peak_memory(lambda: Step(variant, depth, args, device, amp), device, words)
 
 
 def main():
@@ -97,11 +81,7 @@ def main():
     torch.set_num_threads(args.threads)
     amp = common.bf16_is_fast(device)
     if args.peak:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of importing torch is not of interest
-        before, step = resident("VmRSS"), Step(args.peak, args.depth[0], args, device, amp)
-        for _ in range(3):
-            step()
-        print(resident("VmHWM") - before)
+        timing.print_peak(lambda: Step(args.peak, args.depth[0], args, device, amp))
         return
     timing.where(device)
     for depth in args.depth:

@@ -8,8 +8,8 @@ encoder's architecture. Memory is the peak of a process that makes three steps, 
 """
 
 import argparse
+import functools
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 
@@ -53,7 +53,7 @@ class Step:
         self.model = model.to(device, memory_format=torch.channels_last)
         encoder = torch.nn.ModuleList([model.f, model.g, model.q])
         groups = optim.param_groups(encoder, r["weight_decay"], lr_factor=1.0)
-        self.optimizers = [byol.OPTIMIZERS[r["optimizer"]](groups, lr=1e-3)]
+        self.optimizers = [optim.OPTIMIZERS[r["optimizer"]](groups, lr=1e-3)]
         if painter:
             weights_ = [*model.bottleneck.parameters(), *model.decoder.parameters()]
             self.optimizers.append(torch.optim.Adam(weights_, lr=1e-3))
@@ -71,27 +71,6 @@ class Step:
         self.model.update_target(0.99)
 
 
-def peak(recipe, name, batch_size, device, amp):
-    """MB that three steps need at most, in a process of its own on a CPU, where memory that is freed is kept."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step = Step(recipe, WEIGHTS[name], batch_size, device, amp)
-        for _ in range(3):
-            step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    flags = ["--peak", name, "--recipe", recipe, "--batch-size", str(batch_size)]
-    done = subprocess.run([sys.executable, __file__, *flags], capture_output=True, text=True, check=True)
-    return float(done.stdout.splitlines()[-1])
-
-
-def resident(which):
-    """VmRSS, the memory held now, or VmHWM, the most since the last reset, in MB (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
-
-
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--recipe", nargs="+", choices=sage.RECIPES, default=["shapes", "cifar10"])
@@ -104,18 +83,18 @@ def main():
     torch.set_num_threads(args.threads)
     amp = common.bf16_is_fast(device)
     if args.peak:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak of importing torch is not of interest
-        before, step = resident("VmRSS"), Step(args.recipe[0], WEIGHTS[args.peak], args.batch_size, device, amp)
-        for _ in range(3):
-            step()
-        print(resident("VmHWM") - before)
+        timing.print_peak(lambda: Step(args.recipe[0], WEIGHTS[args.peak], args.batch_size, device, amp))
         return
     timing.where(device)
     for recipe in args.recipe:
         variants = {name: Step(recipe, weights, args.batch_size, device, amp) for name, weights in WEIGHTS.items()}
         times = timing.interleaved(variants, device, args.repeats, seconds=0.5)
         del variants
-        memory = {name: peak(recipe, name, args.batch_size, device, amp) for name in WEIGHTS}
+        memory = {}
+        for name, weights in WEIGHTS.items():
+            build = functools.partial(Step, recipe, weights, args.batch_size, device, amp)
+            words = [__file__, "--peak", name, "--recipe", recipe, "--batch-size", args.batch_size]
+            memory[name] = timing.peak_memory(build, device, words)
         rows = [
             [
                 name,

@@ -51,7 +51,7 @@ class Ours:
         self.model = byol.BYOL(backbone, hidden, recipe["dim"]).to(device, memory_format=torch.channels_last)
         groups = optim.param_groups(nn.ModuleList([self.model.f, self.model.g]), recipe["weight_decay"], lr_factor=1.0)
         groups += optim.param_groups(self.model.q, recipe["weight_decay"], lr_factor=recipe["predictor_lr"])
-        self.optimizer = byol.OPTIMIZERS[recipe["optimizer"]](groups, lr=recipe["lr"])
+        self.optimizer = optim.OPTIMIZERS[recipe["optimizer"]](groups, lr=recipe["lr"])
         if compiled:
             self.model.f.compile(), self.model.target["f"].compile()
 

@@ -1,9 +1,12 @@
-"""What the benchmarks share: interleaved timing, one kind of table, and a line that says where it was measured."""
+"""What the benchmarks share: interleaved timing, peak memory, one kind of table, and a line that says where it ran."""
 
 import math
 import statistics
+import subprocess
+import sys
 import time
 from collections import defaultdict
+from pathlib import Path
 
 import torch
 
@@ -50,6 +53,38 @@ def interleaved(variants, device, repeats, seconds=0.0):
                 f()
             times[name].append((clock(device) - start) / calls[name])
     return dict(times)
+
+
+def peak_memory(build, device, words):
+    """MB that three calls of the function that `build()` returns need at most, less what was held before. On a CPU, which
+    keeps freed memory, it is measured in a process of its own: `python WORDS`, which is to call `print_peak(build)`."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        call_three_times(build)
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=True)
+    return float(done.stdout.splitlines()[-1])
+
+
+def print_peak(build):
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of importing torch is not of interest
+    before = resident("VmRSS")
+    call_three_times(build)
+    print(resident("VmHWM") - before)
+
+
+def call_three_times(build):
+    step = build()
+    for _ in range(3):
+        step()
+
+
+def resident(which):
+    """VmRSS, the memory held now, or VmHWM, the most since the last reset, in MB (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(which)) / 1024
 
 
 def spread(values):
