@@ -1,4 +1,4 @@
-"""Data: named sets and folders, views of images for training, plain images for the probes.
+"""Data: views of images for training, plain images for the probes; the sets themselves are in sets.py.
 
     python data.py show shapes --method cmc     a PNG of images and of what a method's network sees of them
     python data.py check DIR                    lists the images that do not decode
