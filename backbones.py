@@ -4,17 +4,15 @@ Built from torchvision's own blocks and with torchvision's own key names, so tha
 converter. Below 64 px a network made for 224 px would shrink the image to nothing before it has looked at it, so the
 stem becomes a 3x3 convolution of stride 1 without max-pooling (the CIFAR form of He et al. 2016, sec. 4.2).
 
-The second half holds the networks of "Revisiting Self-Supervised Visual Representation Learning" (Kolesnikov et al. 2019,
-https://arxiv.org/abs/1901.09005): ResNet v1 and v2, RevNet and VGG with a widening factor, and any total stride.
-
-Every other classification network of torchvision is there under its own name, without its head (`Torchvision`).
+Here are ResNets (`ResNet`), their form with a network for each group of colour channels (`Split`), and every other
+classification network of torchvision under its own name, without its head (`Torchvision`); revisiting.py has ResNet v2,
+RevNet and VGG with a widening factor. `build` makes any of them from its name.
 
 Bringing your own takes two lines, at the top of `build`: any `nn.Module` with an attribute `dim` whose forward returns
 [B, dim] is a backbone. `stages(x)` (a list of feature maps), `taps(x)` and `channels` are needed only by what reads maps:
 SaGe, colorization and the probe of all depths.
 """
 
-import contextlib
 import difflib
 import functools
 import re
@@ -23,12 +21,9 @@ from pathlib import Path
 import torch
 import torchvision
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.ops import StochasticDepth
 
-import data
 from common import fail
 
 SMALL = 64  # px; below this the small-image stem is used
@@ -129,14 +124,48 @@ class ResNet(Backbone):
         return {"root": x} | blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4))
 
 
+# ============ colour spaces, and a network for each group of channels ============
+
+
+def to_lab(rgb):
+    """sRGB in [0, 1], [B, 3, ...] -> CIE Lab (D65): L in 0..100, a and b within -108..98."""
+    r, g, b = torch.where(rgb > 0.04045, ((rgb + 0.055) / 1.055).pow(2.4), rgb / 12.92).unbind(1)
+    xyz = torch.stack([(0.412453 * r + 0.357580 * g + 0.180423 * b) / 0.95047,
+                       0.212671 * r + 0.715160 * g + 0.072169 * b,
+                       (0.019334 * r + 0.119193 * g + 0.950227 * b) / 1.08883], 1)  # fmt: skip
+    x, y, z = torch.where(xyz > 0.008856, xyz.clamp(min=0.008856).pow(1 / 3), 7.787 * xyz + 16 / 116).unbind(1)
+    return torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], 1)
+
+
+def to_ydbdr(rgb):
+    """RGB in [0, 1], [B, 3, ...] -> YDbDr, the colour space of SECAM: Y in 0..1, Db and Dr within -1.333..1.333."""
+    r, g, b = rgb.unbind(1)
+    return torch.stack([0.299 * r + 0.587 * g + 0.114 * b,
+                        -0.450 * r - 0.883 * g + 1.333 * b,
+                        -1.333 * r + 1.116 * g + 0.217 * b], 1)  # fmt: skip
+
+
+def lightness(lab):
+    """What a network sees of Lab [B, 3, H, W] if colour is to be predicted: (L - 50) / 50, in [-1, 1], three times over."""
+    return ((lab[:, :1] - 50) / 50).expand(-1, 3, -1, -1)
+
+
 RGB = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # images in [0, 1] as they are
-LAB = data.to_lab, (50.0, 6.025, -6.690), (50.0, 92.208, 101.168)  # middle and half of each channel's range
-YDBDR = data.to_ydbdr, (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
+LAB = to_lab, (50.0, 6.025, -6.690), (50.0, 92.208, 101.168)  # middle and half of each channel's range
+YDBDR = to_ydbdr, (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
 SPLITS = {  # suffix of a name: (conversion from RGB, mean, std: those of CMC's and PyContrast's code), channels per view
     "lab": (LAB, (1, 2)),
     "ydbdr": (YDBDR, (1, 2)),
     "lab3": (LAB, (1, 1, 1)),
 }
+
+
+def channel_views(x, split):
+    """RGB images [B, 3, H, W] in [0, 1] as the views of SPLITS[split]: a tuple of [B, c, H, W] in fp32, about -1 to 1."""
+    (convert, mean, std), channels = SPLITS[split]
+    with torch.autocast(x.device.type, enabled=False):
+        mean, std = (torch.tensor(t).to(x.device, non_blocking=True).view(3, 1, 1) for t in (mean, std))
+        return ((convert(x.float()) - mean) / std).split(channels, 1)
 
 
 class Split(Backbone):
@@ -149,16 +178,13 @@ class Split(Backbone):
     def __init__(self, network, split):
         super().__init__()
         self.preprocess = RGB  # in place of ImageNet's mean and std
-        self.space, self.groups = SPLITS[split]
-        self.networks = nn.ModuleList(network(channels) for channels in self.groups)
+        self.split = split
+        self.networks = nn.ModuleList(network(channels) for channels in SPLITS[split][1])
         self.widths = [f.dim for f in self.networks]
         self.dim = self.channels = sum(self.widths)
 
     def views(self, x):
-        """The views of RGB images: a tuple of [B, c, H, W] in fp32."""
-        convert, mean, std = self.space
-        with torch.autocast(x.device.type, enabled=False):
-            return data.normalise(convert(x.float()), mean, std).split(self.groups, 1)
+        return channel_views(x, self.split)
 
     def parts(self, x):
         """The vectors of the views: a list of [B, d]."""
@@ -240,234 +266,13 @@ def from_torchvision(name, size):
     return net.train()
 
 
-# ============ the networks of "Revisiting Self-Supervised Visual Representation Learning" ============
-# k is the widening factor. The first convolution has 16 k channels and stage s of ResNets and RevNets 64 k 2^(s - 1), so
-# that the vector has 512 k; k = 4 is the usual ResNet-50. ResNet v1 is the class above with torchvision's bottleneck.
-
-
-def root(channels, kernel, strides):
-    """First convolution and max-pooling without BatchNorm and ReLU: the first unit has its own. Values may be negative
-    here, so it matters that the study pads the pooling with zeros, where torch's own padding is minus infinity."""
-    conv = nn.Conv2d(3, channels, kernel, strides[0], kernel // 2, bias=False)
-    pool = nn.Sequential(nn.ZeroPad2d(1), nn.MaxPool2d(3, strides[1])) if strides[1] > 1 else nn.Identity()
-    return nn.Sequential(conv, pool)
-
-
-def bottleneck(inplanes, outplanes, stride=1):
-    """The residual function of a pre-activation unit: BN, ReLU, 1x1, BN, ReLU, 3x3 (stride), BN, ReLU, 1x1."""
-    inner = outplanes // 4
-    plan = [(inplanes, inner, 1, 1, 0), (inner, inner, 3, stride, 1), (inner, outplanes, 1, 1, 0)]
-    return [layer for c in plan for layer in (nn.BatchNorm2d(c[0]), nn.ReLU(inplace=True), nn.Conv2d(*c, bias=False))]
-
-
-def last_norm(channels, relu):
-    """The last BatchNorm before the mean; without its ReLU in the networks that the study marks (-)."""
-    return nn.Sequential(nn.BatchNorm2d(channels), *([nn.ReLU(inplace=True)] if relu else []))
-
-
-class PreActivation(nn.Module):
-    """Unit of ResNet v2 (He et al. 2016b): y = s + F(a), a = ReLU(BN(x)). s is x, or a 1x1 convolution of a, without
-    BatchNorm, where the shape changes."""
-
-    def __init__(self, inplanes, outplanes, stride):
-        super().__init__()
-        layers, same = bottleneck(inplanes, outplanes, stride), stride == 1 and inplanes == outplanes
-        self.activation, self.residual = nn.Sequential(*layers[:2]), nn.Sequential(*layers[2:])
-        self.downsample = None if same else nn.Conv2d(inplanes, outplanes, 1, stride, bias=False)
-
-    def forward(self, x):
-        a = self.activation(x)
-        return (x if self.downsample is None else self.downsample(a)) + self.residual(a)
-
-
-class ResNetV2(Backbone):
-    """ResNet v2 of the study: pre-activation bottlenecks. The last stage's map is taken after the last BatchNorm (+ ReLU)."""
-
-    def __init__(self, depths, k, strides, kernel, last_relu=True):
-        super().__init__()
-        self.root = root(round(16 * k), kernel, strides)
-        inplanes = round(16 * k)
-        for i, depth in enumerate(depths):
-            outplanes, units = round(64 * k) * 2**i, []
-            for j in range(depth):
-                units.append(PreActivation(inplanes, outplanes, strides[i + 1] if i > 0 and j == 0 else 1))
-                inplanes = outplanes
-            setattr(self, f"layer{i + 1}", nn.Sequential(*units))
-        self.last = last_norm(inplanes, last_relu)
-        self.dim = self.channels = inplanes
-        he(self)
-
-    def maps(self, x):
-        x = self.root(x)
-        maps = {"root": x} | blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4))
-        return maps | {"block4": self.last(maps["block4"])}
-
-
-class Reversible(nn.ModuleList):
-    """Units of one stage of a RevNet: [x1, x2] -> [y2, y1], y1 = x1 + F(x2), y2 = x2, on halves of the channels. The halves
-    change places, so that the next unit changes the other one."""
-
-    def forward(self, x):
-        x1, x2 = x.chunk(2, 1)  # [B, C / 2, H, W] each
-        for f in self:
-            x1, x2 = x2, x1 + f(x2)
-        return torch.cat([x1, x2], 1)
-
-    def inverse(self, y):
-        """The stage's input from its output: x2 = y2, x1 = y1 - F(x2). In training mode F uses the statistics of the
-        batch, as the forward pass did."""
-        y2, y1 = y.chunk(2, 1)
-        for f in reversed(self):
-            y2, y1 = y1 - f(y2), y2
-        return torch.cat([y2, y1], 1)
-
-
-class Recompute(torch.autograd.Function):
-    """A `Reversible` stage of which only the output is kept for the backward pass; see RevNet. `zeros`: how many of the
-    last channels of x are padding."""
-
-    @staticmethod
-    def forward(ctx, stage, zeros, x, *parameters):
-        device = x.device.type
-        norms = [m for m in stage.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        ctx.stage, ctx.zeros, ctx.norms = stage, zeros, [(m, m.training) for m in norms]
-        # autocast would remember weights that it has cast in here, where no gradients are recorded, for use outside
-        ctx.autocast = dict(
-            device_type=device,
-            dtype=torch.get_autocast_dtype(device),
-            enabled=torch.is_autocast_enabled(device),
-            cache_enabled=False,
-        )
-        with torch.autocast(**ctx.autocast):
-            y = stage(x)
-        ctx.save_for_backward(y, *parameters)  # parameters: torch then notices a change before the backward pass
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        y, *_ = ctx.saved_tensors
-        (y2, y1), (g2, g1), grads = y.chunk(2, 1), grad.chunk(2, 1), {}
-        with same_statistics(ctx.norms):
-            for f in reversed(ctx.stage):
-                if ctx.zeros and f is ctx.stage[0]:
-                    # Exact zeros again: BatchNorm leaves them at the ReLU's kink, where rounding would decide the gradient.
-                    y2 = nn.functional.pad(y2[:, : -ctx.zeros], (0, 0, 0, 0, 0, ctx.zeros))
-                x2, weights = y2.detach().requires_grad_(), [p for p in f.parameters() if p.requires_grad]
-                with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                    r = f(x2)  # once, for the gradients and for x1
-                g, *of_f = torch.autograd.grad(r, [x2, *weights], g1.to(r.dtype))
-                grads |= zip(weights, of_f, strict=True)
-                y2, y1 = y1 - r, y2  # [x1, x2], which is what the unit before gave as [y2, y1]
-                g2, g1 = g1, g2 + g
-        return None, None, torch.cat([g2, g1], 1), *(grads.get(p) for p in ctx.stage.parameters())
-
-
-@contextlib.contextmanager
-def same_statistics(norms):
-    """Inside, each BatchNorm of [(norm, training)] normalises as in that mode and leaves its running averages and their
-    count alone: they have seen this batch already."""
-    now = [(m, m.training, m.track_running_stats) for m, _ in norms]
-    try:
-        for m, training in norms:
-            m.training, m.track_running_stats = training, False
-        yield
-    finally:
-        for m, training, track in now:
-            m.training, m.track_running_stats = training, track
-
-
-class RevNet(Backbone):
-    """RevNet (Gomez et al. 2017, https://arxiv.org/abs/1707.04585) in the study's form: every unit can be inverted.
-
-        x = [x1, x2] (halves of the channels)  ->  y = [y2, y1],   y1 = x1 + F(x2),   y2 = x2
-        inverse:    x2 = y2,   x1 = y1 - F(x2)
-        gradients:  dx1 = dy1,   dx2 = dy2 + J_F(x2)^T dy1,   dtheta = (dF / dtheta)^T dy1
-
-    F is the bottleneck of ResNet v2 on half of the channels. A unit is half of a block of the RevNet paper: two in a row
-    are y1 = x1 + F(x2), y2 = x2 + G(y1). Between stages the map is averaged over 2x2 and gets C / 2 channels of zeros on
-    either side. The first convolution has 64 k channels, since there are no projections that could widen the map later.
-
-    So the backward pass needs of each stage only its output (pooling cannot be inverted): it runs every F once more,
-    about a third more arithmetic, for memory that does not grow with depth (`recompute`; False keeps the plain graph). F
-    then uses the statistics of the batch again, and running averages are moved once. Inputs come back up to rounding, for
-    which the sums x1 + F(x2) stay in the precision of the weights under autocast.
-    """
-
-    def __init__(self, depths, k, strides, kernel, last_relu=True):
-        super().__init__()
-        channels = round(64 * k)
-        self.root = root(channels, kernel, strides)
-        for i, depth in enumerate(depths):
-            half = channels * 2**i // 2
-            setattr(self, f"layer{i + 1}", Reversible(nn.Sequential(*bottleneck(half, half)) for _ in range(depth)))
-        self.strides, self.recompute = strides[2:], True
-        self.dim = self.channels = 2 * half
-        self.last = last_norm(self.dim, last_relu)
-        he(self)
-
-    def stage(self, i, x):
-        """Stage i = 1..4 from the map of the one before."""
-        zeros = x.shape[1] // 2 if i > 1 else 0
-        if zeros:
-            # ceil_mode: an odd map becomes as large as a convolution of stride 2 would make it.
-            x = nn.functional.avg_pool2d(x, self.strides[i - 2], ceil_mode=True)
-            x = nn.functional.pad(x, (0, 0, 0, 0, zeros, zeros))
-        stage = getattr(self, f"layer{i}")
-        if self.recompute and torch.is_grad_enabled():
-            return Recompute.apply(stage, zeros, x, *stage.parameters())
-        return stage(x)
-
-    def maps(self, x):
-        if self.recompute:  # the root has no BatchNorm, so torch's own recomputation does; pooling keeps much
-            x = checkpoint(self.root, x, use_reentrant=False, preserve_rng_state=False)
-        else:
-            x = self.root(x)
-        x = x.to(self.root[0].weight.dtype)  # out of autocast's half precision
-        maps = {"root": x} | blocks(x, [functools.partial(self.stage, i) for i in range(1, 5)])
-        return maps | {"block4": self.last(maps["block4"])}
-
-
-class VGG(Backbone):
-    """VGG with BatchNorm in the study's form (k = 8: the usual widths). 3x3 convolutions of 8 k, 16 k, 32 k, 64 k, 64 k
-    channels in five stages, the first of which end in a max-pooling, as many as the stride needs; then fc6, one convolution
-    over the whole last map, and fc7. A larger image than the network was built for is read at every place, and averaged.
-    """
-
-    def __init__(self, depths, k, stride, size):
-        super().__init__()
-        pools, inplanes = stride.bit_length() - 1, 3
-        for i, depth in enumerate(depths):
-            outplanes, layers = round(8 * k) * 2 ** min(i, 3), []
-            for _ in range(depth):
-                layers += self.layer(inplanes, outplanes, 3, 1)
-                inplanes = outplanes
-            setattr(self, f"layer{i + 1}", nn.Sequential(*layers, *([nn.MaxPool2d(2)] if i < pools else [])))
-        self.channels, self.dim = inplanes, round(512 * k)
-        self.fc6 = nn.Sequential(*self.layer(inplanes, self.dim, size // stride))
-        self.fc7 = nn.Sequential(*self.layer(self.dim, self.dim, 1))
-        he(self)
-
-    @staticmethod
-    def layer(inplanes, outplanes, kernel, padding=0):
-        conv = nn.Conv2d(inplanes, outplanes, kernel, padding=padding, bias=False)
-        return conv, nn.BatchNorm2d(outplanes), nn.ReLU(inplace=True)
-
-    def maps(self, x):
-        return blocks(x, (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5))
-
-    def vectors(self, last):
-        fc6 = self.fc6(last)
-        return {"fc6": fc6, "pre_logits": self.fc7(fc6).mean((2, 3))}
-
-
 DEPTHS = {"50": (3, 4, 6, 3), "26": (2, 2, 2, 2), "14": (1, 1, 1, 1)}  # 50 is the study's; the others for small budgets
-STUDY = {  # family: (class, units per stage, channels of the narrowest layer for k = 1)
-    **{f"resnet{n}v1": (ResNet, units, 16) for n, units in DEPTHS.items()},
-    **{f"resnet{n}v2": (ResNetV2, units, 16) for n, units in DEPTHS.items()},
-    **{f"revnet{n}": (RevNet, units, 8) for n, units in DEPTHS.items()},
-    "vgg19": (VGG, (2, 2, 4, 4, 4), 8),
-    "vgg11": (VGG, (1, 1, 2, 2, 2), 8),
+STUDY = {  # family: (class, here or in revisiting.py, units per stage, channels of the narrowest layer for k = 1)
+    **{f"resnet{n}v1": ("ResNet", units, 16) for n, units in DEPTHS.items()},
+    **{f"resnet{n}v2": ("ResNetV2", units, 16) for n, units in DEPTHS.items()},
+    **{f"revnet{n}": ("RevNet", units, 8) for n, units in DEPTHS.items()},
+    "vgg19": ("VGG", (2, 2, 4, 4, 4), 8),
+    "vgg11": ("VGG", (1, 1, 2, 2, 2), 8),
 }
 NORM = re.compile(r"_(ln|nobn)(?=_|$)")  # suffix of a ResNet's name: what takes BatchNorm's place
 NAMES = [
@@ -502,10 +307,9 @@ def without_batchnorm(net, norm):
             if isinstance(child, nn.BatchNorm2d):
                 channels = child.num_features
                 setattr(module, name, nn.GroupNorm(1, channels) if norm == "ln" else Bias(channels))
-        if norm == "nobn" and isinstance(module, (BasicBlock, Bottleneck, PreActivation)):
-            last = {BasicBlock: "conv2", Bottleneck: "conv3", PreActivation: "residual"}[type(module)]
-            last = getattr(module, last)
-            nn.init.zeros_((last[-1] if isinstance(last, nn.Sequential) else last).weight)
+        last = getattr(module, "conv3", getattr(module, "conv2", None))  # of a bottleneck, and of a basic block
+        if norm == "nobn" and last is not None:
+            nn.init.zeros_(last.weight)
     return net
 
 
@@ -543,11 +347,11 @@ def parse(name, size):
             fail(f"{name}: its narrowest layers would have {width:g} channels; K must be a multiple of 1/{narrowest}")
         if float(k) > 128:
             fail(f"{name}: K above 128 makes tens of billions of parameters")
-        if minus and kind not in (ResNetV2, RevNet):
+        if minus and kind not in ("ResNetV2", "RevNet"):
             fail(f"{name}: the last ReLU can be left out (_minus) of ResNet v2 and RevNet only")
     elif stride and base.removesuffix("_w2") not in RESNETS:
         fail(f"{name}: _s{stride} is for ResNets, RevNets and the VGGs with a widening factor")
-    if norm and base.removesuffix("_w2") not in RESNETS and (not k or kind not in (ResNet, ResNetV2)):
+    if norm and base.removesuffix("_w2") not in RESNETS and (not k or kind not in ("ResNet", "ResNetV2")):
         fail(f"{name}: {norm} is for ResNets")
     if stride and int(stride) not in STRIDES:
         fail(f"{name}: the total stride _s{stride} is not one of {', '.join(map(str, reversed(STRIDES)))}")
@@ -575,6 +379,8 @@ def build(name, size=224):
     Names are in NAMES. Without _sN the study's networks take the total stride 32 from 112 px, 16 from 64, 8 from 32, 4 from
     16 and 2 below. An unknown name, a width that is not whole and a size below the stride end the program with exit code 2.
     """
+    import revisiting  # which builds on this file
+
     base, k, minus, stride = parse(name, size)
     if norm := NORM.search(name):
         return without_batchnorm(build(name[: norm.start()] + name[norm.end() :], size), norm[1])
@@ -593,11 +399,11 @@ def build(name, size=224):
             return Split(functools.partial(ResNet, block, depths, channels // 2, strides, kernel), split)
         return ResNet(block, depths, channels, strides, kernel)
     kind, depths, _ = STUDY[base]
-    if kind is VGG:
-        return VGG(depths, k, stride, size)
-    if kind is ResNet:
+    if kind == "ResNet":
         return ResNet(Bottleneck, depths, round(16 * k), STRIDES[stride], kernel)
-    return kind(depths, k, STRIDES[stride], kernel, last_relu=not minus)
+    if kind == "VGG":
+        return revisiting.VGG(depths, k, stride, size)
+    return getattr(revisiting, kind)(depths, k, STRIDES[stride], kernel, last_relu=not minus)
 
 
 def describe(net, name, size):
@@ -607,7 +413,7 @@ def describe(net, name, size):
     if base not in (STUDY if k else PLAIN):  # torchvision's, or your own
         return line
     if stride := parse(name, size)[3]:
-        px, of = (size // stride, "fc6") if isinstance(net, VGG) else (3 if size < SMALL else 7, "root")
+        px, of = (size // stride, "fc6") if base.startswith("vgg") else (3 if size < SMALL else 7, "root")
         return f"{line} (total stride {stride}, {px}x{px} {of})"
     return f"{line} ({f'below {SMALL} px: 3x3 stem, no max-pool' if size < SMALL else 'the usual stem'})"
 
@@ -634,7 +440,7 @@ def seen_by(arch, preprocess):
     sees = {"patch": 0, "cell": 0, "stride": 0, **preprocess.get("sees", {})}
     words = f"RGB images, {preprocess['size']} px ({preprocess['interpolation']}), (x / 255 - mean) / std: mean {mean}, std {std}"
     words += f"; the network itself makes {unsplit(arch)[1]} channels of them" if unsplit(arch)[1] else ""
-    words += "; in lightness alone (data.lightness)" * sees.get("lightness", False) + "; in grey" * sees.get("grey", False)
+    words += "; in lightness alone (backbones.lightness)" * sees.get("lightness", False) + "; in grey" * sees.get("grey", False)
     if sees["patch"]:
         where = f"one every {sees['stride']} px" if sees["stride"] else f"from 3 x 3 cells of {sees['cell']} px"
         words += f"; the network takes patches of {sees['patch']} px of them, {where}, and the image's vector is their mean"

@@ -45,6 +45,7 @@ import backbones
 import common
 import data
 import optim
+import sets
 import training
 
 METHOD = "byol"
@@ -152,16 +153,15 @@ def main(argv=None):
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, labelled, test = data.splits(args, device)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    model = BYOL(backbones.build(args.arch, args.size), args.hidden, args.dim).to(
-        device, memory_format=torch.channels_last
-    )
+    model = BYOL(backbones.build(args.arch, args.size), args.hidden, args.dim)
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
         if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU

@@ -21,7 +21,7 @@ class InputAdapter(nn.Module):
     """A backbone `f` behind what it was trained to see, so that all of this file works with methods that do not look at
     plain RGB images. Images [B, 3, S, S] in [-1, 1] to [B, dim].
 
-    lightness: of Lab the L alone, as `data.lightness` gives it. grey: luma in the place of all channels. patch: of the
+    lightness: of Lab the L alone, as `backbones.lightness` gives it. grey: luma in the place of all channels. patch: of the
     3 x 3 cells of `cell` px in the middle of an image the central `patch` px each or, with a `stride`, every patch of a
     grid over the whole image, one every `stride` px; the image's features are the mean over these. standardise: each
     patch, or the image where there are none, to mean 0 and deviation 1.
@@ -37,7 +37,7 @@ class InputAdapter(nn.Module):
     def see(self, x):
         """What f gets: [B, 3, S, S], or n patches an image, [B * n, 3, patch, patch]."""
         if self.lightness:
-            x = data.lightness(data.to_lab(x / 2 + 0.5))
+            x = backbones.lightness(backbones.to_lab(x / 2 + 0.5))
         if self.grey:
             x = data.grey(x).expand(-1, 3, -1, -1)
         if self.stride:

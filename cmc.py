@@ -51,6 +51,7 @@ import backbones
 import common
 import data
 import optim
+import sets
 import training
 
 METHOD = "cmc"
@@ -237,6 +238,14 @@ def rate_at(step, total, lr, warmup, drop_at):
     return lr * 0.1 ** sum(step >= at * total for at in drop_at)
 
 
+def seen(args, xs, views, g):
+    """What the networks see, for `python data.py show`."""
+    rows, names = {"view 1": data.pixels(xs[0], views[0])}, iter(("Y", "Db", "Dr") if args.split == "ydbdr" else ("L", "a", "b"))
+    for j, view in enumerate(backbones.channel_views(xs[0], args.split), 1):
+        rows |= {f"V{j}: {next(names)}": (c / 2 + 0.5).expand(-1, 3, -1, -1) for c in view.split(1, 1)}
+    return rows
+
+
 # ============ the run ============
 
 
@@ -248,7 +257,7 @@ def main(argv=None):
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, labelled, test = data.splits(args, device)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     n = len(train)
     training.lower(args, "negatives", n - 1, n)

@@ -49,6 +49,7 @@ results/README.md):
 """
 
 import math
+import types
 
 import torch
 import torch.nn.functional as F
@@ -60,6 +61,7 @@ import checkpoints
 import common
 import data
 import optim
+import sets
 import training
 
 METHOD = "cpc"
@@ -120,6 +122,10 @@ RECIPES["folder"] = (
 def recipe_of(name, v=None):
     """The recipe, with the changes that version `v` makes in it."""
     return RECIPES[name] | OTHER_VERSION.get(name, {}).get(v, {}) | ({"v": v} if v in (1, 2) else {})
+
+
+def views_of(args):
+    return [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
 
 
 def parse_args(argv=None):
@@ -334,6 +340,12 @@ class CPC(nn.Module):
         return loss
 
 
+def seen(args, xs, views, g):
+    """What f sees, for `python data.py show`."""
+    patches = CPC(types.SimpleNamespace(dim=1), args).patches(xs[0], (args.seed,)) / 2 + 0.5
+    return {"view 1": data.pixels(xs[0], views[0]), "patches": data.tiles(patches, len(xs[0]))}
+
+
 # ============ the run ============
 
 
@@ -343,8 +355,8 @@ def main(argv=None):
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
 
     # ============ data ============
-    views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
-    train, labelled, test = data.splits(args, device)
+    views = views_of(args)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": data.HALF, "std": data.HALF, "size": args.size, "interpolation": "bilinear"}

@@ -34,6 +34,7 @@ import common
 import data
 import optim
 import runs
+import sets
 
 KS = (1, 10, 20, 100, 200)
 FEWEST = 10  # labelled images that a linear probe needs
@@ -373,7 +374,7 @@ TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # at most so many make a point of th
 
 
 def first(dataset, n):
-    return data.subset(dataset, n, 0) if len(dataset) > n else dataset
+    return sets.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
 def knn_curves(train, test):
@@ -485,7 +486,7 @@ def report(pairs, test, preprocess, args, log, method, step):
     if "knn" in results:
         figures["knn"] = results["knn"]["20" if "20" in results["knn"] else "1"]["weighted"]
     figures |= {k: results[k]["top1"] for k in ("linear", "lbfgs", "mlp") if k in results}
-    few = [first(data.Images("", *pair), n) for pair, n in zip(pairs, (TRAIN_IMAGES, TEST_IMAGES), strict=True)]
+    few = [first(sets.Images("", *pair), n) for pair, n in zip(pairs, (TRAIN_IMAGES, TEST_IMAGES), strict=True)]
     if "knn" in results and all(len(f) == len(x) for f, (x, _) in zip(few, pairs, strict=True)):
         last = {f"knn{k}": results["knn"][f"{k}"]["weighted"] for k in (20, 200) if f"{k}" in results["knn"]}
     else:
@@ -607,7 +608,7 @@ class Subject:
         print(f"{trained} on {self.name} at {self.preprocess['size']} px")
         self.backbone.to(self.device, memory_format=torch.channels_last)
         self.sets = {
-            s: data.load(self.name, args.root, s, self.device, args.limit, args.seed) for s in ("train", "test")
+            s: sets.load(self.name, args.root, s, self.device, args.limit, args.seed) for s in ("train", "test")
         }
 
     def features(self):
@@ -618,7 +619,7 @@ class Subject:
     def need_labels(self, what, shares=None):
         """Exit code 2 unless the test set and each of the shares, {name: places} (none: all), of the training set have
         labels."""
-        train, test = (data.labels_of(s) for s in self.sets.values())
+        train, test = (sets.labels_of(s) for s in self.sets.values())
         for share, rows in (shares or {"": slice(None)}).items():
             n = int((train[rows] >= 0).sum())
             if n < FEWEST or not (test >= 0).any():
@@ -628,17 +629,17 @@ class Subject:
 
     def label_shares(self, args, what, default=()):
         """{name: places of the labelled training images} for --labels (else for the `default`, per cent) or --label-list."""
-        labels = data.labels_of(self.sets["train"])
+        labels = sets.labels_of(self.sets["train"])
         if args.labels and args.label_list:
             common.fail("--labels and --label-list exclude each other")
         for percent in args.labels or ():
             if not 0 < percent <= 100:
                 common.fail(f"--labels {percent:g}: a share is above 0 and at most 100 per cent")
         if args.label_list:
-            rows = data.listed(self.sets["train"], args.label_list)
+            rows = sets.listed(self.sets["train"], args.label_list)
             shares = {Path(args.label_list).stem: rows[labels[rows] >= 0]}
         else:
-            shares = {f"{p:g}": data.share(labels, p, args.seed) for p in args.labels or default}
+            shares = {f"{p:g}": sets.share(labels, p, args.seed) for p in args.labels or default}
         if shares:
             self.need_labels(what, shares)
         return shares
@@ -664,7 +665,7 @@ class Subject:
 
 def classes_of(dataset):
     """How many classes a set has: its names, and where it has none, its largest label."""
-    return len(dataset.classes) if dataset.classes else int(data.labels_of(dataset).max()) + 1
+    return len(dataset.classes) if dataset.classes else int(sets.labels_of(dataset).max()) + 1
 
 
 # ============ the command ============

@@ -75,6 +75,7 @@ import evaluate
 import optim
 import runs
 import saliency
+import sets
 import training
 
 METHOD = "instdisc"
@@ -306,8 +307,8 @@ def open_maps(args, train, device):
     if args.masks not in saliency.METHODS:
         if not Path(args.masks).is_dir():
             common.fail(f"--masks {args.masks}: neither {', '.join(saliency.METHODS)} or exact, nor a folder")
-        return data.read_masks(args.masks, train)
-    if isinstance(train, data.Files):
+        return sets.read_masks(args.masks, train)
+    if isinstance(train, sets.Files):
         common.fail(
             f"--masks {args.masks}: of a folder they are made beforehand, python saliency.py {args.data} --method "
             f"{args.masks} --out MASKS, and used with --masks MASKS"
@@ -359,7 +360,7 @@ def quiet_crops(train, maps, usable, n, size, device):
         torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / whole
     )  # [n, 2], as shares of the side
     share = torch.tensor([h, w]) / whole
-    if isinstance(train, data.Images):
+    if isinstance(train, sets.Images):
         images = train.images[chosen.to(train.images.device)]
         side = torch.tensor(images.shape[2:])
         boxes = torch.cat([corner * side, (share * side).expand(len(chosen), 2)], 1)
@@ -415,6 +416,11 @@ def augmented(view, upto):
     return view
 
 
+def views_of(args):
+    views = [data.view(args.size, **augmented(v, args.augment)) for v in RECIPES[args.recipe]["views"]]
+    return [v | {"paste": args.copy_paste, "blend": args.blend} for v in views]
+
+
 # ============ the run ============
 
 
@@ -424,9 +430,8 @@ def main(argv=None):
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
 
     # ============ data ============
-    views = [data.view(args.size, **augmented(v, args.augment)) for v in RECIPES[args.recipe]["views"]]
-    views = [v | {"paste": args.copy_paste, "blend": args.blend} for v in views]
-    train, labelled, test = data.splits(args, device)
+    views = views_of(args)
+    train, labelled, test = sets.splits(args, device)
     if args.loss == "supervised":
         train = labelled  # the images whose labels the probes may know, too
     per_pass = training.images_per_pass(args, world, len(train))
@@ -438,12 +443,12 @@ def main(argv=None):
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
-    bank_labels = data.labels_of(train).clone()
+    bank_labels = sets.labels_of(train).clone()
     labels = bank_labels.clone() if args.loss == "supervised" else None
     if labels is not None and (labels < 0).any():
         common.fail(f"--loss supervised: {train.name} has images without labels")
     if labelled is not train:  # some of these images, without their labels, are the probes' test set
-        probed = data.load(args.data, args.root, "train")
+        probed = sets.load(args.data, args.root, "train")
         known = {probed.key(i) for i in range(len(probed))}
         bank_labels[torch.tensor([train.key(i) not in known for i in range(len(train))])] = -1
     model = InstDisc(

@@ -52,6 +52,7 @@ import backbones
 import common
 import data
 import optim
+import sets
 import training
 
 METHOD = "moco"
@@ -100,6 +101,10 @@ RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["im
 def recipe_of(name, v=None):
     """The recipe, with the changes that version `v` makes in it."""
     return RECIPES[name] | OTHER_VERSION.get(name, {}).get(v, {}) | ({"v": v} if v in (1, 2) else {})
+
+
+def views_of(args):
+    return [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
 
 
 def parse_args(argv=None):
@@ -258,8 +263,8 @@ def main(argv=None):
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
 
     # ============ data ============
-    views = [data.view(args.size, **v) for v in recipe_of(args.recipe, args.v)["views"]]
-    train, labelled, test = data.splits(args, device)
+    views = views_of(args)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     if per_pass < 2 * args.bn_splits or per_pass % args.bn_splits:
         common.fail(

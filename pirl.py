@@ -54,6 +54,8 @@ import common
 import data
 import evaluate
 import optim
+import revisiting
+import sets
 import training
 
 METHOD = "pirl"
@@ -121,6 +123,16 @@ def parse_args(argv=None):
     if args.transform == "jigsaw":
         puzzle_grid(args.size)
     return args
+
+
+def views_of(args):
+    """The image, and the crop that is transformed, which gets its colours in parts."""
+    image, crop, side = *RECIPES[args.recipe]["views"], args.size
+    if args.transform == "jigsaw":
+        side = 3 * puzzle_grid(args.size)[0]
+    else:
+        crop = image
+    return [data.view(args.size, **image), data.view(side, **crop) | UNCOLOURED]
 
 
 # ============ the transformations ============
@@ -310,6 +322,14 @@ class PIRL(nn.Module):
         self.bank[index] = F.normalize(torch.lerp(f, self.bank[index], self.momentum), dim=1)
 
 
+def seen(args, xs, views, g):
+    """What f sees, for `python data.py show`."""
+    head = Jigsaw(1, 1, args.size) if args.transform == "jigsaw" else Rotation(1, 1)
+    parts = head.transform(xs[1], *head.draw(len(xs[0]), g)).flatten(0, 1)
+    parts = data.pixels(data.augment(parts, views[0], g), views[0])
+    return {"I": data.pixels(xs[0], views[0]), "I^t": data.tiles(parts, len(xs[0]))}
+
+
 # ============ the run ============
 
 
@@ -319,16 +339,8 @@ def main(argv=None):
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
 
     # ============ data ============
-    image, crop, side = *RECIPES[args.recipe]["views"], args.size
-    if args.transform == "jigsaw":
-        side = 3 * puzzle_grid(args.size)[0]
-    else:
-        crop = image
-    views = [
-        data.view(args.size, **image),
-        data.view(side, **crop) | UNCOLOURED,
-    ]  # the second gets its colours in parts
-    train, labelled, test = data.splits(args, device)
+    views = views_of(args)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     n = len(train)
     training.lower(args, "negatives", n - 1, n)
@@ -338,7 +350,7 @@ def main(argv=None):
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights in every process
     backbone = backbones.build(args.arch, args.size)
-    if args.transform == "jigsaw" and isinstance(backbone, (backbones.VGG, backbones.Torchvision)):
+    if args.transform == "jigsaw" and isinstance(backbone, (revisiting.VGG, backbones.Torchvision)):
         common.fail(f"--arch {args.arch}: the patches are too small for it; ResNets and RevNets take them")
     head_g = (
         Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)

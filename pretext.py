@@ -52,6 +52,7 @@ import itertools
 import math
 import re
 import sys
+import types
 
 import torch
 import torch.nn.functional as F
@@ -65,6 +66,7 @@ import common
 import data
 import evaluate
 import optim
+import sets
 import training
 
 METHOD = "pretext"
@@ -416,7 +418,7 @@ def ab_bins():
     """The colours to choose from, [313, 2]: points of a grid of 10 in (a, b) that lie, or have one of their 8 neighbours,
     within the convex hull of what sRGB can show."""
     side = torch.linspace(0, 1, 17)
-    a, b = data.to_lab(torch.cartesian_prod(side, side, side).T[None])[0, 1:]  # [17^3] each
+    a, b = backbones.to_lab(torch.cartesian_prod(side, side, side).T[None])[0, 1:]  # [17^3] each
     angle = torch.arange(0, 2 * math.pi, 2 * math.pi / 3600)
     u = torch.stack([angle.cos(), angle.sin()], 1)  # [3600, 2]
     reach = (u @ torch.stack([a, b])).amax(1)  # the hull is where u . (a, b) <= reach for every direction u
@@ -437,7 +439,7 @@ def ab_prior(dataset, size, bins, device, workers, n=2000):
     plain = {"size": size, "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
     count = torch.zeros(len(bins))
     for x, _ in data.batches(dataset, plain, 64, device, workers, some):
-        ab = data.to_lab(x)[:, 1:, ::4, ::4].movedim(1, -1)
+        ab = backbones.to_lab(x)[:, 1:, ::4, ::4].movedim(1, -1)
         count += torch.bincount(soften(ab, bins.to(device), 1)[0].flatten(), minlength=len(bins)).cpu()
     return count / count.sum()
 
@@ -470,17 +472,17 @@ class Colorization(nn.Module):
         return ()
 
     def lab(self, views):
-        return data.to_lab(views[0].float() / 2 + 0.5)
+        return backbones.to_lab(views[0].float() / 2 + 0.5)
 
     def inputs(self, views):
-        return data.lightness(self.lab(views))
+        return backbones.lightness(self.lab(views))
 
     def forward(self, f, views):
         with torch.autocast(views[0].device.type, enabled=False):
             lab = self.lab(views)
             ab = lab[:, 1:, ::4, ::4].movedim(1, -1)  # [B, S / 4, S / 4, 2]
             nearest, q = soften(ab, self.bins)  # [B, S / 4, S / 4, 5]
-        logits = self.head(f.stages(data.lightness(lab))[-1])  # [B, Q, S / 4, S / 4]
+        logits = self.head(f.stages(backbones.lightness(lab))[-1])  # [B, Q, S / 4, S / 4]
         with torch.autocast(logits.device.type, enabled=False):
             log_p = logits.float().movedim(1, -1).log_softmax(-1)
             coloured = (ab.abs() > 5).flatten(1).any(1).view(-1, 1, 1)  # (code)
@@ -548,6 +550,15 @@ def rate_at(step, total, lr, warmup, drop_at):
     return lr * 0.1 ** sum(step >= at * total for at in drop_at)
 
 
+def seen(args, xs, views, g):
+    """What the trunk sees, for `python data.py show`."""
+    prior = [torch.ones(len(ab_bins()))] if args.task == "colorization" else []
+    task = TASKS[args.task](types.SimpleNamespace(dim=1, channels=1), args, *prior)
+    x = task.inputs(xs, *task.draw(len(xs[0]), g))
+    x = x / (4 if task.sees.get("standardise") else 2) + 0.5  # two standard deviations either way, or [-1, 1]
+    return {"view": data.pixels(xs[0], views[0]), args.task: data.tiles(x, len(xs[0]))}
+
+
 # ============ the run ============
 
 
@@ -561,7 +572,7 @@ def main(argv=None):
 
     # ============ data ============
     views = views_of(args)
-    train, labelled, test = data.splits(args, device)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     test_part = evaluate.first(test, 2000)  # whose pretext accuracy is measured

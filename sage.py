@@ -63,6 +63,7 @@ import common
 import data
 import optim
 import runs
+import sets
 import training
 from analysis import reconstruct
 
@@ -441,7 +442,7 @@ def main(argv=None):
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]
-    train, labelled, test = data.splits(args, device)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}

@@ -46,10 +46,12 @@ from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import backbones
 import common
 import data
 import evaluate
 import runs
+import sets
 from analysis import reconstruct
 
 METHODS = ("rbd", "mc", "gs")
@@ -185,7 +187,7 @@ def graph(rgb, block=BLOCK, rounds=10):
     the mean of Lab; place [B, K, 2] in 0..1; near, near8 [B, K, K]: 4- and 8-neighbours; band [B, K]: at the border."""
     (b, _, h, w), device = rgb.shape, rgb.device
     k = (h // block) * (w // block)
-    lab = data.to_lab(rgb / 255)
+    lab = backbones.to_lab(rgb / 255)
     label = connect(*slic(lab, block, rounds=rounds), k, block)
     y, x = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
     plane = torch.stack([y[:, None].expand(h, w), x.expand(h, w), torch.ones(h, w, device=device)])
@@ -199,7 +201,7 @@ def graph(rgb, block=BLOCK, rounds=10):
     )
     place = torch.stack([means[..., 6] / h, means[..., 7] / w], 2)
     return dict(
-        label=label, used=sums[:, 8] > 0, lab=data.to_lab(means[..., :3].mT / 255).mT, lab_mean=means[..., 3:6], place=place,
+        label=label, used=sums[:, 8] > 0, lab=backbones.to_lab(means[..., :3].mT / 255).mT, lab_mean=means[..., 3:6], place=place,
         near=touching(label, k), band=members(border, k),
     )  # fmt: skip
 
@@ -509,7 +511,7 @@ class Squashed(Dataset):
 
     def __getitem__(self, i):
         try:
-            image = self.dataset.read(i)[0] if isinstance(self.dataset, data.Files) else self.dataset.images[i]
+            image = self.dataset.read(i)[0] if isinstance(self.dataset, sets.Files) else self.dataset.images[i]
             return i, tvf.resize(image, [self.side, self.side], antialias=True), ""
         except OSError as error:
             return i, torch.zeros(3, self.side, self.side, dtype=torch.uint8), runs.reason(error)
@@ -517,7 +519,7 @@ class Squashed(Dataset):
 
 def first_side(dataset):
     """The working size for a set, by its first image that can be read."""
-    if isinstance(dataset, data.Images):
+    if isinstance(dataset, sets.Images):
         return side_for(*dataset.images.shape[2:])
     for i in range(len(dataset)):
         try:
@@ -544,7 +546,7 @@ def of(dataset, method, device, classifier=None, size=None, batch_size=256, work
     default of their size; of files on the CPU and by default 64 x 64, and empty where a file does not decode."""
     bar = tqdm(total=len(dataset), desc=method, unit="img", leave=False, disable=None)
     parts = []
-    if isinstance(dataset, data.Images):
+    if isinstance(dataset, sets.Images):
         for x in dataset.images.split(batch_size):
             m = maps(x.to(device), method, classifier, size)
             parts.append((m * 255).round().to(torch.uint8).to(dataset.images.device))
@@ -595,7 +597,7 @@ def write_masks(argv):
         usage="python saliency.py DATA --out MASKS [flags]   (python saliency.py score IMAGES MASKS [flags])",
         description=__doc__, formatter_class=common.Help, allow_abbrev=False,
     )  # fmt: skip
-    p.add_argument("data", help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("data", help=f"a folder of images, or one of {', '.join(sets.NAMES)}")
     p.add_argument("--out", required=True, help="folder for the masks, KEY.png; what it has already stays")
     p.add_argument("--method", choices=METHODS + CLASS_METHODS, default="rbd", help="the last two need --classifier")
     p.add_argument("--classifier", help="a file of downstream.finetune --save, or torchvision:NAME (of a ResNet)")
@@ -614,8 +616,8 @@ def write_masks(argv):
         common.fail(f"--classifier FILE goes with --method {' and '.join(CLASS_METHODS)}, and only with them")
     _, _, device = common.setup(args.device)
     stop = common.catch_signals()
-    dataset = data.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
-    keys = data.keys_of(dataset)
+    dataset = sets.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
+    keys = sets.keys_of(dataset)
     classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
     out = Path(args.out)
     claim(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
@@ -689,12 +691,12 @@ def score(maps, truths):
 def matched(folder, keys):
     """The masks or maps in a folder for images `keys`, in their order, uint8 [h, w]; names what does not match or decode and
     ends the program."""
-    files = data.named(folder)
+    files = sets.named(folder)
     if odd := [k for k in keys if k not in files]:
         some = ", ".join(odd[:10]) + (", ..." if len(odd) > 10 else "")
         common.fail(f"{len(odd)} of {len(keys)} images have nothing of their name in {folder}: {some}")
     try:
-        return [data.decode(path := files[k])[0] for k in keys]
+        return [sets.decode(path := files[k])[0] for k in keys]
     except OSError as error:
         common.fail(f"{path}: {error}")
 
@@ -720,14 +722,14 @@ def score_command(argv):
     if not args.maps and set(args.method) & set(CLASS_METHODS) and not args.classifier:
         common.fail(f"--method {' and '.join(CLASS_METHODS)} need --classifier FILE")
     _, _, device = common.setup(args.device)
-    images = data.named(args.images)
+    images = sets.named(args.images)
     keys = list(images)[: args.limit or None]
     if not keys:
         common.fail(f"no images in {args.images}")
     truths = [grey > 128 for grey in matched(args.masks, keys)]
     saved = [grey[None] / 255 for grey in matched(args.maps, keys)] if args.maps else None
     classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
-    dataset = data.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
+    dataset = sets.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
     side = first_side(dataset)
 
     rows, pictures = [], []

@@ -48,6 +48,7 @@ import backbones
 import common
 import data
 import optim
+import sets
 import training
 
 METHOD = "swav"
@@ -142,6 +143,11 @@ def multi_crop(views, number, size, least=None):
                 f"--min-scale {low:g}: it must be above 0 and at most {view['scale'][1]:g}, the most that the view shows"
             )
     return [{**view, "scale": (low, view["scale"][1])} for low, view in zip(lows, views, strict=True)]
+
+
+def views_of(args):
+    views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size, args.min_scale)
+    return [data.view(**{"size": args.size, **v}) for v in views]
 
 
 @torch.no_grad()
@@ -257,11 +263,10 @@ def main(argv=None):
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
 
     # ============ data ============
-    views = multi_crop(RECIPES[args.recipe]["views"], args.small_crops, args.small_size, args.min_scale)
-    views = [data.view(**{"size": args.size, **v}) for v in views]
-    train, labelled, test = data.splits(args, device)
+    views = views_of(args)
+    train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
-    if isinstance(train, data.Images) and args.size > min(train.images.shape[2:]):
+    if isinstance(train, sets.Images) and args.size > min(train.images.shape[2:]):
         px = "x".join(map(str, train.images.shape[2:]))
         fit = "choose --size and --small-size to fit"
         common.fail(f"--size {args.size}: the views are larger than the images of {args.data}, {px} px; {fit}")

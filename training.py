@@ -16,6 +16,7 @@ import data
 import evaluate
 import optim
 import runs
+import sets
 
 # Settings that may differ when a run goes on.
 SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study", "classifier",
@@ -32,14 +33,14 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
         first.add_argument(*early, **how)
     known = first.parse_known_args(argv)[0]
     known.data = known.data or dataset(known)
-    known.recipe = known.recipe or data.recipe_for(known.data, recipes)
+    known.recipe = known.recipe or sets.recipe_for(known.data, recipes)
 
     p = argparse.ArgumentParser(
         usage=f"python {method}.py [flags]   (torchrun --standalone --nproc_per_node=N {method}.py [flags])", allow_abbrev=False,
         description=doc, formatter_class=common.Help,
     )  # fmt: skip
     # run and data
-    p.add_argument("--data", default=known.data, help=f"a folder of images, or one of {', '.join(data.NAMES)}")
+    p.add_argument("--data", default=known.data, help=f"a folder of images, or one of {', '.join(sets.NAMES)}")
     p.add_argument(
         "--recipe", default=known.recipe, choices=recipes, help="preset of hyper-parameters (default: by --data)"
     )
@@ -96,7 +97,7 @@ def parse(p, method, recipe, argv):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         args.workers = min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args.why = "as asked for" if "recipe" in args.given else "by --data"
-    if args.recipe == "folder" and (images := data.count(args.data)):
+    if args.recipe == "folder" and (images := sets.count(args.data)):
         size_folder(args, min(images, args.limit or images))
     return args
 
@@ -233,8 +234,8 @@ class Run:
         """Log k-NN and health of the backbone (and k-NN of `head` on top of it) with the method's own numbers `more`.
         Collective."""
         a, epoch = self.args, self.step // self.steps
-        sets = self.labelled, self.test, self.preprocess, self.device
-        numbers = evaluate.monitor(self.backbone, *sets, a.workers, a.amp, head) | more
+        probed = self.labelled, self.test, self.preprocess, self.device
+        numbers = evaluate.monitor(self.backbone, *probed, a.workers, a.amp, head) | more
         self.log.record("eval", self.step, epoch=epoch, **numbers)
         self.log.say(f"epoch {epoch:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
@@ -279,8 +280,8 @@ class Run:
     def finish(self, note="", **more):
         """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line; then
         the last checkpoint. Collective."""
-        sets = self.labelled, self.test, self.preprocess, self.device
-        result = evaluate.final_probes(self.backbone, *sets, self.args, self.log, self.title, self.step)
+        probed = self.labelled, self.test, self.preprocess, self.device
+        result = evaluate.final_probes(self.backbone, *probed, self.args, self.log, self.title, self.step)
         if self.rank == 0 and more:
             evaluate.write_json(self.log.out, self.args.data, more)
         self.save(result and result + note)

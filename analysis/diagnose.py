@@ -24,6 +24,7 @@ import data
 import evaluate
 import runs
 import saliency
+import sets
 from analysis import pictures
 
 PROBES = ("neighbours", "gradients", "localisation", "swap")
@@ -94,7 +95,7 @@ def neighbours(models, train, test, rows, device, k=3):
     """A row of pictures for each test image of `rows`: for every model the class gradients and the k nearest training
     images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without labels
     no gradients (a model's `net` is None), no frames and no captions."""
-    size, labels, y = max(m.preprocess["size"] for m in models), data.labels_of(train), data.labels_of(test)[rows]
+    size, labels, y = max(m.preprocess["size"] for m in models), sets.labels_of(train), sets.labels_of(test)[rows]
     none = [None] * len(rows)
     columns = [(images_at(models[0], test, rows, device, size), [f"# {i}" for i in rows.tolist()], none)]
     headings = {0: "query"}
@@ -116,7 +117,7 @@ def neighbours(models, train, test, rows, device, k=3):
 def gradients(models, test, rows, device):
     """Rows of pictures: the test images at `rows` and, for every model, their class gradients for the true label; below them
     the class that the model's linear classifier names, and whether it is right."""
-    size, y = max(m.preprocess["size"] for m in models), data.labels_of(test)[rows].tolist()
+    size, y = max(m.preprocess["size"] for m in models), sets.labels_of(test)[rows].tolist()
     table = [("image", images_at(models[0], test, rows, device, size), [title(test, label) for label in y], None)]
     for m in models:
         best = m.net[1](m.queries[rows.to(m.queries.device)].to(device, torch.float32)).argmax(1).tolist()
@@ -132,8 +133,8 @@ def object_masks(dataset, size, folder=None):
         if dataset.masks is None:
             common.fail(f"{dataset.name} has no masks of its objects: name a folder of masks with --masks")
         return dataset.masks > 0
-    if isinstance(dataset, data.Images):
-        return data.read_masks(folder, dataset, dataset.images.shape[-1]) > 128
+    if isinstance(dataset, sets.Images):
+        return sets.read_masks(folder, dataset, dataset.images.shape[-1]) > 128
 
     def shape(i):
         try:
@@ -144,7 +145,7 @@ def object_masks(dataset, size, folder=None):
         except OSError:
             return size, size  # without a label from `data.batches`, and so left out
 
-    masks = data.read_masks(
+    masks = sets.read_masks(
         folder, dataset, size
     )  # squashed to a square: back to each image's shape, then cut as it is
     whole = (tvf.resize(mask[None], list(shape(i))) for i, mask in enumerate(masks))
@@ -153,7 +154,7 @@ def object_masks(dataset, size, folder=None):
 
 def with_object(dataset, masks):
     """Places of the labelled images with an object in their mask."""
-    return ((data.labels_of(dataset) >= 0) & masks.flatten(1).any(1).cpu()).nonzero()[:, 0]
+    return ((sets.labels_of(dataset) >= 0) & masks.flatten(1).any(1).cpu()).nonzero()[:, 0]
 
 
 def partners(n, seed):
@@ -219,7 +220,7 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
     the ground of its partner, whose own object is filled in; "removed", its own ground without it; "grey", the object
     on mid-grey. All are made at the size of the data (of a folder: at the network's) and then cut as any image is."""
     size = preprocess["size"]
-    side = dataset.images.shape[-1] if isinstance(dataset, data.Images) else size
+    side = dataset.images.shape[-1] if isinstance(dataset, sets.Images) else size
     pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
     # Edges are soft, so an object colours pixels outside its mask: what is filled in is wider by a margin.
     masks, margin = data.fit(masks.byte(), side, "nearest-exact"), max(1, side // 16)
@@ -321,7 +322,7 @@ def main():
     folder = s.folder(args.out, " and ".join(sorted(asked)) + " make") if asked != {"localisation"} else None
     if numbers := [probe for probe in PROBES[1:] if probe in asked]:
         s.need_labels(" ".join(numbers))
-    labels = data.labels_of(test)
+    labels = sets.labels_of(test)
     labels = labels if (labels >= 0).any() else torch.zeros_like(labels)  # neighbours are shown without, too
     for i in args.queries or []:
         if not 0 <= i < len(test) or labels[i] < 0:

@@ -19,6 +19,7 @@ import common
 import data
 import evaluate
 import runs
+import sets
 from analysis import pictures
 
 # ============ classifiers ============
@@ -94,7 +95,7 @@ def guesses(classifier):
 
 def check_classifier(classifier, dataset):
     """Stop unless the outputs of `classifier` can be the classes of `dataset`."""
-    if not (data.labels_of(dataset) >= 0).any():
+    if not (sets.labels_of(dataset) >= 0).any():
         common.fail(f"{dataset.name} has no labels, so there is nothing that a classifier could recognise")
     if classifier.classes != evaluate.classes_of(dataset):
         common.fail(
@@ -137,7 +138,7 @@ def draw_recoveries(autoencoders, dataset, views, device, classifier=None, n=8, 
     views: of data.view, with mean = std = 0.5. The images and the cuts depend on `seed` alone. Under a recovery stand its
     mean squared error and, with a classifier, whether the image's class is among its first `guesses`.
     """
-    picked = data.pick(dataset, torch.randperm(len(dataset), generator=data.generator(seed, "pictures"))[:n])
+    picked = sets.pick(dataset, torch.randperm(len(dataset), generator=data.generator(seed, "pictures"))[:n])
     plain = {"size": views[0]["size"], "interpolation": "bilinear", "mean": data.HALF, "std": data.HALF}
     x, y = next(data.batches(picked, plain, len(picked), device))
     index, cuts = next(data.Loader(picked, views, len(picked), seed, device=device).epoch(0))
@@ -198,7 +199,7 @@ def main():
         if its["preprocess"]["size"] != size:
             common.fail(f"--beside {run}: its images have {its['preprocess']['size']} px, not {size}")
         autoencoders[name] = other.to(device)
-    recipe = args.recipe or data.recipe_for(about["data"], script.RECIPES)
+    recipe = args.recipe or sets.recipe_for(about["data"], script.RECIPES)
     if recipe not in script.RECIPES:
         common.fail(f"--recipe {recipe}: {about['method']}.py has {', '.join(script.RECIPES)}")
     views = [data.view(size, **{**v, "mean": data.HALF, "std": data.HALF}) for v in script.RECIPES[recipe]["views"]]

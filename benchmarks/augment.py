@@ -27,6 +27,7 @@ import timing
 import byol
 import common
 import data
+import sets
 
 try:
     from lightly.transforms.byol_transform import BYOLTransform, BYOLView1Transform, BYOLView2Transform
@@ -141,9 +142,9 @@ def file_benchmark(args, device):
     n, g, views = args.files, data.generator("files"), views_of("imagenet", 224)
     with tempfile.TemporaryDirectory() as folder:
         jpegs(folder, n)
-        items, _ = data.list_folder(folder)
+        items, _ = sets.list_folder(folder)
         kib = sum(Path(path).stat().st_size for path, _ in items) / n / 1024
-        worker = data.Crops(data.Files("jpegs", items), views, 0)
+        worker = data.Crops(sets.Files("jpegs", items), views, 0)
         crops = data.Crops.collate([worker[0, i] for i in range(n)])[1]
 
         def colour():

@@ -29,6 +29,7 @@ import backbones
 import common
 import data
 import moco
+import sets
 import simclr
 import swav
 
@@ -128,7 +129,7 @@ def our_views(method, images, batch_size, device):
     if method == "SwAV":
         recipe = swav.multi_crop(recipe, 6, SMALL)
     views = [data.view(**{"size": SIZE, **v}) for v in recipe]
-    loader = data.Loader(data.Images("noise", images.to(device)), views, batch_size, 0, device=device)
+    loader = data.Loader(sets.Images("noise", images.to(device)), views, batch_size, 0, device=device)
     for epoch in itertools.count():
         yield from (xs for _, xs in loader.epoch(epoch))
 

@@ -19,21 +19,22 @@ from torchvision.transforms.v2 import functional as tvf
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import timing
 
+import backbones
 import common
-import data
 import saliency
+import sets
 import shapes
 
 
 def stages(x, device, args):
     """The parts of maps(), each on what the one before it left: a table of ms an image."""
     k = (x.shape[2] // saliency.BLOCK) * (x.shape[3] // saliency.BLOCK)
-    lab = data.to_lab(x / 255)
+    lab = backbones.to_lab(x / 255)
     label, cost = saliency.slic(lab)
     g = saliency.graph(x)
     colour = saliency.distances(g["lab"])
     parts = {
-        "Lab": lambda: data.to_lab(x / 255),
+        "Lab": lambda: backbones.to_lab(x / 255),
         "SLIC, 10 rounds": lambda: saliency.slic(lab),
         "connectivity": lambda: saliency.connect(label, cost, k),
         "the graph, all of it": lambda: saliency.graph(x),
@@ -65,7 +66,7 @@ def against(paths, device, args):
     spec.loader.exec_module(peer)
 
     def ours():
-        images = [data.decode(p) for p in paths]
+        images = [sets.decode(p) for p in paths]
         x = torch.stack([tvf.resize(i, [saliency.SIDE, saliency.SIDE], antialias=True) for i in images]).to(device)
         return [
             saliency.resized(m[None, None], *i.shape[1:]).cpu() for m, i in zip(saliency.maps(x), images, strict=True)
@@ -100,8 +101,8 @@ def main():
     timing.where(device)
     side = [saliency.SIDE, saliency.SIDE]
     if args.images:
-        paths = [path for path, _ in data.list_folder(args.images)[0]][: args.count]
-        images = torch.stack([tvf.resize(data.decode(path), side, antialias=True) for path in paths])
+        paths = [path for path, _ in sets.list_folder(args.images)[0]][: args.count]
+        images = torch.stack([tvf.resize(sets.decode(path), side, antialias=True) for path in paths])
     else:
         images = shapes.draw_shapes(args.count, saliency.SIDE)[0]
     images = images.to(device)

@@ -27,6 +27,7 @@ import byol
 import common
 import data
 import optim
+import sets
 
 try:
     from lightly.loss import NegativeCosineSimilarity
@@ -139,7 +140,7 @@ def parts(args, device, amp):
     views = [data.view(SIZE, **view) for view in RECIPE["views"]]
     g, steps = data.generator("parts"), args.repeats + 1
     images = torch.randint(256, (args.batch_size * steps, 3, SIZE, SIZE), dtype=torch.uint8, generator=g).to(device)
-    loader = data.Loader(data.Images("noise", images), views, args.batch_size, 0, device=device)
+    loader = data.Loader(sets.Images("noise", images), views, args.batch_size, 0, device=device)
     run, all_steps = Ours(device, amp), []
 
     def mark(name):  # the time since the last mark was spent on `name`

@@ -27,6 +27,7 @@ import common
 import data
 import evaluate
 import runs
+import sets
 
 TRUNK_LRS, HEAD_LRS = (0.02, 0.1), (0.02, 0.2)
 SCRATCH_LRS = (0.1,), (0.1,)  # random:ARCH, a network trained with labels alone: the trunk has everything to learn
@@ -43,7 +44,7 @@ def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs,
 
     BatchNorm is in train mode, the head starts at zero. The loss is NaN or infinite, and training stops, if it diverges.
     """
-    y = data.labels_of(train).to(device)
+    y = sets.labels_of(train).to(device)
     net = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.dim, evaluate.classes_of(train))).to(device).train()
     for p in net[1].parameters():
         nn.init.zeros_(p)
@@ -87,7 +88,7 @@ def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_
     batch_size = min(batch_size, max(32, len(train) // 16))
     settings, grid = (epochs, batch_size, weight_decay, workers, amp, seed), {}
     if len(pairs) > 1:
-        rows, val = (data.pick(train, part) for part in evaluate.held_out(len(train), seed))
+        rows, val = (sets.pick(train, part) for part in evaluate.held_out(len(train), seed))
         for pair in pairs:
             net, loss = fit_finetune(backbone, rows, preprocess, device, *pair, *settings)
             top1, _ = accuracy(net, val)
@@ -160,7 +161,7 @@ def main():
             one_or_ten = f"--protocol {args.protocol} has rates for 1 and 10 % of the labels; {args.label_list} has {share:.3g} %"
             pairs, decay = near[0] if near else common.fail(one_or_ten)
         settings = pairs, args.epochs, args.batch_size, decay, s.workers, s.amp, args.seed
-        net, r = finetune(s.backbone, data.pick(train, rows), s.sets["test"], s.preprocess, s.device, *settings)
+        net, r = finetune(s.backbone, sets.pick(train, rows), s.sets["test"], s.preprocess, s.device, *settings)
         results[name] = r
         rates = f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})"
         print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   {rates}")

@@ -25,11 +25,11 @@ import torch
 
 import byol
 import common
-import data
 import evaluate
 import instdisc
 import runs
 import saliency
+import sets
 from experiments import jobs
 
 # ============ the tables ============
@@ -235,7 +235,7 @@ def parse_args(argv):
 def make_masks(own, args, plan, run):
     """Masks of a folder of images are made before the rows that paste by them, whose flags then name them."""
     used = {word for _, flags in plan.values() if "--masks" in flags for word in flags} & set(saliency.METHODS)
-    if not used or args.in_memory or not isinstance(data.load(args.data, args.root), data.Files):
+    if not used or args.in_memory or not isinstance(sets.load(args.data, args.root), sets.Files):
         return plan
     made = {method: own.out / f"masks-{method}" for method in sorted(used)}
     for method, folder in made.items():
@@ -280,10 +280,10 @@ def run_rows(own, args, plan, probes, run):
 def mask_quality(own, args, flags):
     """{"F_beta", "MAE"} of the saliency of the training images that a row with these flags pastes by; {} if it pastes
     nothing, or if the true masks are not known."""
-    train = data.load(args.data, args.root, "pretrain", limit=args.limit, seed=own.seeds[0], memory=args.in_memory)
+    train = sets.load(args.data, args.root, "pretrain", limit=args.limit, seed=own.seeds[0], memory=args.in_memory)
     if "--masks" not in flags or (train.masks is None and not own.true_masks):
         return {}
-    truths = data.read_masks(own.true_masks, train) > 127 if own.true_masks else train.masks > 0
+    truths = sets.read_masks(own.true_masks, train) > 127 if own.true_masks else train.masks > 0
     maps = instdisc.open_maps(own.parse([*own.flags, *flags]), train, torch.device(args.device or "cpu"))
     resized = (saliency.resized(m[None, None] / 255, *truths.shape[1:])[0, 0] for m in maps.cpu())
     score = saliency.score(resized, truths)
@@ -322,12 +322,12 @@ def write_table(own, args, table, plan, folders, columns, commands):
 
 def main(argv=None):
     own, args = parse_args(sys.argv[1:] if argv is None else argv)
-    columns, test = METRICS[own.method], data.load(args.data, args.root, "test")
+    columns, test = METRICS[own.method], sets.load(args.data, args.root, "test")
     run = functools.partial(jobs.run, stop=common.catch_signals(), dry_run=own.dry_run)
     if test.masks is None:
         columns = {head: keys for head, keys in columns.items() if keys.split()[0] not in NEEDS_MASKS}
         own.rows = {table: [row for row in rows if "exact" not in (row[2] or ())] for table, rows in own.rows.items()}
-    probes = dict.fromkeys(keys.split()[0] for keys in columns.values() if (data.labels_of(test) >= 0).any())
+    probes = dict.fromkeys(keys.split()[0] for keys in columns.values() if (sets.labels_of(test) >= 0).any())
     probes = [probe for probe in probes if probe in args.probes or probe not in evaluate.PROBES]
     folders, plan = row_folders(own.parse, own.flags, own.rows), {}  # plan: {folder: (name of its first row, flags)}
     for name, _, flags in itertools.chain(*(own.rows[table] for table in own.tables)):

@@ -28,9 +28,9 @@ import torch
 
 import backbones
 import common
-import data
 import evaluate
 import runs
+import sets
 from experiments import jobs
 from experiments.jobs import lookup, mean_std
 
@@ -335,7 +335,7 @@ def main(argv=None):
         print("\n".join(cell.typed + " --fresh" * args.fresh for cell in cells))
         return
     for split in ("train", "test"):  # so that bad data is reported once, and parallel runs do not all download it
-        data.load(args.data, args.root, split)
+        sets.load(args.data, args.root, split)
     jobs.run_unfinished(cells, own, common.catch_signals())
     report(own, [cell.path for cell in cells])
     if all(jobs.record(cell.path).get("refused") for cell in cells):

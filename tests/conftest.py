@@ -29,6 +29,7 @@ import backbones  # noqa: E402
 import common  # noqa: E402
 import data  # noqa: E402
 import runs  # noqa: E402
+import sets  # noqa: E402
 import shapes  # noqa: E402
 
 # Small tensors gain nothing by a second thread, and on a machine that does something else, too, threads wait for each other.
@@ -124,7 +125,7 @@ class fork:
 
 HANDLERS = {number: signal.getsignal(number) for number in signal.valid_signals()}
 # Drawing the ten thousand images of `shapes` takes longer than most tests.
-data.shapes = types.SimpleNamespace(**vars(shapes) | {"draw_shapes": functools.cache(shapes.draw_shapes)})
+sets.shapes = types.SimpleNamespace(**vars(shapes) | {"draw_shapes": functools.cache(shapes.draw_shapes)})
 
 
 def put_back():
@@ -199,14 +200,25 @@ def folder(tmp_path):
     return write_images(tmp_path / "images", 64)
 
 
+@pytest.fixture(scope="module")
+def twentieth_of_shapes():
+    """500 training images and 100 test images, drawn once: the first of those that users get."""
+    draw = sets.shapes.draw_shapes
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sets.shapes, "draw_shapes", functools.cache(lambda n, *rest: draw(n // 20, *rest)))
+        sets._load.cache_clear()
+        yield
+    sets._load.cache_clear()
+
+
 @pytest.fixture
 def few_shapes(monkeypatch):
     """Sets of 64 drawn images: 12,000 take seconds."""
-    draw = data.shapes.draw_shapes
-    monkeypatch.setattr(data.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))
-    data._load.cache_clear()
+    draw = sets.shapes.draw_shapes
+    monkeypatch.setattr(sets.shapes, "draw_shapes", lambda n, *flags: draw(64, *flags))
+    sets._load.cache_clear()
     yield
-    data._load.cache_clear()
+    sets._load.cache_clear()
 
 
 def equal(a, b):
@@ -286,7 +298,7 @@ def colours(n=96, classes=3, seed=0, size=16):
     x = torch.randint(0, 120, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     y = torch.arange(n) % classes
     x[torch.arange(n), y % 3] += 100
-    return data.Images("colours", x, y, [f"class {c}" for c in range(classes)])
+    return sets.Images("colours", x, y, [f"class {c}" for c in range(classes)])
 
 
 class Maps(torch.nn.Module):

@@ -16,9 +16,9 @@ from torchvision.io import decode_image, write_png
 
 import byol
 import common
-import data
 import evaluate
 import saliency
+import sets
 from experiments import ablate, jobs
 
 TOY = '''
@@ -363,7 +363,7 @@ def test_what_the_masks_of_drawn_objects_are_worth_stands_beside_the_papers(toy,
     monkeypatch.setattr(ablate, "TABLES", {"toy": {"saliency": ("table 2a", ("F_beta", "MAE", "linear"), rows)}})
     flags = ["--data", "shapes", "--limit", "6", "--root", str(tmp_path), "--device", "cpu"]
     ablate.main(["toy", "--out", str(toy), *flags])
-    train = data.load("shapes", limit=6)
+    train = sets.load("shapes", limit=6)
     expected = saliency.score(saliency.maps(train.images), train.masks > 0)
     kept = {row["row"]: row["ours"] for row in json.loads((toy / "saliency.json").read_text())}
     assert kept["RBD"]["F_beta"] == [pytest.approx(expected["max_f"], abs=0.01)]

@@ -1,19 +1,12 @@
 import contextlib
-import functools
 import importlib
 import json
 import os
-import shutil
-import signal
-import socket
-import struct
-import zlib
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run, write_images
-from PIL import Image
+from conftest import run
 from torchvision.io import write_png
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as T
@@ -21,22 +14,12 @@ from torchvision.transforms.v2 import functional as tvf
 
 import byol
 import data
-import evaluate
 import instdisc
-import shapes as drawing
-from shapes import draw_shapes
+import sets
+from analysis import pictures
 
+pytestmark = pytest.mark.usefixtures("twentieth_of_shapes")
 REAL = os.environ.get("TEST_DATA")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def few_shapes():
-    """500 training images and 100 test images, drawn once: the first of those that users get."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(drawing, "draw_shapes", functools.cache(lambda n, *rest: draw_shapes(n // 20, *rest)))
-        data._load.cache_clear()
-        yield
-    data._load.cache_clear()
 
 
 def images(n=6, size=32, seed=0):
@@ -190,13 +173,13 @@ def test_blending_blurs_all_masks_or_half_of_them():
 
 
 def test_masks_are_where_the_images_are():
-    images = data.Images("x", torch.zeros(6, 3, 8, 8, dtype=torch.uint8, device="meta"))
+    images = sets.Images("x", torch.zeros(6, 3, 8, 8, dtype=torch.uint8, device="meta"))
     made = data.Loader(images, [data.view(8, paste=1.0)], 2, 0, alpha=torch.zeros(6, 4, 4, dtype=torch.uint8))
     assert made.alpha.device.type == "meta" and made.alpha.shape == (6, 1, 8, 8)
 
 
 def test_an_image_that_takes_anothers_place_brings_its_own_mask(folder):
-    files = data.load(str(folder))
+    files = sets.load(str(folder))
     with open(files.items[2][0], "wb") as f:
         f.write(b"broken")
     alpha = torch.arange(64, dtype=torch.uint8)[:, None, None].expand(64, 4, 4).contiguous()
@@ -208,18 +191,18 @@ def test_an_image_that_takes_anothers_place_brings_its_own_mask(folder):
 @pytest.mark.parametrize("memory", [True, False])
 def test_masks_are_cut_as_their_images(folder, memory):
     """The mask of each image is made its own first channel: after any crop and flip the two must still agree."""
-    dataset = data.load(str(folder), memory=False)
+    dataset = sets.load(str(folder), memory=False)
     pixels = torch.stack([tvf.resize(dataset.read(i)[0], [40, 40], antialias=True) for i in range(len(dataset))])
     for i in range(len(pixels)):
         pixels[i, 0] = tvf.resize(pixels[i, :1], [8, 8]).repeat_interleave(5, 1).repeat_interleave(5, 2)[0]
     if memory:
-        dataset = data.Images("x", pixels)
+        dataset = sets.Images("x", pixels)
     else:
         for i, (path, _) in enumerate(dataset.items):
             write_png(pixels[i], path.replace(".jpg", ".png"))
             os.unlink(path)
-        data.list_folder.cache_clear(), data._load.cache_clear()
-        dataset = data.load(str(folder))
+        sets.list_folder.cache_clear(), sets._load.cache_clear()
+        dataset = sets.load(str(folder))
     black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
     view = data.view(24, interpolation="bilinear", paste=1.0, mean=(0, 0, 0), std=(1, 1, 1))
     made = data.Loader(dataset, [view], 8, 0, workers=0, alpha=pixels[:, 0], grounds=black)
@@ -235,46 +218,6 @@ def test_views_without_a_paste_are_what_they_were_beside_one_that_pastes(shapes)
     _, (alone, _) = next(data.Loader(shapes, [plain, plain], 8, 0).epoch(0))
     _, (beside, _) = next(data.Loader(shapes, [plain, paste], 8, 0, alpha=alpha).epoch(0))
     assert torch.equal(alone, beside)
-
-
-def test_keys_name_images_below_their_folder_through_picks(tmp_path):
-    for part in ("train", "val"):
-        write_images(tmp_path / part, 12, seed=int(part == "val"))
-    train, test = (data.load(str(tmp_path), split=s) for s in ("pretrain", "test"))
-    assert train.key(0) == "class0/000" and test.key(11) == "class1/011"
-    some = torch.tensor([3, 1])
-    assert [data.pick(train, some).key(i) for i in range(2)] == [train.key(3), train.key(1)]
-    memory = data.Images("x", torch.zeros(9, 3, 2, 2, dtype=torch.uint8))
-    assert memory.key(7) == "000007" and data.pick(memory, torch.tensor([4, 7])).key(1) == "000007"
-    write_images(tmp_path / "small", 4, size=12)
-    for path in (tmp_path / "small").rglob("*.jpg"):  # of one size
-        write_png(torch.zeros(3, 12, 12, dtype=torch.uint8), str(path.with_suffix(".png"))), path.unlink()
-    assert data.load(str(tmp_path / "small"), memory=True).key(1) == "class0/002"
-
-
-def test_masks_of_a_folder_are_read_in_the_sets_order(folder, tmp_path, capsys):
-    dataset = data.load(str(folder))
-    for i in range(len(dataset)):
-        path = tmp_path / "masks" / f"{dataset.key(i)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(torch.full((1, 5 + i % 3, 7), i, dtype=torch.uint8), str(path))
-    masks = data.read_masks(tmp_path / "masks", dataset, 16)
-    assert masks.shape == (64, 16, 16) and masks.dtype == torch.uint8
-    assert all((masks[i] == i).all() for i in range(64))
-    file = lambda i: tmp_path / "masks" / f"{dataset.key(i)}.png"
-    file(7).unlink()
-    data.list_folder.cache_clear()
-    assert (data.read_masks(tmp_path / "masks", dataset)[7] == 0).all()  # one may lack, as a broken image has none
-    assert f"1 of 64 images of {folder} have no mask below {tmp_path}/masks: {dataset.key(7)}" in capsys.readouterr().out
-    for change, words in (
-        (lambda: file(8).unlink(), f"2 of 64 images of {folder} have no mask"),
-        (lambda: [file(i).write_text("no") for i in (7, 8)], "not a mask that can be read"),
-    ):
-        change()
-        data.list_folder.cache_clear()
-        with pytest.raises(SystemExit) as stopped:
-            data.read_masks(tmp_path / "masks", dataset)
-        assert stopped.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_keys_decide_randomness_and_differ():
@@ -293,11 +236,11 @@ def loader(dataset, rank=0, world=1, seed=0, workers=0, batch=8):
 
 @pytest.fixture(scope="module")
 def shapes():
-    return data.load("shapes", limit=40)
+    return sets.load("shapes", limit=40)
 
 
 def both_paths(folder):
-    return [data.load("shapes", limit=40), data.load(str(folder), limit=40)]
+    return [sets.load("shapes", limit=40), sets.load(str(folder), limit=40)]
 
 
 def test_batches_repeat_and_resume_exactly(folder):
@@ -331,7 +274,7 @@ def test_each_image_of_a_batch_has_its_own_flip(tmp_path):
     view = data.view(8, scale=(1.0, 1.0), ratio=None, mean=(0, 0, 0), std=(1, 1, 1))
     for i in range(64):
         write_png(x[i], str(tmp_path / f"{i}.png"))
-    for dataset in (data.Images("x", x), data.load(str(tmp_path))):
+    for dataset in (sets.Images("x", x), sets.load(str(tmp_path))):
         _, (made,) = next(data.Loader(dataset, [view], 64, 0).epoch(0))
         assert 18 < (made[:, 0, 0, 0] < 0.5).sum() < 46  # of 64 fair coins, outside with probability 0.0003
 
@@ -375,8 +318,8 @@ def test_noise_is_another_for_each_step_rank_epoch_and_seed(tmp_path):
         write_png(one, str(tmp_path / f"{i:02d}.png"))
     whole = dict(scale=(1.0, 1.0), ratio=None, flip=0.0)
     colours, crops = data.view(12, jitter=(0.4,) * 4, jitter_p=1.0, **whole), data.view(12)
-    memory = data.Images("x", one.expand(16, -1, -1, -1).contiguous())
-    for dataset, view in ((memory, colours), (data.load(str(tmp_path)), colours), (memory, crops)):
+    memory = sets.Images("x", one.expand(16, -1, -1, -1).contiguous())
+    for dataset, view in ((memory, colours), (sets.load(str(tmp_path)), colours), (memory, crops)):
         def first(seed=0, epoch=0, rank=0, step=0, dataset=dataset, view=view):
             return next(data.Loader(dataset, [view], 4, seed, rank, 2).epoch(epoch, step))[1][0]
 
@@ -395,7 +338,7 @@ def test_the_order_depends_on_the_seed(folder):
 def test_crops_of_a_folder_follow_scale_epoch_and_seed(tmp_path):
     ramp = torch.arange(64, dtype=torch.uint8)[None, :, None] * 4
     write_png(ramp.expand(3, 64, 64).contiguous(), str(tmp_path / "a.png"))
-    files = data.load(str(tmp_path))
+    files = sets.load(str(tmp_path))
 
     def crop(seed, epoch, **view):
         return data.Crops(files, [data.view(64, ratio=(1.0, 1.0), interpolation="bilinear", **view)], seed)[epoch, 0][1][0]
@@ -439,7 +382,7 @@ def test_the_window_of_the_short_side_in_memory_and_from_folders(tmp_path):
         write_png(image, str(tmp_path / f"{i:02d}.png"))
     view = data.view(side, **instdisc.augmented({"interpolation": "bilinear"}, "crop"), mean=(0, 0, 0), std=(1, 1, 1))
     view["flip"] = 0.0
-    for dataset in (data.Images("x", image.expand(32, -1, -1, -1).contiguous()), data.load(str(tmp_path))):
+    for dataset in (sets.Images("x", image.expand(32, -1, -1, -1).contiguous()), sets.load(str(tmp_path))):
         _, (x,) = next(data.Loader(dataset, [view], 32, 0).epoch(0))
         x = (x * 255).round().long()
         assert x.shape[2:] == (side, side)
@@ -449,499 +392,9 @@ def test_the_window_of_the_short_side_in_memory_and_from_folders(tmp_path):
 
 
 def test_workers_change_nothing(folder):
-    dataset = data.load(str(folder), limit=40)
+    dataset = sets.load(str(folder), limit=40)
     for (i, xs), (j, ys) in zip(loader(dataset).epoch(1), loader(dataset, workers=2).epoch(1), strict=True):
         assert torch.equal(i, j) and all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
-
-
-def test_folder_in_memory_gives_the_same_images(tmp_path):
-    folder = tmp_path / "same"
-    for i in range(6):
-        image = torch.randint(0, 255, (3, 24, 24), generator=torch.Generator().manual_seed(i), dtype=torch.uint8)
-        (folder / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
-        write_png(image, str(folder / f"c{i % 2}" / f"{i}.png"))
-    memory, files = data.load(str(folder), memory=True), data.load(str(folder))
-    preprocess = {"mean": data.MEAN, "std": data.STD, "size": 24, "interpolation": "bilinear"}
-    (x, y), (a, b) = (next(data.batches(d, preprocess)) for d in (memory, files))
-    assert torch.equal(x, a) and torch.equal(y, b) and memory.labels.tolist() == y.tolist()
-
-
-# ============ sets ============
-
-
-def test_shapes_are_deterministic_balanced_and_masked():
-    images, labels, masks = draw_shapes(500)
-    again = draw_shapes(500)
-    assert all(torch.equal(a, b) for a, b in zip((images, labels, masks), again, strict=True))
-    other = draw_shapes(500, seed=1)[0]
-    assert not torch.equal(images, other)
-    assert images.dtype == torch.uint8 and images.shape == (500, 3, 32, 32) and masks.shape == (500, 32, 32)
-    assert torch.bincount(labels, minlength=10).min() > 20
-    share = masks.float().mean((1, 2))
-    assert share.min() > 0.03 and share.max() < 0.95
-    assert torch.equal(draw_shapes(20)[0], images[:20])  # an image depends on its place in the list, not on n
-    assert draw_shapes(20, size=64)[0].shape == (20, 3, 64, 64)
-
-
-def test_the_background_of_shapes_does_not_tell_the_class():
-    """Mean colour outside the mask, classified by 20-NN: chance is 10 %."""
-    def background(n, seed):
-        images, labels, masks = draw_shapes(n, seed=seed)
-        outside = ~masks.bool()[:, None]
-        return (images / 255 * outside).sum((2, 3)) / outside.sum((2, 3)) - 0.5, labels
-
-    train, test = background(4000, 0), background(1000, 1)
-    assert evaluate.knn(*train, *test, ks=(20,))[20][0] < 15
-
-
-def test_test_images_of_shapes_are_none_of_the_training_images():
-    train, test = (data.load("shapes", split=split).images.flatten(1) for split in ("train", "test"))
-    assert len({bytes(x.numpy()) for x in train} & {bytes(x.numpy()) for x in test}) == 0
-
-
-def test_the_background_of_hard_shapes_wears_the_pattern_of_a_random_class(monkeypatch):
-    monkeypatch.setattr(drawing, "pattern", lambda k, x, y, phase: torch.full_like(x, (k - 4.5) / 25))  # a level for each
-    (soft, labels, masks), (hard, again, _) = (draw_shapes(1000, hard=hard) for hard in (False, True))
-    assert torch.equal(labels, again)
-    outside = ~masks.bool()[:, None].expand(-1, 3, -1, -1) & (soft > 60) & (soft < 200)
-    level = torch.stack([(h[m] / s[m]).median() for h, s, m in zip(hard.float(), soft.float(), outside, strict=True)])
-    kinds = (((level - 0.75) / 0.5 - 0.5) * 13 / 32 * 25 + 4.5).round()  # canvas * 0.75 to canvas * 1.25
-    assert set(kinds.tolist()) == set(range(10))
-    assert abs((kinds == labels).float().mean() - 0.1) < 0.04
-
-
-def test_imagenet_as_people_have_it(tmp_path, monkeypatch, capsys):
-    """DIR/train/n*/ and DIR/val/n*/, with no scipy, archive of labels or meta.bin."""
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    names = ["n01440764", "n01443537", "n15075141"]
-    for root in (tmp_path / "bare", tmp_path / "below" / "imagenet"):
-        for split, each in (("train", 4), ("val", 2)):
-            for i in range(3 * each):
-                file = root / split / names[i % 3] / f"{i}.JPEG"
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_png(torch.full((3, 8, 8), i, dtype=torch.uint8), str(file))
-    for root in (tmp_path / "bare", tmp_path / "below"):
-        train, test = (data.load("imagenet", root, split) for split in ("pretrain", "test"))
-        assert train.name == "imagenet" and train.classes == names == test.classes
-        assert data.labels_of(train).tolist() == [0] * 4 + [1] * 4 + [2] * 4 and len(test) == 6
-        assert data.labels_of(test).tolist() == [0, 0, 1, 1, 2, 2] and train.key(0) == "n01440764/0"
-    (tmp_path / "other" / "train" / "cats").mkdir(parents=True)  # another set's folder
-    with pytest.raises(SystemExit) as stop:
-        data.load("imagenet", tmp_path / "other")
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and "scipy" in err and f"{tmp_path}/other/train/n*/*.JPEG" in err
-
-
-@pytest.mark.parametrize("name", ["flowers102", "cars", "svhn"])
-def test_sets_that_torchvision_reads_with_scipy_say_so(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setitem(data.BY_FILE, name, (lambda *_, **__: pytest.fail("it would be downloaded first"), {}, {}))
-    with pytest.raises(SystemExit) as stop:
-        data.load(name, tmp_path)
-    err = capsys.readouterr().err
-    assert stop.value.code == 2 and len(err.splitlines()) == 1
-    assert "pip install scipy" in err and f"{tmp_path}/{name}/train/CLASS/*" in err
-    write_images(tmp_path / name / "train", 4), write_images(tmp_path / name / "test", 4)
-    assert len(data.load(name, tmp_path)) == 4  # and that does
-
-
-def test_train_val_folders_and_held_out_tenth(tmp_path):
-    write_images(tmp_path / "a" / "train", 20)
-    write_images(tmp_path / "a" / "val", 10)
-    assert [len(data.load(str(tmp_path / "a"), split=s)) for s in ("pretrain", "train", "test")] == [20, 20, 10]
-    write_images(tmp_path / "b", 40)
-    assert [len(data.load(str(tmp_path / "b"), split=s)) for s in ("pretrain", "train", "test")] == [40, 36, 4]
-    flat = tmp_path / "flat"
-    for i, path in enumerate(sorted((tmp_path / "b").rglob("*.jpg"))):
-        flat.mkdir(exist_ok=True)
-        path.rename(flat / f"{i}.jpg")
-    assert data.load(str(flat)).classes is None
-
-
-def test_a_folder_under_root_serves_as_a_named_set(tmp_path):
-    for split, n in (("train", 20), ("test", 8)):
-        for i in range(n):
-            place = tmp_path / "cifar10" / split / f"c{i % 2}"
-            place.mkdir(parents=True, exist_ok=True)
-            write_png(torch.full((3, 32, 32), i, dtype=torch.uint8), str(place / f"{i}.png"))
-    train, test = (data.load("cifar10", tmp_path, split) for split in ("train", "test"))
-    assert isinstance(train, data.Images) and train.images.shape == (20, 3, 32, 32) and len(test) == 8
-
-
-def test_fingerprints_change_with_the_data(folder):
-    a, b = data.load("shapes", limit=30), data.load("shapes", limit=31)
-    assert a.fingerprint() == data.subset(data.load("shapes"), 30, 0).fingerprint() != b.fingerprint()
-    files = data.load(str(folder))
-    before = files.fingerprint()
-    next(folder.rglob("*.jpg")).write_bytes(b"changed")
-    assert files.fingerprint() != before
-    again = files.fingerprint()
-    os.utime(next(folder.rglob("*.jpg")), ns=(1, 1))  # other content may have the same size
-    assert files.fingerprint() != again
-
-
-def read_anew(folder, **kwargs):
-    data.list_folder.cache_clear(), data._load.cache_clear()
-    return data.load(str(folder), **kwargs)
-
-
-def test_contents_stay_when_a_folder_is_copied_and_change_with_its_images(folder, tmp_path, monkeypatch):
-    before = read_anew(folder).contents()
-    shutil.copytree(folder, tmp_path / "elsewhere" / "copy", copy_function=shutil.copyfile)  # other places, other times
-    copy = tmp_path / "elsewhere" / "copy"
-    assert read_anew(copy).contents() == before == read_anew(f"{copy}/").contents()
-    monkeypatch.chdir(copy)
-    assert read_anew(".").contents() == read_anew("../copy").contents() == before
-    one, two, other = copy / "class0" / "000.jpg", copy / "class0" / "002.jpg", copy / "class1" / "000.jpg"
-    swap = tmp_path / "swap"
-
-    def exchange():
-        one.rename(swap), two.rename(one), swap.rename(two)
-
-    for change, back in (
-        (lambda: shutil.copy(one, copy / "class0" / "more.jpg"), lambda: (copy / "class0" / "more.jpg").unlink()),  # added
-        (lambda: one.rename(swap), lambda: swap.rename(one)),  # removed
-        (lambda: one.rename(other), lambda: other.rename(one)),  # moved to another class
-        (exchange, exchange),
-        (lambda: (shutil.copy(one, swap), one.write_bytes(b"x")), lambda: shutil.move(swap, one)),  # replaced
-        (lambda: one.rename(one.with_name("renamed.jpg")), lambda: one.with_name("renamed.jpg").rename(one)),
-    ):
-        change()
-        assert read_anew(copy).contents() != before
-        back()
-        assert read_anew(copy).contents() == before
-    assert read_anew(copy, limit=40).contents() != read_anew(copy, limit=40, seed=1).contents()
-
-
-def test_contents_of_sets_in_memory_and_of_torchvisions(tmp_path):
-    for i in range(8):
-        for place in ("a", "b"):
-            (tmp_path / place / f"c{i % 2}").mkdir(parents=True, exist_ok=True)
-            write_png(torch.full((3, 4, 4), i, dtype=torch.uint8), str(tmp_path / place / f"c{i % 2}" / f"{i}.png"))
-    a, b = (read_anew(tmp_path / place, memory=True) for place in ("a", "b"))
-    assert a.contents() == b.contents()
-    (tmp_path / "b" / "c0" / "0.png").rename(tmp_path / "b" / "c1" / "0.png")
-    assert read_anew(tmp_path / "b", memory=True).contents() != a.contents()
-    for change in ("images", "labels"):
-        parts = {"images": a.images.clone(), "labels": a.labels.clone()}
-        parts[change].view(-1)[-1] += 1
-        assert data.Images("x", **parts).contents() != a.contents() == data.Images("x", a.images, a.labels).contents()
-    lazy = [data.Files("lazy", Lazy("labels", labels)) for labels in ([3, 1, 4, 1], [3, 1, 4, 1], [3, 1, 1, 4])]
-    assert lazy[0].contents() == lazy[1].contents() != lazy[2].contents()
-    assert data.pick(lazy[0], torch.tensor([1])).contents() != data.pick(lazy[0], torch.tensor([3])).contents()
-
-
-def test_contents_look_at_ten_thousand_files_at_most(monkeypatch):
-    asked = []
-    monkeypatch.setattr(data, "size_and_time", lambda path: (asked.append(path), (1, 2))[1])
-    items = [(f"/x/{i}.jpg", 0) for i in range(25_001)]
-    before = data.Files("many", items, ["a"], "/x").contents()
-    assert 8_000 < len(asked) <= 10_000 and asked[0] == "/x/0.jpg" and "/x/249" in asked[-1]
-    items[1] = ("/x/other.jpg", 0)
-    assert data.Files("many", items, ["a"], "/x").contents() != before  # names are compared all the same
-
-
-# ============ shares of the labels ============
-
-
-def test_shares_are_nested_balanced_and_seeded():
-    labels = torch.tensor([0] * 300 + [1] * 200 + [2] * 30 + [-1] * 50)
-    labels = labels[torch.randperm(580, generator=data.generator(0))]
-    one, ten, all_ = (data.share(labels, percent, 0) for percent in (1, 10, 100))
-    assert set(one.tolist()) < set(ten.tolist()) < set(all_.tolist())
-    assert torch.bincount(labels[one]).tolist() == [3, 2, 1]  # at least one of each class
-    assert torch.bincount(labels[ten]).tolist() == [30, 20, 3]
-    assert torch.equal(all_, (labels >= 0).nonzero()[:, 0])  # sorted, and never an image without a label
-    assert torch.equal(ten, data.share(labels, 10, 0)) and not torch.equal(ten, data.share(labels, 10, 1))
-    assert len(data.share(torch.full((5,), -1), 10, 0)) == 0
-
-
-class Lazy:
-    """What a data set of torchvision looks like; an image is never to be read."""
-
-    def __init__(self, name, labels):
-        setattr(self, name, labels)
-
-    def __len__(self):
-        return 4
-
-
-@pytest.mark.parametrize("name", ["targets", "_labels", "labels", "_samples"])
-def test_labels_are_read_without_decoding_and_follow_picks(name):
-    labels = [("nowhere.jpg", i) for i in (3, 1, 4, 1)] if name == "_samples" else [3, 1, 4, 1]
-    files = data.Files("lazy", Lazy(name, labels))
-    assert data.labels_of(files).tolist() == [3, 1, 4, 1] and data.labels_of(files).dtype == torch.int64
-    some = data.pick(data.pick(files, torch.tensor([3, 2, 0])), torch.tensor([2, 1]))
-    assert data.labels_of(some).tolist() == [3, 4] and some.items.indices == [0, 2]
-
-
-def test_picks_and_labels_of_lists_and_of_sets_in_memory(shapes):
-    files = data.Files("list", [(f"{i}.jpg", i % 3) for i in range(6)], ["a", "b", "c"])
-    some = data.pick(files, torch.tensor([5, 1]))
-    assert some.items == [("5.jpg", 2), ("1.jpg", 1)] and some.classes == files.classes
-    assert data.labels_of(some).tolist() == [2, 1]
-    some = data.pick(shapes, torch.tensor([5, 1]))
-    assert torch.equal(some.images, shapes.images[[5, 1]]) and torch.equal(data.labels_of(some), shapes.labels[[5, 1]])
-    assert torch.equal(some.masks, shapes.masks[[5, 1]])
-    assert data.labels_of(data.Images("plain", shapes.images)).tolist() == [-1] * 40
-    with pytest.raises(SystemExit):
-        data.labels_of(data.Files("lazy", Lazy("other", [])))
-
-
-def test_official_lists_name_images_of_a_folder(tmp_path, capsys, shapes):
-    items = [(f"/x/n{c}/{name}", c) for c in (0, 1) for name in (f"n{c}_1.JPEG", f"n{c}_2.JPEG", "same.JPEG")]
-    files, names = data.Files("folder", items), tmp_path / "list.txt"
-    names.write_text("n1_2.JPEG\nn0_1.JPEG\n\n")
-    assert data.listed(files, names).tolist() == [0, 4]
-    names.write_text("n1/same.JPEG\nn0/n0_2.JPEG\n")
-    assert data.listed(files, names).tolist() == [1, 5]
-    for text, dataset, words in [
-        ("n0_1.JPEG\nn7_1.JPEG\nn8_1.JPEG\n", files, "'n7_1.JPEG'"),  # the first that is missing
-        ("same.JPEG\n", files, "2 images"),
-        ("\n", files, "names no image"),
-        ("n0_1.JPEG\n", shapes, "no file names"),
-        (None, files, "No such file"),
-    ]:
-        names.unlink(missing_ok=True) if text is None else names.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            data.listed(dataset, names)
-        assert stop.value.code == 2 and words in capsys.readouterr().err
-
-
-# ============ commands and bad input ============
-
-
-def chunk(kind, content=b""):
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def write_bomb(path):
-    """30,000 x 30,000 px, black: a PNG of 110 KB that asks for 2.7 GB."""
-    rows = zlib.compressobj(9)
-    line = bytes(1 + 30_000 // 8)
-    packed = b"".join(rows.compress(line * 1000) for _ in range(30)) + rows.flush()
-    header = struct.pack(">IIBBBBB", 30_000, 30_000, 1, 0, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND"))
-
-
-def write_socket(path):
-    with socket.socket(socket.AF_UNIX) as s:
-        s.bind(str(path))
-
-
-ODD = {  # how to make what is no image, and what is said of it
-    "fifo": (os.mkfifo, "not a regular file"),
-    "socket": (write_socket, "not a regular file"),
-    "folder": (lambda path: path.mkdir(), "not a regular file"),
-    "dangling": (lambda path: path.symlink_to("nowhere"), "No such file"),
-    "itself": (lambda path: path.symlink_to(path.name), "symbolic links"),
-    "zero": (lambda path: path.symlink_to("/dev/zero"), "not a regular file"),
-    "empty": (lambda path: path.touch(), "no image"),
-    "bomb": (write_bomb, "decompression bomb"),
-}
-
-
-@pytest.fixture
-def no_wait():
-    """An open that waits for a writer ends after ten seconds."""
-    def late(*_):
-        raise TimeoutError("it waited")
-
-    before = signal.signal(signal.SIGALRM, late)
-    signal.alarm(10)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
-
-
-@pytest.mark.parametrize("kind", ODD)
-def test_what_is_no_image_is_refused_without_a_wait(kind, tmp_path, monkeypatch, no_wait):
-    make, words = ODD[kind]
-    monkeypatch.chdir(tmp_path)  # the name of a socket may have 107 letters
-    make(data.Path("odd.png"))
-    monkeypatch.setattr(data, "decode_image", lambda *_: pytest.fail("it was decoded"))
-    with pytest.raises(OSError, match=words):
-        data.decode(tmp_path / "odd.png")
-    with pytest.raises(OSError, match=words) as error:
-        data.Files("x", [(str(tmp_path / "odd.png"), 0)]).read(0)
-    assert str(error.value).startswith(str(tmp_path))
-
-
-def test_odd_files_are_named_and_counted_everywhere(tmp_path, monkeypatch, capsys, no_wait):
-    monkeypatch.chdir(tmp_path)
-    for i in range(300):
-        place = tmp_path / "images" / f"c{i % 2}" / f"{i:03d}.png"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        write_png(torch.full((3, 8, 8), i % 200, dtype=torch.uint8), str(place))
-    odd = [data.Path("images", "c0", f"{kind}.png") for kind in ("fifo", "bomb", "dangling")]
-    for path in odd:
-        ODD[path.stem][0](path)
-    (tmp_path / "images" / "c1" / "folder.png").mkdir()
-    files = read_anew("images")
-    files.contents(), files.fingerprint()
-    assert len(files) == 303
-    preprocess = data.view(8)
-    for _ in range(2):
-        seen = torch.cat([index for index, _ in data.Loader(files, [data.view(8)], 101, 0).epoch(0)])
-        assert sorted(seen.tolist()) == list(range(303))
-        found = list(data.batches(files, preprocess, 100))
-    out = capsys.readouterr().out  # training names each once, and the probes' reader need not say it again
-    assert all(out.count(f"warning: {path}") == 1 for path in odd) and "(3 so far)" in out
-    x, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
-    bad = [i for i in range(303) if files.path(i) in map(str, odd)]
-    assert (labels == -1).nonzero()[:, 0].tolist() == bad
-    black = data.normalise(torch.zeros(3, 3, 8, 8))
-    assert torch.equal(x[bad], black)
-    memory = read_anew("images", memory=True)
-    out = capsys.readouterr().out
-    assert len(memory) == 300 and all(out.count(str(path)) == 1 for path in odd) and "left out" in out
-    assert data.main(["check", "images"]) == 1
-    out = capsys.readouterr().out
-    assert "303 images, 3 do not decode" in out and all(str(path) in out for path in odd)
-    for _ in data.batches(read_anew("images"), preprocess, 100):  # evaluate.py, by itself
-        pass
-    out = capsys.readouterr().out
-    assert all(out.count(f"warning: {path}") == 1 for path in odd)
-
-
-def test_a_folder_of_which_half_does_not_decode_ends_a_probe(folder, capsys):
-    for bad in sorted(folder.rglob("*.jpg"))[::2]:
-        bad.write_bytes(b"not an image")
-    with pytest.raises(SystemExit) as stop:
-        evaluate.extract(torch.nn.Flatten(), data.load(str(folder)), data.view(8), torch.device("cpu"))
-    assert stop.value.code == 2 and "32 of 64 images do not decode" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("kind", ["fifo", "folder", "bomb", "empty"])
-def test_a_mask_that_is_no_image_is_a_sentence(kind, tmp_path, capsys, no_wait):
-    write_images(tmp_path / "images", 4)
-    dataset = data.load(str(tmp_path / "images"))
-    for i in range(4):
-        path = tmp_path / "masks" / f"{dataset.key(i)}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_png(torch.full((1, 5, 7), i, dtype=torch.uint8), str(path))
-    path.unlink()
-    ODD[kind][0](path)
-    if kind == "folder":  # is no file of a mask; so one of four lacks
-        assert (data.read_masks(tmp_path / "masks", dataset)[3] == 0).all()
-        return
-    with pytest.raises(SystemExit) as stop:
-        data.read_masks(tmp_path / "masks", dataset)
-    assert stop.value.code == 2 and f"{path} is not a mask that can be read" in capsys.readouterr().err
-
-
-def test_each_folder_counts_once_however_many_links_lead_to_it(folder, tmp_path, no_wait):
-    write_images(tmp_path / "other", 6, classes=1)
-    names = [(data.Path(p).relative_to(folder), label) for p, label in read_anew(folder).items]
-    (folder / "class0" / "a").symlink_to(folder, target_is_directory=True)  # one loop, then two
-    assert [(data.Path(p).relative_to(folder), label) for p, label in read_anew(folder).items] == names
-    (folder / "class1" / "b").symlink_to(folder, target_is_directory=True)
-    (folder / "a link before the folder").symlink_to(folder / "class1", target_is_directory=True)
-    found = read_anew(folder)
-    assert [(data.Path(p).relative_to(folder), label) for p, label in found.items] == names
-    (folder / "class2").symlink_to(tmp_path / "other", target_is_directory=True)  # a link out of the folder is followed
-    (folder / "class3").symlink_to(tmp_path / "other", target_is_directory=True)  # and once
-    found = read_anew(folder)
-    assert found.classes == ["class0", "class1", "class2"] and len(found) == 70
-
-
-def test_names_need_not_be_utf8(tmp_path, capsys):
-    folder = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")
-    for i in range(64):
-        path = os.path.join(folder, os.fsdecode(b"\xe9%d" % (i % 2)), f"{i:02d}.png")
-        os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "wb") as f:  # torchvision's writer takes no such name
-            Image.new("RGB", (8, 8), (i, 0, 0)).save(f, "PNG")
-    files = read_anew(folder)
-    assert len(files.contents()) == len(files.fingerprint()) == 40
-    assert len(list(data.Loader(files, [data.view(8)], 16, 0).epoch(0))) == 4
-    with open(files.items[0][0], "wb") as f:
-        f.write(b"broken")
-    assert data.main(["check", folder]) == 1
-    assert "caf\\udce9" in capsys.readouterr().out
-    data.main(["show", folder, "--n", "2", "--size", "8", "--recipe", "shapes", "--out", f"{folder}/a.png"])
-    assert os.path.getsize(f"{folder}/a.png") > 100
-    for place in (folder + "none", folder + "/none"):
-        with pytest.raises(SystemExit) as stop:
-            data.load(place)
-        assert stop.value.code == 2 and "neither a named set nor a folder" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("name", ["x" * 300, "x/" * 2500, "itself", "none"])
-def test_a_name_that_the_system_refuses_to_look_at_is_a_sentence(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    data.Path("itself").symlink_to("itself")
-    for call in (
-        lambda: data.load(name),
-        lambda: data.load("imagenet", name),
-        lambda: data.read_masks(name, data.Images("x", torch.zeros(1, 3, 2, 2))),
-        lambda: data.named(name),
-        lambda: data.main(["check", name]),
-        lambda: data.main(["show", "shapes", "--out", f"{name}/a.png", "--n", "1"]),
-    ):
-        with pytest.raises(SystemExit) as stop:
-            call()
-        err = capsys.readouterr().err
-        assert stop.value.code == 2 and err.startswith("error: ") and len(err.splitlines()) == 1
-
-
-# ============ channels and pages ============
-
-
-def pictures(n):
-    return [Image.new("RGB", (9, 7), (40 * i, 50, 60)) for i in range(n)]
-
-
-def test_pages_and_channels_that_would_be_lost_are_refused(tmp_path):
-    first, *more = pictures(12)
-    first.save(tmp_path / "pages.tif", save_all=True, append_images=more)
-    Image.new("RGBX", (9, 7)).save(tmp_path / "infrared.tif")
-    for name, words in (("pages", "12 pages"), ("infrared", "4 channels")):
-        with pytest.raises(OSError, match=words):
-            data.decode(tmp_path / f"{name}.tif")
-    for mode in ("RGB", "RGBA", "L", "LA", "P", "CMYK"):
-        Image.new("RGB", (9, 7), (204, 204, 204)).convert(mode).save(tmp_path / "one.tif")
-        assert data.decode(tmp_path / "one.tif").float().sub(204).abs().max() <= 1, mode
-    Image.new("CMYK", (9, 7)).save(tmp_path / "ink.jpg")  # there are some in ImageNet
-    assert (data.decode(tmp_path / "ink.jpg") > 250).all()
-
-
-def test_of_an_animation_the_first_frame_is_the_image(tmp_path):
-    first, *more = pictures(5)
-    for name in ("a.gif", "b.webp", "c.png", "d.mpo"):
-        first.save(tmp_path / name, save_all=True, append_images=more, lossless=True)
-        with Image.open(tmp_path / name) as image:
-            assert image.n_frames > 1
-        expected = torch.tensor([0, 50, 60], dtype=torch.uint8)[:, None, None].expand(3, 7, 9)
-        assert (data.decode(tmp_path / name).int() - expected.int()).abs().max() <= 3, name
-
-
-def write_deep(path, most):
-    Image.fromarray(torch.linspace(0, most, 64).view(8, 8).numpy().astype("uint16")).save(path)
-
-
-def test_16_bits_of_which_a_twelfth_is_used_are_warned_of_once(tmp_path, monkeypatch, capsys):
-    for i in range(24):
-        write_deep(tmp_path / f"{i:02d}.png", 4095)  # what a camera of 12 bits writes
-    files = read_anew(tmp_path)
-    for workers in (0, 2):
-        monkeypatch.setattr(data, "WARNED", [])
-        for _ in range(2):
-            list(data.Loader(files, [data.view(8)], 8, 0, workers=workers).epoch(0))
-            list(data.batches(files, data.view(8), 8, workers=workers))
-        out = capsys.readouterr().out
-        assert out.count("warning") == 1 and "from 0 to 4095 of 65535" in out and "do not decode" not in out
-    monkeypatch.setattr(data, "WARNED", [])
-    read_anew(tmp_path, memory=True)
-    assert capsys.readouterr().out.count("warning") == 1
-    assert data.main(["check", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert out.count("from 0 to 4095 of 65535") == 24 and "24 images, 0 do not decode, 24 " in out
-    for i in range(24):
-        write_deep(tmp_path / f"{i:02d}.png", 6000 if i else 65535)
-    assert (data.decode(tmp_path / "00.png")[0, -1, -1], data.decode(tmp_path / "01.png")[0, -1, -1]) == (255, 23)
-    data.main(["check", str(tmp_path)])
-    assert capsys.readouterr().out == "24 images, 0 do not decode\n"
 
 
 # ============ show and check ============
@@ -983,7 +436,7 @@ def test_show_captions_what_a_network_sees(flags, tmp_path, monkeypatch, capsys)
     assert [name for name, *_ in rows] == ["image", *names, "mask"] and ", ".join(names) in capsys.readouterr().out
     assert rows[-2][1].shape == (3, 3, side, side)
     assert all(-1 <= x.min() < x.max() <= 1 and x.std() > 0.05 for _, x, *_ in rows)
-    assert data.decode(tmp_path / "a.png").shape[1] > 96 * len(rows)
+    assert sets.decode(tmp_path / "a.png").shape[1] > 96 * len(rows)
     if flags[0] == "cmc":  # as the networks of backbones.Split get it
         split = importlib.import_module("backbones").build(f"resnet10_16_{flags[-1] if len(flags) > 1 else 'lab'}", 32)
         channels = torch.cat(split.views((rows[1][1] + 1) / 2), 1)
@@ -994,10 +447,10 @@ def test_show_captions_what_a_network_sees(flags, tmp_path, monkeypatch, capsys)
 def test_show_of_a_folder_and_what_it_refuses(folder, tmp_path, capsys):
     out = str(tmp_path / "a.png")
     data.main(["show", str(folder), "--n", "4", "--size", "48", "--recipe", "shapes", "--out", out])
-    assert data.decode(out).float().std() > 10 and "view 2" in capsys.readouterr().out
-    first = data.decode(out)
+    assert sets.decode(out).float().std() > 10 and "view 2" in capsys.readouterr().out
+    first = sets.decode(out)
     data.main(["show", str(folder), "--n", "4", "--size", "48", "--recipe", "shapes", "--seed", "1", "--out", out])
-    assert data.decode(out).shape != first.shape or not torch.equal(data.decode(out), first)
+    assert sets.decode(out).shape != first.shape or not torch.equal(sets.decode(out), first)
     for words in (
         ["shapes", "--method", "nope"], ["shapes", "--method", "../byol"], ["shapes", "--method", "data"],
         ["shapes", "--method", "tests/conftest"], ["shapes", "--n", "0"], ["shapes", "--n", "1000"],
@@ -1021,7 +474,7 @@ def test_show_of_a_folder_and_what_it_refuses(folder, tmp_path, capsys):
 def test_one_corrupt_image_is_replaced_under_its_own_index(folder, capsys):
     bad = sorted(folder.rglob("*.jpg"))[5]
     bad.write_bytes(b"not an image")
-    seen = torch.cat([i for i, _ in loader(data.load(str(folder))).epoch(0)])
+    seen = torch.cat([i for i, _ in loader(sets.load(str(folder))).epoch(0)])
     assert sorted(seen.tolist()) == list(range(64))
     assert str(bad) in capsys.readouterr().out
 
@@ -1030,7 +483,7 @@ def test_many_corrupt_images_stop_the_run(folder):
     for bad in sorted(folder.rglob("*.jpg"))[:5]:
         bad.write_bytes(b"not an image")
     with pytest.raises(SystemExit) as stop:
-        list(loader(data.load(str(folder))).epoch(0))
+        list(loader(sets.load(str(folder))).epoch(0))
     assert stop.value.code == 2
 
 
@@ -1061,10 +514,10 @@ def test_a_whole_view_equals_torchvisions_compose():
     not REAL, reason="set TEST_DATA to a folder that holds cifar10/train/CLASS/*.jpg and cifar10/test/..."
 )
 def test_real_images_through_both_paths():
-    files = data.load(f"{REAL}/cifar10", limit=64)
-    memory = data.load("cifar10", REAL, limit=64)
-    assert len(data.load(f"{REAL}/cifar10", split="test")) == 10_000
-    assert isinstance(files, data.Files) and isinstance(memory, data.Images) and len(memory.classes) == 10
+    files = sets.load(f"{REAL}/cifar10", limit=64)
+    memory = sets.load("cifar10", REAL, limit=64)
+    assert len(sets.load(f"{REAL}/cifar10", split="test")) == 10_000
+    assert isinstance(files, sets.Files) and isinstance(memory, sets.Images) and len(memory.classes) == 10
     preprocess = {"mean": data.MEAN, "std": data.STD, "size": 32, "interpolation": "bilinear"}
     (x, y), (a, b) = (next(data.batches(d, preprocess)) for d in (memory, files))
     assert torch.equal(x, a) and torch.equal(y, b)
@@ -1075,7 +528,7 @@ def test_real_images_through_both_paths():
 
 def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(folder, monkeypatch, capsys):
     """torch would wait for ever for what its worker could not hand over."""
-    files, views = data.load_folder(folder, "train", None), [data.view(32)] * 2
+    files, views = sets.load_folder(folder, "train", None), [data.view(32)] * 2
     needed = 5 * 8 * 2 * 3 * 32**2  # two batches of each worker, and the one in use
     for free, ends in ((needed, False), (needed - 1, True)):
         monkeypatch.setattr(os, "statvfs", lambda _, free=free: SimpleNamespace(f_bavail=free, f_frsize=1))
@@ -1086,17 +539,3 @@ def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(folder, monk
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=99, f_frsize=1))
     with pytest.raises(SystemExit):
         next(data.batches(files, data.view(32), workers=1))
-
-
-@pytest.mark.parametrize(("bits", "kind"), [(8, 0), (8, 2), (16, 2)])
-def test_a_png_whose_data_ends_early_ends_no_process(bits, kind, tmp_path):
-    """All of the file is there, chunks and checksums, but the compressed data is short, of which torchvision's decoder dies."""
-    row = b"\0" + bytes(32 * (3 if kind == 2 else 1) * bits // 8)
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 32, 32, bits, kind, 0, 0, 0))
-    whole = zlib.compress(row * 32)
-    for body in (whole, zlib.compress(row * 16), whole[:-9], whole[:9]):
-        body = head + chunk(b"IDAT", body) + chunk(b"IEND", b"")
-        (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + body)
-        with contextlib.suppress(OSError):
-            assert data.decode(tmp_path / "x.png").shape == (3, 32, 32)

@@ -14,6 +14,7 @@ import data
 import evaluate
 import runs
 import saliency
+import sets
 from analysis import diagnose, pictures
 
 CPU = torch.device("cpu")
@@ -49,7 +50,7 @@ def two_colours(n=90, seed=0):
         images[i, (y[i] + 1) % 3] = 200
         images[i, :, top : top + 8, left : left + 8] = 20
         images[i, y[i], top : top + 8, left : left + 8] = 255
-    return data.Images("two colours", images, y, ["red", "green", "blue"], masks)
+    return sets.Images("two colours", images, y, ["red", "green", "blue"], masks)
 
 
 object_reader = Reads(lambda x: x[:, :, 7:9, 7:9].mean((2, 3)))  # every object covers the centre
@@ -151,7 +152,7 @@ def test_masks_are_cut_as_the_images_are(tmp_path):
             path.parent.mkdir(parents=True, exist_ok=True)
             mask = tvf_resize(image, (h * scale, w * scale)) if kind == "masks" else image
             save_image(mask, path)
-    dataset = data.load(str(tmp_path / "images"), split="train")
+    dataset = sets.load(str(tmp_path / "images"), split="train")
     for size in (48, 96):
         masks = diagnose.object_masks(dataset, size, str(tmp_path / "masks"))
         assert masks.shape == (len(dataset), size, size) and masks.dtype == torch.bool
@@ -321,7 +322,7 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     assert all(word in out for word in words)
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
     r = results["localisation"]
-    masks = data.load("shapes", split="test").masks
+    masks = sets.load("shapes", split="test").masks
     assert r["images"] == 2000 and 0 < r["energy"] < 100 and r["area"] == pytest.approx(100 * masks.float().mean().item())
     r = results["swap"]
     command(monkeypatch, "evaluate", run, "--probe", "linear", "--limit", 200)

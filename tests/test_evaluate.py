@@ -15,10 +15,11 @@ import checkpoints
 import data
 import evaluate
 import runs
+import sets
 from analysis import depth, schedule
 
 sys.path.append(str(ROOT / "benchmarks"))
-import probes  # noqa: E402
+import probes
 
 CPU = torch.device("cpu")
 SMALL = {"mean": data.MEAN, "std": data.STD, "size": 16, "interpolation": "bilinear"}
@@ -209,7 +210,7 @@ def test_the_hidden_layers_of_several_rates_do_not_mix():
 def test_extraction_leaves_the_backbone_as_it_was():
     backbone = backbones.build("resnet10_16", 32).train()
     before = {k: v.clone() for k, v in backbone.state_dict().items()}
-    dataset = data.load("shapes", limit=30)
+    dataset = sets.load("shapes", limit=30)
     preprocess = {"mean": data.MEAN, "std": data.STD, "size": 32, "interpolation": "bilinear"}
     x, y = evaluate.extract(backbone, dataset, preprocess, torch.device("cpu"), batch_size=7)
     assert x.shape == (30, 128) and torch.equal(y, dataset.labels) and backbone.training
@@ -249,7 +250,7 @@ def test_no_probe_takes_a_copy_of_the_features(monkeypatch):
     assert peak(lambda: evaluate.linear_sgd(x, y, *few, epochs=1)) < 1.3
     monkeypatch.setattr(evaluate.nearest, "__defaults__", (*evaluate.nearest.__defaults__[:-1], 2000 * 256))
     assert peak(lambda: evaluate.knn(x, y, *few)) < 1.6  # a tenth, normalised and as it comes; 500 x 2000 cosines are a fifth
-    images = data.Images("numbers", torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8), y)
+    images = sets.Images("numbers", torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8), y)
     wide = nn.Sequential(nn.Flatten(), nn.Linear(3, 256))
     seen = SEEN | {"size": 1}
     assert peak(lambda: evaluate.extract(wide, images, seen, CPU)) < 1 + 1.3
@@ -259,7 +260,7 @@ def test_no_probe_takes_a_copy_of_the_features(monkeypatch):
     depths = depth.Depths(taps, [], 1)
     monkeypatch.setattr(evaluate, "linear_sgd", lambda x, *_, **__: most.append(x.shape[1]) or {})
     monkeypatch.setattr(evaluate, "room", lambda device: (len(x) + 500) * whole - 1)
-    test = data.pick(images, torch.arange(500))
+    test = sets.pick(images, torch.arange(500))
     assert peak(lambda: depth.depth(depths, images, test, seen, CPU)) < 1 + 1.3 and most == [256] * 3
     monkeypatch.setattr(evaluate, "room", lambda device: (len(x) + 500) * whole)
     assert peak(lambda: depth.depth(depths, images, test, seen, CPU)) > 1 + 3 and len(depths.shapes) == 3
@@ -384,12 +385,12 @@ def test_shares_of_the_labels_stand_beside_all_of_them(patches_run, monkeypatch,
     assert {"knn", "lbfgs", "health", "labels"} == set(found) and found["lbfgs"]["penalty"] == 100 / (128 * 3)
     assert set(found["labels"]) == {"20", "50"} and set(found["labels"]["20"]) == {"knn", "linear", "mlp", "images"}
     assert "knn" not in found["labels"]["50"] and found["labels"]["50"]["images"] == 54
-    # The share is what data.share draws; its probe is the probe of those rows alone.
+    # The share is what sets.share draws; its probe is the probe of those rows alone.
     net, seen, about, _ = checkpoints.open_backbone(str(patches_run), None, 0, 0)
     assert isinstance(net, checkpoints.InputAdapter) and net.patch == 8
-    train, test = (data.load(about["data"], split=s) for s in ("train", "test"))
+    train, test = (sets.load(about["data"], split=s) for s in ("train", "test"))
     (x, y), (tx, ty) = (evaluate.extract(net, s, seen, CPU) for s in (train, test))
-    rows = data.share(y, 20, 0)
+    rows = sets.share(y, 20, 0)
     assert evaluate.linear_sgd(x[rows], y[rows], tx, ty)["grid"] == found["labels"]["20"]["linear"]["grid"]
 
 
@@ -451,7 +452,7 @@ def test_a_full_disk_is_one_sentence(tiny_run, monkeypatch, refused):
 
 def test_names_need_not_be_utf_8(tiny_run, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
-    monkeypatch.setattr(data.Files, "fingerprint", lambda self: "of other tests")
+    monkeypatch.setattr(sets.Files, "fingerprint", lambda self: "of other tests")
     folder = write_images(tmp_path / "cafe", 20).rename(tmp_path / "caf\udce9")
     command(monkeypatch, "evaluate", tiny_run, "--data", folder, "--probe", "knn")
     sys.stdout.flush()
@@ -512,7 +513,7 @@ def test_the_last_point_of_a_knn_curve_is_of_the_same_protocol(tmp_path, monkeyp
 
 def test_a_run_without_labels_ends_with_its_health_and_collapse_is_said(tmp_path):
     images = colours(60).images
-    said, _, result, _ = ending(tmp_path, data.Images("no labels", images), ["knn", "linear"])
+    said, _, result, _ = ending(tmp_path, sets.Images("no labels", images), ["knn", "linear"])
     assert "feature_std" in result and "effective_rank" in result and not any("collapse): " in line for line in said)
-    said, recorded, result, _ = ending(tmp_path, data.Images("flat", images[:1].expand(60, -1, -1, -1)), ["knn"])
+    said, recorded, result, _ = ending(tmp_path, sets.Images("flat", images[:1].expand(60, -1, -1, -1)), ["knn"])
     assert recorded["feature_std"] < 0.01 and any(line.startswith("warning") and "collapse" in line for line in said)

@@ -10,6 +10,7 @@ from torch import nn
 import checkpoints
 import data
 import evaluate
+import sets
 from analysis import reconstruct
 from downstream import finetune as tuning
 
@@ -42,7 +43,7 @@ def test_trunk_and_head_have_rates_of_their_own():
 def test_fine_tuning_sees_crops(monkeypatch):
     """Of a ramp, whose crops have other slopes: neither the image nor its mirror image."""
     ramp = torch.arange(16).mul(15).byte().expand(32, 3, 16, 16).clone()
-    train, seen = data.Images("ramps", ramp, torch.arange(32) % 2), []
+    train, seen = sets.Images("ramps", ramp, torch.arange(32) % 2), []
 
     class Spy(nn.Module):
         dim = 1

@@ -13,6 +13,7 @@ import backbones
 import data
 import evaluate
 import instdisc
+import sets
 
 SMALL = ["instdisc.py", *TINY, "--limit", "48", "--epochs", "4", "--negatives", "16"]  # 3 steps an epoch, 12 in all
 
@@ -170,7 +171,7 @@ def test_the_loss_falls(loss):
 
 
 def test_bank_figures_tell_images_the_probes_must_not_know(tmp_path):
-    model, images = tiny_model(), data.Images("x", (torch.rand(48, 3, 16, 16) * 255).byte(), torch.arange(48) % 3)
+    model, images = tiny_model(), sets.Images("x", (torch.rand(48, 3, 16, 16) * 255).byte(), torch.arange(48) % 3)
     preprocess = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
     labels = images.labels.clone()
     figures = lambda y, **k: instdisc.bank_figures(model, images, y, images, preprocess, torch.device("cpu"), 0, False, **k)
@@ -226,11 +227,11 @@ def test_quiet_crops_come_from_where_nothing_is_salient(tmp_path, in_memory):
     maps[:, 8:, 8:] = 0
     maps[5:] += 20  # what is taken first is where the response is least
     if in_memory:
-        train = data.Images("x", images)
+        train = sets.Images("x", images)
     else:
         for i, image in enumerate(images):
             write_png(image, str(tmp_path / f"{i:02d}.png"))
-        train = data.load(str(tmp_path))
+        train = sets.load(str(tmp_path))
     usable = torch.ones(12, dtype=torch.bool)
     got = instdisc.quiet_crops(train, maps, usable, 5, 8, "cpu")
     assert got.shape == (5, 3, 8, 8) and (got == 200).all()
@@ -247,7 +248,7 @@ def options(*flags):
 
 
 def test_maps_of_a_set_in_memory_are_made_once(tmp_path, monkeypatch):
-    train, calls = data.load("shapes", limit=20), []
+    train, calls = sets.load("shapes", limit=20), []
 
     def of(*_):
         calls.append(1)
@@ -266,7 +267,7 @@ def test_maps_of_a_set_in_memory_are_made_once(tmp_path, monkeypatch):
 
 
 def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
-    train = data.load("shapes", limit=6)
+    train = sets.load("shapes", limit=6)
     train.masks[0], train.masks[1] = 0, 1
     args = options("--masks", "exact", "--copy-paste", "1")
     alpha, grounds, cut = instdisc.objects(args, train, torch.device("cpu"), print)
@@ -294,7 +295,7 @@ def half(rank, port, out):
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
     mine = [updated(tiny_model(loss=loss).eval(), slice(rank * 8, rank * 8 + 8)) for loss in BANKED]
-    net, images = tiny_model().f, data.Images("x", (views(8)[0] * 30 + 99).byte())
+    net, images = tiny_model().f, sets.Images("x", (views(8)[0] * 30 + 99).byte())
     net.bn1.running_mean += rank  # as after a step with other images
     plain = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
     features, _ = evaluate.extract(net, images, plain, torch.device("cpu"))
@@ -315,7 +316,7 @@ def updated(model, rows):
 def test_two_processes_write_the_bank_and_Z_of_one(tmp_path):
     mp.start_processes(half, (random.randint(20000, 40000), tmp_path / "rank"), 2, start_method="forkserver")
     ranks = [torch.load(tmp_path / f"rank{rank}") for rank in range(2)]
-    images = data.Images("x", (views(8)[0] * 30 + 99).byte())
+    images = sets.Images("x", (views(8)[0] * 30 + 99).byte())
     plain = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
     alone, _ = evaluate.extract(tiny_model().f, images, plain, torch.device("cpu"))
     for features in (ranks[0].pop(), ranks[1].pop()):
@@ -357,9 +358,9 @@ def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(fold
     instdisc.main([*FOLDER[1:-1], *flags])
     assert steps[-4:] == [0, 1, 2, 3]  # before them the estimate of the time
     assert not torch.equal(draw(40, 8, 0, 0, "cpu"), draw(40, 8, 0, 1, "cpu"))
-    everything = data.load(str(folder))
+    everything = sets.load(str(folder))
     held_out = {everything.key(i) for i in range(9, 64, 10)}
-    used = data.load(str(folder), limit=40)
+    used = sets.load(str(folder), limit=40)
     expected = [used.key(i) in held_out for i in range(40)]
     assert sum(expected) > 1 and (labels[-1] == -1).tolist() == expected
 
@@ -370,7 +371,7 @@ def test_supervised_sees_no_label_of_a_test_image(folder, tmp_path, monkeypatch)
     flags = ["--data", str(folder), "--workers", "0", "--loss", "supervised", "--out", str(tmp_path / "run")]
     with pytest.raises(Stop):
         instdisc.main([*FOLDER[1:-1], *flags])
-    everything = data.load(str(folder))
+    everything = sets.load(str(folder))
     keys = {everything.key(i): i for i in range(len(everything))}
     used = [keys[found[0].key(i)] for i in range(len(found[0]))]
     assert sorted(used) == [i for i in range(64) if i % 10 != 9]  # every tenth is a test image

@@ -17,6 +17,7 @@ import data
 import evaluate
 import pretext
 import runs
+import sets
 import shapes
 
 TASKS = list(pretext.TASKS)
@@ -241,21 +242,21 @@ def to_rgb(lab):
 
 def test_lab_goes_back_to_rgb_and_lightness_is_its_first_channel():
     rgb = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
-    lab = data.to_lab(rgb.T[None, :, None])  # [1, 3, 1, 50]
+    lab = backbones.to_lab(rgb.T[None, :, None])  # [1, 3, 1, 50]
     for colour, wanted in zip(lab[0, :, 0].T.tolist(), rgb.tolist(), strict=True):
         assert to_rgb(colour) == pytest.approx(wanted, abs=2e-3)
-    grey = data.to_lab(torch.tensor([0.0, 0.5, 1.0])[None, None].expand(1, 3, 3))
+    grey = backbones.to_lab(torch.tensor([0.0, 0.5, 1.0])[None, None].expand(1, 3, 3))
     assert torch.allclose(grey[:, 1:], torch.zeros(1, 2, 3), atol=0.02)
-    assert data.lightness(data.to_lab(torch.ones(1, 3, 2, 2))).eq(1).all()
+    assert backbones.lightness(backbones.to_lab(torch.ones(1, 3, 2, 2))).eq(1).all()
     x = torch.rand(2, 3, 8, 8)
     seen = build("colorization").task.inputs([2 * x - 1])
-    assert seen.shape == x.shape and torch.allclose(seen[:, 2], data.to_lab(x)[:, 0] / 50 - 1, atol=1e-4)
+    assert seen.shape == x.shape and torch.allclose(seen[:, 2], backbones.to_lab(x)[:, 0] / 50 - 1, atol=1e-4)
 
 
 def test_there_are_313_colours():
     bins = pretext.ab_bins()
     assert bins.shape == (313, 2) and (bins % 10 == 0).all()
-    primary = data.to_lab(torch.eye(3).T[None])[0, 1:].T  # the farthest that sRGB reaches
+    primary = backbones.to_lab(torch.eye(3).T[None])[0, 1:].T  # the farthest that sRGB reaches
     assert (torch.cdist(primary, bins).amin(1) < 10).all()
     assert pretext.soften(primary[:1], bins, 1)[0].item() == (bins - primary[0]).square().sum(1).argmin()
 
@@ -275,9 +276,9 @@ def test_soft_targets_weights_and_the_loss_equal_loops():
     x = torch.rand(3, 3, 32, 32, generator=g)
     x[1] = x[1, :1]  # without colour
     model = pretext.Pretext(f, task).eval()
-    logits = task.head(f.stages(data.lightness(data.to_lab(x)))[-1])
+    logits = task.head(f.stages(backbones.lightness(backbones.to_lab(x)))[-1])
     assert logits.shape == (3, 313, 8, 8)
-    ab, total, hits, weights = data.to_lab(x)[:, 1:], 0.0, 0.0, 0.0
+    ab, total, hits, weights = backbones.to_lab(x)[:, 1:], 0.0, 0.0, 0.0
     for i, row, column in itertools.product(range(3), range(8), range(8)):
         colour = ab[i, :, 4 * row, 4 * column].tolist()
         nearest = sorted(range(313), key=lambda q: math.dist(colour, bins[q].tolist()))[:5]
@@ -294,8 +295,8 @@ def test_the_prior_counts_the_nearest_bins():
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
     images[:2, 0], images[2:] = 255, 90  # a third red, two thirds grey
     bins = pretext.ab_bins()
-    prior = pretext.ab_prior(data.Images("x", images), 8, bins, "cpu", 0)
-    red = (bins - data.to_lab(torch.tensor([[[1.0], [0.0], [0.0]]]))[0, 1:, 0]).square().sum(1).argmin()
+    prior = pretext.ab_prior(sets.Images("x", images), 8, bins, "cpu", 0)
+    red = (bins - backbones.to_lab(torch.tensor([[[1.0], [0.0], [0.0]]]))[0, 1:, 0]).square().sum(1).argmin()
     assert prior[red].item() == pytest.approx(1 / 3) and prior[(bins == 0).all(1)].item() == pytest.approx(2 / 3)
 
 
@@ -451,7 +452,7 @@ def test_the_export_sees_what_the_task_saw(task, finished):
         patches = [x[:, :, r : r + 8, c : c + 8] for r in (0, 8, 16) for c in (0, 8, 16)]
         wanted = torch.stack([f(data.standardise(p)) for p in patches]).mean(0)
     else:
-        wanted = f(data.standardise(x) if task == "exemplar" else data.lightness(data.to_lab(x / 2 + 0.5)))
+        wanted = f(data.standardise(x) if task == "exemplar" else backbones.lightness(backbones.to_lab(x / 2 + 0.5)))
     assert torch.allclose(backbone(x), wanted, atol=1e-5)
 
 
@@ -460,7 +461,7 @@ def test_the_test_accuracy_is_that_of_the_last_weights_and_always_the_same(finis
     model = build("rotation", embedding=64)
     model.load_state_dict(found["model"])
     a = pretext.parse_args(flags("rotation", pictures, "x"))
-    loader = data.Loader(data.load(str(pictures), split="test", memory=True), pretext.views_of(a), 16, 0)
+    loader = data.Loader(sets.load(str(pictures), split="test", memory=True), pretext.views_of(a), 16, 0)
     numbers = [pretext.pretext_accuracy(model, loader, lambda *_: [], torch.device("cpu"), False) for _ in range(2)]
     told = json.loads((finished["rotation"] / "evaluate.json").read_text())[str(pictures)]["pretext"]["accuracy"]
     assert numbers[0] == numbers[1] == pytest.approx(told, abs=1e-4)

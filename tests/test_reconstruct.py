@@ -11,6 +11,7 @@ from conftest import colours, command, write_images
 from torch import nn
 
 import data
+import sets
 from analysis import pictures, reconstruct
 
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def test_perceptual_test_of_a_perfect_and_of_a_blind_autoencoder():
     twelve = colours(60, classes=12)
     r = reconstruct.perceptual(Constant(), Ranked(12), twelve, 16, CPU)
     assert r["top1"] == pytest.approx(100 / 12) and r["top5"] == pytest.approx(500 / 12)
-    for classifier, dataset in ((Ranked(4), test), (Ranked(3), data.Images("plain", test.images))):
+    for classifier, dataset in ((Ranked(4), test), (Ranked(3), sets.Images("plain", test.images))):
         with pytest.raises(SystemExit):
             reconstruct.perceptual(Constant(), classifier, dataset, 16, CPU)
 
@@ -119,7 +120,7 @@ def rows_of(monkeypatch, *args, **kwargs):
 
 def test_reconstructions_show_the_same_images_in_every_row(monkeypatch, tmp_path):
     views = [data.view(16, scale=(0.5, 1.0), mean=data.HALF, std=data.HALF)] * 2
-    folder = data.load(str(write_images(tmp_path / "images", 48, classes=3, size=16)))
+    folder = sets.load(str(write_images(tmp_path / "images", 48, classes=3, size=16)))
     for dataset in (colours(), folder):
         rows = rows_of(monkeypatch, {"": nn.Identity()}, dataset, views, CPU, Brightest(), n=6)
         assert [name for name, *_ in rows] == ["image", "recovered", "view 1", "recovered", "view 2", "recovered"]
@@ -164,9 +165,9 @@ def test_command_tests_and_pictures_the_autoencoder_of_a_run(tiny_run, tmp_path,
     assert "perceptual top-1" in out and "MSE" in out and opened == [str(tiny_run), str(beside)]
     (results,) = json.loads((tiny_run / "evaluate.json").read_text()).values()
     assert {"top1", "top5", "mse", "originals_top1", "originals_top5"} < set(results["perceptual"])
-    assert data.decode(tiny_run / "reconstructions.png").shape[1] == 4 + 3 * 100 + 6 * 116  # with dots
+    assert sets.decode(tiny_run / "reconstructions.png").shape[1] == 4 + 3 * 100 + 6 * 116  # with dots
     command(monkeypatch, "analysis.reconstruct", tiny_run)
-    assert data.decode(tiny_run / "reconstructions.png").shape[1] == 4 + 3 * 100 + 3 * 116
+    assert sets.decode(tiny_run / "reconstructions.png").shape[1] == 4 + 3 * 100 + 3 * 116
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ import common
 import data
 import optim
 import runs
+import sets
 import shapes
 
 STEPS, PASSES, BATCH = 3, 2, 16  # updates an epoch, passes an update, images an update
@@ -381,7 +382,7 @@ def difference(method, out, argv, rank=0, world=1):
     weights, buffers, queues, banks and momenta."""
     script, found = importlib.import_module(method), runs.load(out / "checkpoint.pt")
     args = script.parse_args(argv)
-    loop = LOOPS[method](script, args, data.load(args.data, memory=True), rank, world)
+    loop = LOOPS[method](script, args, sets.load(args.data, memory=True), rank, world)
     optimizers = loop.optimizers()
     loop.run(optimizers)
     states = {"model": loop.model.state_dict()}

@@ -18,6 +18,7 @@ import backbones
 import data
 import runs
 import saliency
+import sets
 import shapes
 from analysis import reconstruct
 
@@ -69,11 +70,11 @@ def test_lab_of_known_colours():
     lab = torch.tensor(  # the usual figures for sRGB under D65
         [[0, 0, 0], [100, 0, 0], [53.24, 80.09, 67.20], [87.74, -86.18, 83.18], [32.30, 79.19, -107.86], [53.59, 0, 0]]
     )
-    assert torch.allclose(data.to_lab(rgb.T[None] / 255)[0].T, lab, atol=0.03)
+    assert torch.allclose(backbones.to_lab(rgb.T[None] / 255)[0].T, lab, atol=0.03)
 
 
 def test_slic_equals_loops():
-    x = data.to_lab(blobs(1, 48, 64) / 255)
+    x = backbones.to_lab(blobs(1, 48, 64) / 255)
     (h, w), s = x.shape[2:], BLOCK
     gh, gw, scale = h // s, w // s, 20 / BLOCK
     pixels = torch.cat([x[0], torch.stack(torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")) * scale])
@@ -110,7 +111,7 @@ def test_connect_leaves_every_region_in_one_piece(kind):
     x = torch.randint(0, 256, (2, 3, 96, 80), generator=g).float()
     x = {"blobs": blobs(2, 96, 80), "noise": x, "binary": (x > 127) * 255.0, "plain": torch.full_like(x, 77)}[kind]
     k = 6 * 5
-    label, cost = saliency.slic(data.to_lab(x / 255))
+    label, cost = saliency.slic(backbones.to_lab(x / 255))
     done = saliency.connect(label, cost, k)
     assert saliency.connect(done, cost, k).equal(done)  # nothing left to do
     for before, after in zip(label, done, strict=True):
@@ -161,9 +162,9 @@ def test_graph_equals_loops():
         assert set(g["band"][i].nonzero()[:, 0].tolist()) == band
         for r in label.unique().tolist():
             inside = label == r
-            colour = data.to_lab(x[i][:, inside].mean(1)[None] / 255)[0]
+            colour = backbones.to_lab(x[i][:, inside].mean(1)[None] / 255)[0]
             assert torch.allclose(g["lab"][i, r], colour, atol=1e-2)
-            assert torch.allclose(g["lab_mean"][i, r], data.to_lab(x[i][:, inside][None] / 255)[0].mean(1), atol=1e-2)
+            assert torch.allclose(g["lab_mean"][i, r], backbones.to_lab(x[i][:, inside][None] / 255)[0].mean(1), atol=1e-2)
             place = inside.nonzero().float().mean(0) / torch.tensor([h, w])
             assert torch.allclose(g["place"][i, r], place, atol=1e-4)
         assert g["used"][i].nonzero()[:, 0].tolist() == label.unique().tolist()
@@ -465,7 +466,7 @@ def test_hard_masks_of_larger_images_have_an_edge_of_one_pixel(tmp_path, soft):
     alpha, cut, *_ = saliency.pasteable(maps, soft=soft)
     assert alpha.shape == (1, 64, 64) and alpha.dtype == torch.uint8 and (cut is None or cut.dtype == torch.uint8)
     write_png(torch.zeros(3, 320, 320, dtype=torch.uint8), str(tmp_path / "0.png"))
-    files = data.load(str(tmp_path))
+    files = sets.load(str(tmp_path))
     for size, scale in ((320, (1.0, 1.0)), (224, (1.0, 1.0)), (224, (0.3, 0.3))):  # as it is, reduced, cropped and enlarged
         view = data.view(size, scale=scale, ratio=(1, 1), interpolation="bilinear", flip=0, paste=1.0)
         _, (crop,), _ = data.Crops(files, [view], 0, alpha, cut)[0, 0]
@@ -562,14 +563,14 @@ def test_score_equals_loops_and_known_values():
 
 def test_of_a_set_in_memory_and_of_files(tmp_path):
     images = torch.stack([disc(224, radius=0.1 + 0.05 * i)[0] for i in range(4)])  # of the working size
-    in_memory = saliency.of(data.Images("four", images), "gs", torch.device("cpu"), size=32, batch_size=3)
+    in_memory = saliency.of(sets.Images("four", images), "gs", torch.device("cpu"), size=32, batch_size=3)
     assert in_memory.shape == (4, 32, 32) and in_memory.dtype == torch.uint8
     assert in_memory.equal((saliency.maps(images, "gs", size=32) * 255).round().to(torch.uint8))
-    assert saliency.of(data.Images("four", images[:1]), "gs", torch.device("cpu")).shape == (1, 224, 224)
+    assert saliency.of(sets.Images("four", images[:1]), "gs", torch.device("cpu")).shape == (1, 224, 224)
     for i, image in enumerate(images):
         write_png(image, str(tmp_path / f"{i}.png"))
     (tmp_path / "2.png").write_bytes(b"no image")
-    files = saliency.of(data.load(str(tmp_path)), "gs", torch.device("cpu"), size=32)
+    files = saliency.of(sets.load(str(tmp_path)), "gs", torch.device("cpu"), size=32)
     assert (files[2] == 0).all() and files[[0, 1, 3]].equal(in_memory[[0, 1, 3]])
 
 
@@ -690,7 +691,7 @@ def test_masks_of_a_set_in_memory_and_of_a_classifier(tmp_path, capsys, monkeypa
     masks = tmp_path / "masks"
     command = ("shapes", "--limit", 5, "--device", "cpu", "--workers", 0)
     here(capsys, *command, "--method", "cam", "--classifier", classifier(tmp_path / "c.pt"), "--out", masks)
-    keys = {data.load("shapes", limit=5).key(i) for i in range(5)}
+    keys = {sets.load("shapes", limit=5).key(i) for i in range(5)}
     assert tree(masks) == {f"{k}.png" for k in keys} | {"preview.png", "saliency.json"}
 
 
@@ -736,10 +737,10 @@ def test_score_command(tmp_path, capsys, monkeypatch):
     (tmp_path / "masks/1.png").write_bytes(b"no image")
     assert f"{tmp_path}/masks/1.png" in here(capsys, *command, code=2)[1]
     (tmp_path / "masks/1.png").unlink()
-    data.list_folder.cache_clear()  # this process has seen the folder
+    sets.list_folder.cache_clear()  # this process has seen the folder
     _, err = here(capsys, *command, code=2)
     assert "1 of 3 images" in err and ": 1\n" in err
     (tmp_path / "masks/1.png").write_bytes(whole)
     (tmp_path / "images/1.jpg").write_bytes(b"no image")
-    data.list_folder.cache_clear()
+    sets.list_folder.cache_clear()
     assert f"{tmp_path}/images/1.jpg" in here(capsys, *command, code=2)[1]

@@ -10,14 +10,14 @@ import pytest
 from conftest import METHODS, ROOT
 
 SECTIONS = ["data", "model", "optimizer", "run: print the recipe, go on from a checkpoint", "training"]
-OWN = {"main", "parse_args", "forward"}  # the method itself; everything else of the same name must be the same
+OWN = {"main", "parse_args", "views_of", "seen", "forward"}  # the method itself; all else of one name is the same
 LONGEST = {"common.py": 231, "runs.py": 343, "training.py": 290, "optim.py": 67, "byol.py": 213, "simclr.py": 227}
 # What main has in every script, in this order; the method stands between these lines.
 SKELETON = """
 args = parse_args(argv)
 rank, world, device = common.setup(args.device)
 args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-train, labelled, test = data.splits(args, device)
+train, labelled, test = sets.splits(args, device)
 per_pass = training.images_per_pass(args, world, len(train))
 loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
 torch.manual_seed(args.seed)  # the same initial weights in every process

@@ -9,6 +9,7 @@ from torch import nn
 import backbones
 import data
 import optim
+import sets
 import simclr
 
 SMALL = ["simclr.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
@@ -135,7 +136,7 @@ def test_the_loss_falls_and_the_last_bias_stays_zero(optimizer):
 
 
 def test_an_untrained_network_starts_at_chance():
-    train = data.load("shapes", limit=256)
+    train = sets.load("shapes", limit=256)
     recipe = simclr.RECIPES["shapes"]
     vs = [data.view(32, **v) for v in recipe["views"]]
     _, xs = next(data.Loader(train, vs, 256, 0).epoch(0))

@@ -13,6 +13,7 @@ import data
 import evaluate
 import runs
 import saliency
+import sets
 import training
 
 
@@ -144,16 +145,16 @@ def test_a_folder_is_sized_by_its_images():
 
 
 def test_which_recipe_a_set_gets(tmp_path, monkeypatch):
-    named = {name: data.recipe_for(name) for name in ("shapes-hard", "cifar100", "imagenet", "places365", "stl10", "pets")}
+    named = {name: sets.recipe_for(name) for name in ("shapes-hard", "cifar100", "imagenet", "places365", "stl10", "pets")}
     assert named == {"shapes-hard": "shapes", "cifar100": "cifar10", "imagenet": "imagenet", "places365": "imagenet",
                      "stl10": "folder", "pets": "folder"}  # fmt: skip
     folder = str(write_images(tmp_path / "images", 12))
-    assert data.recipe_for(folder) == "folder" and data.count(folder) == 12
-    monkeypatch.setattr(data, "LARGE", 11)
-    assert data.recipe_for(folder) == "imagenet"
-    assert data.recipe_for(folder, {"cifar10": {}}) == "cifar10"  # a script may have one recipe only
+    assert sets.recipe_for(folder) == "folder" and sets.count(folder) == 12
+    monkeypatch.setattr(sets, "LARGE", 11)
+    assert sets.recipe_for(folder) == "imagenet"
+    assert sets.recipe_for(folder, {"cifar10": {}}) == "cifar10"  # a script may have one recipe only
     write_images(tmp_path / "split" / "train", 6), write_images(tmp_path / "split" / "val", 4)
-    assert data.count(str(tmp_path / "split")) == 6
+    assert sets.count(str(tmp_path / "split")) == 6
 
 
 # ============ stopped, finished, out of memory ============
