@@ -18,7 +18,7 @@ import runs
 from analysis import depth, schedule
 
 sys.path.append(str(ROOT / "benchmarks"))
-import probes  # noqa: E402
+import probes
 
 CPU = torch.device("cpu")
 SMALL = {"mean": data.MEAN, "std": data.STD, "size": 16, "interpolation": "bilinear"}
