@@ -1,4 +1,4 @@
-"""Opening a backbone: a run folder, a file, plain torchvision weights or random:ARCH, behind what it was trained to see."""
+"""Opening a backbone of a run, a file, torchvision weights or random:ARCH, behind what it was trained to see."""
 
 import math
 import os
@@ -73,8 +73,8 @@ def shrink(tap, most):
 
 
 def as_trained(f, preprocess, size=0):
-    """The backbone `f` behind what it was trained to see: an InputAdapter if a checkpoint's `preprocess` has its arguments
-    under "sees", else f. `size`: px that were asked for instead of its own."""
+    """The backbone `f` behind what it was trained to see: an InputAdapter if a checkpoint's `preprocess` has its
+    arguments under "sees", else f. `size`: px that were asked for instead of its own."""
     if not preprocess.get("sees"):
         return f
     adapter = InputAdapter(f, **preprocess["sees"])
@@ -85,8 +85,8 @@ def as_trained(f, preprocess, size=0):
     if adapter.stride and adapter.patch > preprocess["size"]:
         common.fail(f"patches of {adapter.patch} px do not fit images of {preprocess['size']} px")
     if not adapter.stride and (3 * adapter.cell > preprocess["size"] or adapter.patch > adapter.cell):
-        common.fail(f"a grid of 3 x 3 cells of {adapter.cell} px, patches of {adapter.patch} px in them, does not fit images of "
-                    f"{preprocess['size']} px")  # fmt: skip
+        grid = f"a grid of 3 x 3 cells of {adapter.cell} px, patches of {adapter.patch} px in them"
+        common.fail(f"{grid}, does not fit images of {preprocess['size']} px")
     return adapter
 
 
@@ -129,7 +129,8 @@ def well_formed(path, found):
         and all(pixels(sees.get(k, 0), 0) for k in ("patch", "cell", "stride"))
         and bool(sees.get("patch")) == bool(sees.get("cell") or sees.get("stride")),
         "head": found.get("kind") != "classifier"
-        or (set(head := weights(f"{path}: its head", found.get("head"))) == {"weight", "bias"} and head["bias"].ndim == 1),
+        or (set(head := weights(f"{path}: its head", found.get("head"))) == {"weight", "bias"}
+            and head["bias"].ndim == 1),
         "classes": isinstance(found.get("classes", []), list),
     }  # fmt: skip
     wrong = [name for name, ok in right.items() if not ok]

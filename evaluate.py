@@ -1,16 +1,16 @@
-"""What is in the frozen features of a checkpoint of this repository, of plain torchvision weights, or of a random network.
+"""What the frozen features of a network tell: of a run, of plain torchvision weights, or of random init.
 
-    python evaluate.py runs/byol-shapes                               k-NN and linear probes on the data it was trained on
-    python evaluate.py runs/byol-cifar10 --data cifar100 --probe knn linear lbfgs mlp       mlp: one hidden layer
-    python evaluate.py resnet50.pth --arch resnet50 --data DIR        a plain torchvision state dict
-    python evaluate.py random:resnet18 --data cifar10 --size 32       the baseline that every number stands beside
-    python evaluate.py RUN --probe linear mlp --labels 1 10 100       on shares of the labels
-    python evaluate.py RUN --probe lbfgs --penalty study              the regulariser of Kolesnikov et al. 2019
+    python evaluate.py runs/byol-shapes                              k-NN and linear probes on the data of the run
+    python evaluate.py runs/byol-cifar10 --data cifar100 --probe knn linear lbfgs mlp      mlp: one hidden layer
+    python evaluate.py resnet50.pth --arch resnet50 --data DIR       a plain torchvision state dict
+    python evaluate.py random:resnet18 --data cifar10 --size 32      the baseline that every number stands beside
+    python evaluate.py RUN --probe linear mlp --labels 1 10 100      on shares of the labels
+    python evaluate.py RUN --probe lbfgs --penalty study             the regulariser of Kolesnikov et al. 2019
 
-Features come from the backbone in eval() and inference mode, once, and are cached beside the checkpoint: whatever a probe
-does, the backbone is frozen by construction. Every number is printed with its protocol, and RUN/evaluate.json keeps them.
-The training scripts call the same functions, and so do the commands that ask other questions of a checkpoint: downstream/
-and analysis/.
+Features are extracted once, in eval() and inference mode, and cached beside the checkpoint: whatever a probe does, the
+backbone is frozen by construction. Every number is printed with its protocol and kept in RUN/evaluate.json. The
+training scripts call the same functions, and so do the commands in downstream/ and analysis/, which ask other
+questions.
 """
 
 import argparse
@@ -63,8 +63,8 @@ def in_eval(*modules):
 
 
 def room(device):
-    """Bytes that features may take there: half of what a GPU has free, or of the computer's memory, in the process with
-    the least; under torchrun each process of a computer gets its part of that."""
+    """Bytes that features may take there: half of what a GPU has free, or of a rank's part of the computer's memory;
+    the least of all ranks."""
     if device.type == "cuda":  # torch keeps freed memory for itself, and the driver does not know that it is free
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         free = torch.cuda.mem_get_info(device)[0] + cached
@@ -78,24 +78,25 @@ def room(device):
 
 
 def storage(n, device):
-    """How n features are kept, {"dtype", "device"}: the first that has room of fp32 and fp16 on `device`, fp32 and fp16 in
-    the computer's memory."""
+    """How n features are kept, {"dtype", "device"}: the first that has room of fp32 and fp16 on `device`, fp32 and fp16
+    on the CPU."""
     places = [(where, dtype) for where in (device, torch.device("cpu")) for dtype in (torch.float32, torch.float16)]
     where, dtype = next((p for p in places if n * p[1].itemsize <= room(p[0])), places[-1])
     return {"dtype": dtype, "device": where}
 
 
 def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, amp=False, progress=False):
-    """Features [N, d], kept as `storage` says, and labels [N] on `device` (-1: none) of the un-augmented images, in order.
+    """Features [N, d], kept as `storage` says, and labels [N] on `device` (-1: none) of the un-augmented images, in
+    order.
 
-    Under torchrun every process does its share and all get the whole: every process must call it. It takes no more memory
-    than what it returns and a batch.
+    All ranks must call it: each extracts its share, and all get the whole. It takes no more memory than what it returns
+    and a batch.
     """
     wanted = getattr(backbone, "preprocess", {})  # of a network of colour channels
     if any(tuple(preprocess[k]) != tuple(v) for k, v in wanted.items()):
-        common.fail("networks of colour channels take images in [0, 1], not normalised ones: cmc.py trains them")
+        common.fail("networks of colour channels take images in [0, 1], not normalized ones: cmc.py trains them")
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    if world > 1:  # without SyncBN each process has averages of its own; those of rank 0 are saved, so all use them
+    if world > 1:  # without SyncBN each rank has its own averages; those of rank 0 are saved, so all use them
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)
     share, at = math.ceil(len(dataset) / world), 0
@@ -112,15 +113,15 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
             features[rank, at : at + len(z)] = z.clamp(-largest, largest) if features.dtype == torch.float16 else z
             labels[rank, at : at + len(z)] = y
             at += len(z)
-    for r in range(world if world > 1 else 0):  # in place: no process ever holds a part twice
+    for r in range(world if world > 1 else 0):  # in place: no rank ever holds a part twice
         dist.broadcast(features[r], r)
         dist.broadcast(labels[r], r)
     return features.flatten(0, 1)[: len(dataset)], labels.flatten()[: len(dataset)].to(device)
 
 
 def with_labels(features, labels):
-    """Those with a label; a copy where some have none. Labels stay on a GPU, where probes compute, though features may be
-    in the computer's memory."""
+    """Those with a label; a copy where some have none. Labels stay on a GPU, where probes compute, even where features
+    are on the CPU."""
     labels = labels.to(features.device) if labels.device.type == "cpu" else labels
     keep = labels >= 0
     return (features, labels) if keep.all() else (features[keep.to(features.device)], labels[keep])
@@ -128,7 +129,8 @@ def with_labels(features, labels):
 
 def health(features):
     """Label-free figures: feature_std, the mean per-dimension standard deviation of the L2-normalised features times
-    sqrt(d) (1: spread over the sphere, 0: collapsed), and the effective rank (Roy and Vetterli 2007) of 2,000 of them."""
+    sqrt(d) (1: spread over the sphere, 0: collapsed), and the effective rank (Roy and Vetterli 2007) of 2,000 of
+    them."""
     some = torch.linspace(0, len(features) - 1, min(2000, len(features)), device=features.device).long()
     z = F.normalize(features[some].float(), dim=1)  # spread over the set, which may be sorted by class
     s = torch.linalg.svdvals(z - z.mean(0))
@@ -140,14 +142,14 @@ def health(features):
 # ============ k nearest neighbours ============
 
 
-def nearest(bank, queries, k, device=None, chunk=500, most=2**26):
-    """(cosines, places) [Q, k] of the k vectors of `bank` [N, d] most like each of `queries` [Q, d], nearest first, computed
-    in fp32: in bf16 the neighbours of a random or half collapsed network, all of them close, blur. `most`: of
-    the bank's numbers at a time, 256 MB of them are normalised; beside them and the result there are `chunk` cosines each."""
-    part = max(1, most // bank.shape[1])
+def nearest(keys, queries, k, device=None, chunk=500, most=2**26):
+    """(cosines, places) [Q, k] of the k of `keys` [N, d] most like each of `queries` [Q, d], nearest first. In fp32: in
+    bf16 the neighbours of a random or half collapsed network, all of them close, blur. At a time `most` numbers of the
+    keys are normalized (256 MB), and there are `chunk` cosines for each."""
+    part = max(1, most // keys.shape[1])
     best, unit = {}, lambda x: F.normalize(x.to(device, torch.float32), dim=1)
-    for start in range(0, len(bank), part):
-        some = unit(bank[start : start + part]).T
+    for start in range(0, len(keys), part):
+        some = unit(keys[start : start + part]).T
         for i, q in enumerate(queries.split(chunk)):
             s, at = (unit(q) @ some).topk(min(k, some.shape[1]), 1)  # [c, k]
             at += start
@@ -160,20 +162,19 @@ def nearest(bank, queries, k, device=None, chunk=500, most=2**26):
 
 
 @torch.inference_mode()
-def knn(bank, bank_labels, queries, query_labels, ks=KS, temperature=0.1, chunk=500, also=()):
+def knn(keys, key_labels, queries, query_labels, ks=KS, temperature=0.1, chunk=500, also=()):
     """Top-1 in per cent of the k-NN classifier with cosine similarity: {k: (weighted, majority)}.
 
-    bank [N, d], queries [M, d], any scale; labels int64, all >= 0. One top-k of the largest k, sorted, serves every k.
+    keys [N, d], queries [M, d], any scale; labels int64, all >= 0. One top-k of the largest k, sorted, serves every k.
     Weighted: each neighbour votes exp(s / T) (Wu et al. 2018, sec. 3.4); majority: each votes 1, the nearer class wins
-    a tie; also: further T, whose weighted votes follow in the tuple. A k beyond the bank is left out; of a bank smaller
-    than every k, all is used.
+    a tie; also: further T, whose weighted votes follow in the tuple. A k above N is left out; if all are, k is N.
     """
-    classes, device = int(max(bank_labels.max(), query_labels.max())) + 1, bank_labels.device
-    ks = [k for k in ks if k <= len(bank)] or [len(bank)]
+    classes, device = int(max(key_labels.max(), query_labels.max())) + 1, key_labels.device
+    ks = [k for k in ks if k <= len(keys)] or [len(keys)]
     right = torch.zeros(len(ks), 2 + len(also), device=device)
-    found = (t.split(chunk) for t in (*nearest(bank, queries, max(ks), device, chunk), query_labels))
+    found = (t.split(chunk) for t in (*nearest(keys, queries, max(ks), device, chunk), query_labels))
     for s, neighbour, y in zip(*found, strict=True):
-        votes = bank_labels[neighbour]
+        votes = key_labels[neighbour]
         weighted, *others = (torch.exp((s - 1) / t) for t in (temperature, *also))
         ballots = torch.stack([weighted, 1 + s * 1e-4, *others])  # [2 + len(also), c, k]
         for i, k in enumerate(ks):
@@ -191,10 +192,10 @@ PENALTIES = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # of standardised features
 
 
 def fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed, scale=1.0, rows=None):
-    """Softmax regressions for every pair (lr, weight decay) at once, on x / scale or on their `rows`: weights [G, C, d] and
-    biases [G, C].
+    """Softmax regressions for all G pairs (lr, weight decay) at once, on x / scale or on their `rows`: weights [G, C,
+    d] and biases [G, C, 1].
 
-    The G heads are one matrix of G * C rows, trained on the same batches by SGD with Nesterov momentum 0.9 and a cosine
+    The heads are one matrix of G * C rows, trained on the same batches by SGD with Nesterov momentum 0.9 and a cosine
     to 0; the gradient of the cross-entropy is written out, (softmax - one-hot)^T x, so a step is two products. Of the
     features only a batch is ever copied, to where the labels are.
     """
@@ -219,7 +220,8 @@ def fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed, scale=1.0, row
 
 
 def hits(logits, y):
-    """Whether each of the five best classes is the right one, bool [..., N, 5], for logits [..., N, C] and labels [N]."""
+    """Whether each of the five best classes is the right one, bool [..., N, 5], for logits [..., N, C] and labels
+    [N]."""
     return logits.topk(min(5, logits.shape[-1]), -1).indices == y[:, None]
 
 
@@ -234,15 +236,15 @@ def accuracy(logits, y):
 
 
 def accuracy_of(net, x, y, rows=None, chunk=1024):
-    """The same of `net`, features [n, d] to logits, on x and y or on their `rows`; in parts, so that not all logits (of a
-    whole grid, of 1000 classes) are there at a time, nor a copy of the features."""
+    """The same of `net`, features [n, d] to logits, on x and y or on their `rows`. In parts, so that there are never
+    all logits (of a whole grid, of 1000 classes) at a time, nor a copy of the features."""
     parts = (torch.arange(len(x)) if rows is None else rows).split(chunk)
     x_of = lambda rows: x[rows.to(x.device)].to(y.device, torch.float32)
     return per_cent(torch.cat([hits(net(x_of(part)), y[part.to(y.device)]) for part in parts], -2))
 
 
 def held_out(n, seed):
-    """A tenth of the TRAINING set (at most 10,000 images), on which settings are chosen; the test set chooses nothing."""
+    """(places to train on, places of a tenth, at most 10,000) of a TRAINING set: the tenth chooses hyper-parameters."""
     order = torch.randperm(n, generator=data.generator(seed, "held out"))
     size = min(10_000, max(1, n // 10))
     return order[size:], order[:size]
@@ -250,10 +252,10 @@ def held_out(n, seed):
 
 @torch.no_grad()
 def fit_linear(x, y, classes, epochs=100, batch_size=256, lrs=LRS, decays=DECAYS, seed=0):
-    """A softmax regression: the whole grid on nine tenths of the training features, the best pair on the last tenth, then
-    that pair on all of them, which BYOL does not do. Features are divided by their mean norm, one number, so that one grid
-    fits every method. Returns that number, w [1, C, d], b [1, C, 1] and {"lr", "weight_decay", "grid"}; `grid` has the
-    held-out top-1 of each pair."""
+    """A softmax regression: the grid on nine tenths of the training features, the best pair by the last tenth, then
+    that pair on all of them, which BYOL does not do. Features are divided by their mean norm, one number, so that one
+    grid fits every method. Returns that number, w [1, C, d], b [1, C, 1] and {"lr", "weight_decay", "grid"}; `grid` has
+    the held-out top-1 of each pair."""
     scale = torch.cat([part.to(y.device, torch.float32).norm(dim=1) for part in x.split(8192)]).mean()
     train, val = held_out(len(x), seed)
     w, b = fit_sgd(x, y, classes, lrs, decays, epochs, batch_size, seed, scale, train)
@@ -267,8 +269,7 @@ def fit_linear(x, y, classes, epochs=100, batch_size=256, lrs=LRS, decays=DECAYS
 
 @torch.inference_mode()
 def linear_sgd(x, y, test_x, test_y, **settings):
-    """Linear probe: `fit_linear`, and its accuracy on the test features. Returns {"top1", "top5", "lr", "weight_decay",
-    "grid"}."""
+    """`fit_linear` and its accuracy on the test features: {"top1", "top5", "lr", "weight_decay", "grid"}."""
     scale, w, b, chosen = fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, **settings)
     top1, top5 = accuracy_of(lambda z: (z / scale @ w.mT + b.mT)[0], test_x, test_y)
     return {"top1": top1.item(), "top5": top5.item(), **chosen}
@@ -299,11 +300,12 @@ def standardised(x, test_x):
 
 
 def linear_lbfgs(x, y, test_x, test_y, penalties=PENALTIES, seed=0):
-    """Multinomial logistic regression on standardised features; no learning rate, of several penalties the best chosen on
-    the held-out tenth of the training set. Returns {"top1", "top5", "penalty", "grid"}.
+    """Multinomial logistic regression on standardised features; no learning rate, of several penalties the best chosen
+    on the held-out tenth of the training set. Returns {"top1", "top5", "penalty", "grid"}.
 
-    penalties = "study": that of Kolesnikov et al. 2019, 100 / (M C) for M features and C classes, on features as they are
-    and with their 800 updates. It counts per image, as the cross-entropy here is a mean (their sum or mean is not said)."""
+    penalties = "study": that of Kolesnikov et al. 2019, 100 / (M C) for M features and C classes, on features as they
+    are, with their 800 updates. It counts per image, as the cross-entropy here is a mean (sum or mean: they do not
+    say)."""
     classes, updates = int(max(y.max(), test_y.max())) + 1, 200
     y, test_y = y.to(x.device), test_y.to(x.device)  # it computes where the features are
     if penalties == "study":
@@ -327,7 +329,7 @@ def linear_lbfgs(x, y, test_x, test_y, penalties=PENALTIES, seed=0):
 
 
 def fit_mlp(x, y, classes, lrs, passes, hidden, batch_size, seed):
-    """A network for each rate, with one hidden layer, ReLU and dropout 0.5, all from one start and on the same batches:
+    """A network for each rate, with one hidden layer, ReLU and dropout 0.5, all from one init and on the same batches:
     Adam and a cosine to 0. Where a pass has fewer than 30 updates, there are more than `passes`."""
     device, batch_size = y.device, min(batch_size, len(x))
     steps = len(x) // batch_size
@@ -354,9 +356,9 @@ def fit_mlp(x, y, classes, lrs, passes, hidden, batch_size, seed):
 @torch.no_grad()
 def mlp_probe(x, y, test_x, test_y, lrs=(3e-4, 1e-3, 3e-3), passes=10, hidden=1000, batch_size=256, seed=0):
     """What is in the features, but not linearly (Kolesnikov et al. 2019, Figure 3): one hidden layer on standardised
-    features. The rate is chosen on the held-out tenth of the training set by runs of `passes` // 3, then all of it is used.
-    Theirs has the same layers, but SGD with momentum 0.9 and lr 0.1 * batch / 256 on features that are not standardised,
-    of random crops. Returns {"top1", "top5", "lr", "grid"}."""
+    features. The rate is chosen on the held-out tenth by runs of `passes` // 3, then all training images are used.
+    Theirs has the same layers, but SGD with momentum 0.9 and lr 0.1 * batch / 256 on features of random crops as they
+    are. Returns {"top1", "top5", "lr", "grid"}."""
     classes, (x, test_x) = int(max(y.max(), test_y.max())) + 1, standardised(x, test_x)
     train, val = held_out(len(x), seed)
     nets = fit_mlp(x[train], y[train], classes, lrs, passes // 3, hidden, batch_size, seed)
@@ -374,6 +376,7 @@ TRAIN_IMAGES, TEST_IMAGES = 50_000, 10_000  # at most so many make a point of th
 
 
 def first(dataset, n):
+    """At most n images of a set, always the same ones."""
     return sets.subset(dataset, n, 0) if len(dataset) > n else dataset
 
 
@@ -385,9 +388,8 @@ def knn_curves(train, test):
 
 
 def monitor(backbone, train, test, preprocess, device, workers=0, amp=False, head=None):
-    """What a training script logs between epochs: 20-NN and 200-NN (`knn_curves`), where there are labels, and the
-    label-free health figures; with a `head`, the 200-NN of what that makes of the features as well (embedding_knn200).
-    All ranks must call it."""
+    """What a training script logs between epochs: `health`, and where there are labels `knn_curves`; with a `head`, the
+    200-NN of its outputs as well (embedding_knn200). All ranks must call it."""
     pair = extract(backbone, first(train, TRAIN_IMAGES), preprocess, device, workers=workers, amp=amp)
     numbers = health(pair[0])
     if not (pair[1] >= 0).any():  # on all ranks alike; the test images would tell nothing
@@ -396,9 +398,8 @@ def monitor(backbone, train, test, preprocess, device, workers=0, amp=False, hea
     numbers |= knn_curves(*pairs)
     if head is not None and (pairs[1][1] >= 0).any():
         with in_eval(head), torch.inference_mode():
-            (x, y), (test_x, test_y) = (
-                (head(x.to(device, torch.float32)), y) for x, y in (with_labels(*p) for p in pairs)
-            )
+            (x, y), (test_x, test_y) = (with_labels(*pair) for pair in pairs)
+            x, test_x = (head(features.to(device, torch.float32)) for features in (x, test_x))
             scores = knn(x, y, test_x, test_y, (200,))
         numbers |= {f"embedding_knn{k}": weighted for k, (weighted, _) in scores.items()}
     return numbers
@@ -413,16 +414,14 @@ def kept(x):
 
 
 def run_probes(train, test, probes, temperature=0.1, seed=0, say=print, penalties=None, amp=False, share=False):
-    """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict, with the
-    label-free health figures unless the pairs are a `share` of others. penalties: of `linear_lbfgs`, if not its own. amp:
-    whether the backbone ran in bf16, for the protocol."""
+    """Run `probes` on (features, labels) pairs; prints each result with its protocol and returns them as a dict, with
+    the label-free health figures unless the pairs are a `share` of others. penalties: of `linear_lbfgs`, if not its
+    own. amp: whether the backbone ran in bf16, for the protocol."""
     results = {}
     if not share:
         results["health"] = h = health(train[0])
         say("health   " + "  ".join(f"{k} {v:.3g}" for k, v in h.items()))
-        say(
-            "         of training features, no labels used; feature_std is 1 where features are spread evenly, 0 at collapse"
-        )
+        say("         of training features, without labels; feature_std: 1 if they are spread evenly, 0 at collapse")
         if h["feature_std"] < 0.05:
             say("warning: the features are nearly constant (collapse): probes read what little is left")
     (x, y), (test_x, test_y) = with_labels(*train), with_labels(*test)
@@ -439,9 +438,8 @@ def run_probes(train, test, probes, temperature=0.1, seed=0, say=print, penaltie
         say("k-NN     " + "".join(f"{f'k={k}':>8}" for k in scores))
         for name, row in zip(names, zip(*scores.values(), strict=True), strict=True):
             say(f"{name:<9}" + "".join(f"{v:8.2f}" for v in row))
-        say(
-            f"         cosine similarity, weight exp(s / {temperature:g}){'; T 0.07: as in DINO' if also else ''}; {sizes}"
-        )
+        dino = "; T 0.07: as in DINO" if also else ""
+        say(f"         cosine similarity, weight exp(s / {temperature:g}){dino}; {sizes}")
     if len(x) < FEWEST:
         say(f"fewer than {FEWEST} labelled images: linear probes left out")
         return results
@@ -449,15 +447,13 @@ def run_probes(train, test, probes, temperature=0.1, seed=0, say=print, penaltie
         r = results["linear"] = linear_sgd(x, y, test_x, test_y, seed=seed)
         say(f"linear   {tops(r)}   (frozen; lr {r['lr']:g}, wd {r['weight_decay']:g})")
         say(
-            "         SGD 100 epochs, batch 256, cosine; lr and wd chosen on a tenth of TRAIN, then all of it; " + sizes
+            f"         SGD 100 epochs, batch 256, cosine; lr and wd chosen on a tenth of TRAIN, then all of it; {sizes}"
         )
         say("         held-out top-1: " + ", ".join(f"{k}: {v}" for k, v in r["grid"].items()))
     if "lbfgs" in probes:
         r = results["lbfgs"] = linear_lbfgs(x, y, test_x, test_y, penalties or PENALTIES, seed)
-        how = "chosen on a tenth of TRAIN" if r["grid"] else "given"
-        how = (
-            f"standardised, penalty {how}" if penalties != "study" else "as they are, penalty 100 / (M C), 800 updates"
-        )
+        how = f"standardised, penalty {'chosen on a tenth of TRAIN' if r['grid'] else 'given'}"
+        how = "as they are, penalty 100 / (M C), 800 updates" if penalties == "study" else how
         say(f"lbfgs    {tops(r)}   (frozen; penalty {r['penalty']:g})")
         say(f"         logistic regression, features {how}; {sizes}")
     if "mlp" in probes:
@@ -587,8 +583,9 @@ def within(least, most, args, *names):
 
 
 class Subject:
-    """What a command works on, from the flags of `flags`: `backbone` on its `device`, its `preprocess`, `about` (what the
-    file says of itself), `path` (that file; None for random:ARCH), and `sets`, {"train", "test"}, of the data `name`."""
+    """What a command works on, from the flags of `flags`: `backbone` on its `device`, its `preprocess`, `about` (what
+    the file says of itself), `path` (that file; None for random:ARCH), and `sets`, {"train", "test"}, of the data
+    `name`."""
 
     def __init__(self, args):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
@@ -598,18 +595,18 @@ class Subject:
         within(*checkpoints.SIZES, argparse.Namespace(size=args.size or None), "size")
         self.device, self.workers = common.setup(args.device)[2], args.workers
         self.amp = common.bf16_is_fast(self.device) if args.amp is None else args.amp
-        self.backbone, self.preprocess, self.about, self.path = checkpoints.open_backbone(
-            args.checkpoint, args.arch, args.size, args.seed
-        )
+        opened = checkpoints.open_backbone(args.checkpoint, args.arch, args.size, args.seed)
+        self.backbone, self.preprocess, self.about, self.path = opened
         self.name = args.data or self.about.get("data") or common.fail("say which data with --data")
-        trained = (
-            "{method}, epoch {epoch}, {arch}".format_map(self.about) if "method" in self.about else args.checkpoint
+        run = (
+            f"{self.about['method']}, epoch {self.about['epoch']}, {self.about['arch']}"
+            if "method" in self.about
+            else ""
         )
-        print(f"{trained} on {self.name} at {self.preprocess['size']} px")
+        print(f"{run or args.checkpoint} on {self.name} at {self.preprocess['size']} px")
         self.backbone.to(self.device, memory_format=torch.channels_last)
-        self.sets = {
-            s: sets.load(self.name, args.root, s, self.device, args.limit, args.seed) for s in ("train", "test")
-        }
+        how = self.device, args.limit, args.seed
+        self.sets = {split: sets.load(self.name, args.root, split, *how) for split in ("train", "test")}
 
     def features(self):
         """The (features, labels) pairs of the training and of the test images."""
@@ -617,18 +614,19 @@ class Subject:
         return [cached(self.backbone, self.path, images, split, *how) for split, images in self.sets.items()]
 
     def need_labels(self, what, shares=None):
-        """Exit code 2 unless the test set and each of the shares, {name: places} (none: all), of the training set have
+        """Exit code 2 unless the test set and each share of the training set, {name: places} (none: all), have
         labels."""
-        train, test = (sets.labels_of(s) for s in self.sets.values())
+        train, test = (sets.labels_of(s) >= 0 for s in self.sets.values())
         for share, rows in (shares or {"": slice(None)}).items():
-            n = int((train[rows] >= 0).sum())
-            if n < FEWEST or not (test >= 0).any():
-                names = [s.name for s in self.sets.values()]
-                has = f"{names[0]} has {n} for the share {share}" if share else f"{names[1]} has too few labels"
-                common.fail(f"{what}: {FEWEST} labelled training images and a labelled test set are needed; {has}")
+            n, name = int(train[rows].sum()), self.sets["train" if share else "test"].name
+            if n < FEWEST or not test.any():
+                has = f"{n} for the share {share}" if share else "too few labels"
+                common.fail(
+                    f"{what}: {FEWEST} labelled training images and a labelled test set are needed; {name} has {has}"
+                )
 
     def label_shares(self, args, what, default=()):
-        """{name: places of the labelled training images} for --labels (else for the `default`, per cent) or --label-list."""
+        """{name: places of the labelled training images} for --labels (or the `default`, per cent) or --label-list."""
         labels = sets.labels_of(self.sets["train"])
         if args.labels and args.label_list:
             common.fail("--labels and --label-list exclude each other")
@@ -645,7 +643,7 @@ class Subject:
         return shares
 
     def folder(self, out, files):
-        """Where to write `files`: the folder `out`, else the checkpoint's, else the current one. Exit code 2 if none can be."""
+        """Where to write `files`: the folder `out`, else the checkpoint's, else the current one, if that can be."""
         folder = Path(out or (self.path.parent if self.path else "."))
         if not folder.is_dir():
             common.fail(f"--out {out}: there is no such folder")
@@ -657,9 +655,11 @@ class Subject:
         """RUN/evaluate.json; a folder that is read-only costs no numbers."""
         if self.path and results:
             folder = self.path.parent
-            can = os.access(folder, os.W_OK)
+            writable = os.access(folder, os.W_OK)
             print(
-                f"written to {write_json(folder, self.name, results)}" if can else f"not written: {folder} is read-only"
+                f"written to {write_json(folder, self.name, results)}"
+                if writable
+                else f"not written: {folder} is read-only"
             )
 
 
@@ -680,9 +680,7 @@ def probe_name(name):
 
 def main():
     p = flags(__doc__)
-    p.add_argument(
-        "--probe", nargs="+", type=probe_name, choices=PROBES, default=["knn", "linear"], help="which probes"
-    )
+    p.add_argument("--probe", nargs="+", type=probe_name, choices=PROBES, default=["knn", "linear"], help="which")
     label_flags(p, 100)
     p.add_argument("--temperature", type=float, default=0.1, help="T of the weighted k-NN vote; DINO uses 0.07")
     p.add_argument("--penalty", help="lbfgs: a number, or study: 100 / (features * classes) (default: chosen on TRAIN)")

@@ -18,12 +18,12 @@ import evaluate
 
 class Depths(nn.Module):
     """The `layers` of a backbone (none: all), each pooled to `most` features at most, as one long vector of an image:
-    [B, 3, size, size] to [B, n]. `shapes`: {layer: (C, h, w) or (dim,)}, in order of depth. A layer that the network does
-    not have ends the program with exit code 2.
+    [B, 3, size, size] to [B, n]. `shapes`: {layer: (C, h, w) or (dim,)}, in order of depth. A layer that the network
+    does not have ends the program with exit code 2.
 
-    As in the study's code, root is after the first pooling, and a RevNet's block before the pooling that follows it. Unlike
-    there, the last block of a ResNet v2 or RevNet is after the last BatchNorm (and ReLU), and a VGG's block after its
-    max-pooling."""
+    As in the study's code, root is after the first pooling, and a RevNet's block before the pooling that follows it.
+    Unlike there, the last block of a ResNet v2 or RevNet is after the last BatchNorm (and ReLU), and a VGG's block
+    after its max-pooling."""
 
     def __init__(self, backbone, layers, size, most=9000):
         super().__init__()
@@ -45,9 +45,10 @@ class Depths(nn.Module):
 
 
 def depth(net, train, test, preprocess, device, workers=0, amp=False, seed=0):
-    """A linear probe on each of the layers of a `Depths`, whose features are extracted in one pass over each set: {layer:
-    {"shape", "features", "kept", "top1", "top5", "lr", "weight_decay", "grid"}}. Where those of all layers would need more
-    memory than there is `evaluate.room` for, in one pass for each layer. No weight decay is tried: the study has none."""
+    """A linear probe on each of the layers of a `Depths`, whose features are extracted in one pass over each set:
+    {layer: {"shape", "features", "kept", "top1", "top5", "lr", "weight_decay", "grid"}}. Where those of all layers
+    would need more memory than there is `evaluate.room` for, in one pass for each layer. No weight decay is tried: the
+    study has none."""
     shapes, images, results = net.shapes, len(train) + len(test), {}
     fits = 4 * images * sum(map(math.prod, shapes.values())) <= evaluate.room(device)
     for names in [list(shapes)] if fits else [[name] for name in shapes]:
@@ -81,7 +82,7 @@ def main():
         shape = "x".join(map(str, [*r["shape"][1:], r["shape"][0]]))
         print(f"{name:<12}{shape:>14}{r['features']:>10}{r['top1']:8.2f}{'  best' if r['top1'] == best else ''}")
     print(
-        f"         linear probes of frozen maps (height x width x channels), max-pooled to {args.most_features} features at most"
+        f"         linear probes of frozen maps, max-pooled to {args.most_features} features (height x width x depth)"
     )
     print("         SGD 100 epochs, batch 256, cosine, wd 0; lr chosen on a tenth of TRAIN, then all; no augmentation")
     s.write({"depth": results})

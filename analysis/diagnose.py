@@ -4,8 +4,9 @@
     python -m analysis.diagnose RUN --probe localisation swap         the same as numbers, where objects have masks
     python -m analysis.diagnose resnet50.pth --arch resnet50 --data DIR --probe localisation --masks DIR2
 
-neighbours: the nearest training images of some test images. gradients: of the true class, pixel by pixel. localisation: how
-much of the gradients lies on the object. swap: what happens to k-NN and linear probe with another image's background.
+neighbours: the nearest training images of some test images. gradients: of the true class, pixel by pixel. localisation:
+how much of the gradients lies on the object. swap: what happens to k-NN and linear probe with another image's
+background.
 """
 
 import math
@@ -32,8 +33,8 @@ PICTURES = {"neighbours", "gradients"}  # those that show other checkpoints, too
 
 
 def fit_head(train, test, seed):
-    """(the linear probe of (features, labels) pairs as an nn.Linear from features as they are to logits, how it was chosen),
-    for all classes that either has; (None, "") where there are too few labels."""
+    """(the linear probe of (features, labels) pairs as an nn.Linear from features as they are to logits, how it was
+    chosen), for all classes that either has; (None, "") where there are too few labels."""
     (x, y), (_, test_y) = evaluate.with_labels(*train), evaluate.with_labels(*test)
     if len(x) < evaluate.FEWEST or not len(test_y):
         return None, ""
@@ -44,8 +45,8 @@ def fit_head(train, test, seed):
 
 
 class Model(typing.NamedTuple):
-    """What the pictures need of a backbone: `net` is it with a linear head on top (None without labels), `keys` and `queries`
-    are its features of the training and of the test images, [N, d]."""
+    """What the pictures need of a backbone: `net` is it with a linear head on top (None without labels), `keys` and
+    `queries` are its features of the training and of the test images, [N, d]."""
 
     name: str
     net: nn.Sequential | None
@@ -93,8 +94,8 @@ def attention(model, dataset, rows, device, size):
 
 def neighbours(models, train, test, rows, device, k=3):
     """A row of pictures for each test image of `rows`: for every model the class gradients and the k nearest training
-    images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without labels
-    no gradients (a model's `net` is None), no frames and no captions."""
+    images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without
+    labels no gradients (a model's `net` is None), no frames and no captions."""
     size, labels, y = max(m.preprocess["size"] for m in models), sets.labels_of(train), sets.labels_of(test)[rows]
     none = [None] * len(rows)
     columns = [(images_at(models[0], test, rows, device, size), [f"# {i}" for i in rows.tolist()], none)]
@@ -115,8 +116,8 @@ def neighbours(models, train, test, rows, device, k=3):
 
 
 def gradients(models, test, rows, device):
-    """Rows of pictures: the test images at `rows` and, for every model, their class gradients for the true label; below them
-    the class that the model's linear classifier names, and whether it is right."""
+    """Rows of pictures: the test images at `rows` and, for every model, their class gradients for the true label; below
+    them the class that the model's linear classifier names, and whether it is right."""
     size, y = max(m.preprocess["size"] for m in models), sets.labels_of(test)[rows].tolist()
     table = [("image", images_at(models[0], test, rows, device, size), [title(test, label) for label in y], None)]
     for m in models:
@@ -167,9 +168,9 @@ def localisation(backbone, head, dataset, masks, preprocess, device, batch_size=
     """How much of the gradients for the true labels lies on the objects, where masks [N, H, W] are True. Per cent:
 
     energy: the share of their squares, summed over channels, that lies inside the object, mean over the images.
-    pointing: the images whose map (`saliency.class_gradients`) has its maximum inside (Zhang et al. 2016's pointing game).
+    pointing: the images whose map (`saliency.class_gradients`) has its maximum inside (Zhang et al. 2016).
     area: the share of pixels that are inside, mean over the images: the energy of a uniform map.
-    energy_other, pointing_other: with the object of another image: the score of attending to a place, not to the object.
+    energy_other, pointing_other: with the object of another image: the score of a bias to places.
     Returns these and the number of "images"; images without a label or an object are left out.
     """
     rows, net, found = with_object(dataset, masks), nn.Sequential(backbone, head), []
@@ -216,9 +217,10 @@ def fill(images, masks):
 
 
 def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250, workers=0):
-    """Yields ({version: uint8 [b, 3, S, S]}, labels [b]) of the images at `rows`: the "original"; "swapped", the object on
-    the ground of its partner, whose own object is filled in; "removed", its own ground without it; "grey", the object
-    on mid-grey. All are made at the size of the data (of a folder: at the network's) and then cut as any image is."""
+    """Yields ({version: uint8 [b, 3, S, S]}, labels [b]) of the images at `rows`: the "original"; "swapped", the object
+    on the ground of its partner, whose own object is filled in; "removed", its own ground without it; "grey", the
+    object on mid-grey. All are made at the size of the data (of a folder: at the network's) and then cut as any image
+    is."""
     size = preprocess["size"]
     side = dataset.images.shape[-1] if isinstance(dataset, sets.Images) else size
     pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
@@ -240,10 +242,10 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
 def swap(backbone, head, keys, labels, dataset, masks, preprocess, device, k=20, temperature=0.1, seed=0, workers=0,
          amp=False):  # fmt: skip
     """Top-1 in per cent of weighted k-NN and of `head` on the `composites` of a set, both made with ordinary training
-    images: `keys` [N, d] with `labels`, and a linear layer fitted on them. {version: {"knn", "linear"}}, the number of "images",
-    and "object": of the swapped images, the share in per cent whose feature is nearer (cosine) to the image that the
-    object is from than to the one that the ground is from. Where grounds tell nothing about the class, accuracies stay as
-    they are, and only this figure shows how much of the ground a feature holds."""
+    images: `keys` [N, d] with `labels`, and a linear layer fitted on them. {version: {"knn", "linear"}}, the number of
+    "images", and "object": of the swapped images, the share in per cent whose feature is nearer (cosine) to the image
+    that the object is from than to the one that the ground is from. Where grounds tell nothing about the class,
+    accuracies stay as they are, and only this figure shows how much of the ground a feature holds."""
     rows = with_object(dataset, masks)
     if len(dataset) < 2 or not len(rows):
         common.fail(
@@ -357,21 +359,17 @@ def main():
     if "localisation" in asked:
         r = localisation(s.backbone, head, test, masks, s.preprocess, s.device, workers=s.workers, seed=args.seed)
         results["localisation"] = r
-        print(
-            f"localisation   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (a uniform map: {r['area']:.2f})"
-        )
-        print(f"  other image  energy {r['energy_other']:.2f}  pointing {r['pointing_other']:.2f}   (the object of another "
-              "image: the score of a bias to places)")  # fmt: skip
-        print(
-            f"         gradient of the TRUE label's score, {r['images']} un-augmented test images at {size} px, per cent"
-        )
-        print(
-            "         energy: of its squares, those inside the object; pointing: of images, those with its maximum inside"
-        )
+        energy, other, area = r["energy"], r["energy_other"], r["area"]
+        print(f"localisation   energy {energy:.2f}  pointing {r['pointing']:.2f}   (a uniform map: {area:.2f})")
+        print(f"  other image  energy {other:.2f}  pointing {r['pointing_other']:.2f}   (a bias to places scores this)")
+        print(f"         gradient of the TRUE label's score, {r['images']} un-augmented test images at {size} px")
+        print("         energy: per cent of its squares inside the object; pointing: of images with its maximum inside")
+        print("         other image: the same with the object of another image")
         print(f"         {how}")
     if "swap" in asked:
-        r = swap(s.backbone, head, *evaluate.with_labels(*pairs[0]), test, masks, s.preprocess, s.device, 20, args.temperature,
-                 args.seed, s.workers, s.amp)  # fmt: skip
+        how_knn = 20, args.temperature, args.seed, s.workers, s.amp
+        labelled = evaluate.with_labels(*pairs[0])
+        r = swap(s.backbone, head, *labelled, test, masks, s.preprocess, s.device, *how_knn)
         results["swap"] = r
         versions = [v for v in r if isinstance(r[v], dict)]
         print("swap     " + "".join(f"{v:>10}" for v in versions))

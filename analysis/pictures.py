@@ -15,8 +15,8 @@ def draw_rows(rows, headings=None, frames=False):
 
     rows: list of (name, images [N, 3, S, S] in [-1, 1], captions, marks). The name stands at the left. Images are
     enlarged by a whole factor, without smoothing, to at least 96 px. captions, marks: one string and one bool (or None)
-    per image, or None: written under the image, as a green dot for True and a red one for False; `frames`: as a frame of
-    that colour around the image. headings: {column: what to write above it}.
+    per image, or None: written under the image, as a green dot for True and a red one for False; `frames`: as a frame
+    of that colour around the image. headings: {column: what to write above it}.
     """
     pixels = [(images.float().cpu() + 1).mul(127.5).round().clamp(0, 255).byte() for _, images, _, _ in rows]
     pixels = [x.repeat_interleave(k := math.ceil(96 / x.shape[-1]), 2).repeat_interleave(k, 3) for x in pixels]

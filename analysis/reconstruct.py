@@ -1,8 +1,10 @@
 """What an autoencoder recovers of images (SaGe, sec. 4.4): pictures, and whether a classifier still recognises them.
 
-python -m analysis.reconstruct RUN [--beside RUN2]        RUN/reconstructions.png: images, views, and their recoveries
-python -m analysis.reconstruct RUN --classifier FILE      the perceptual test as well; FILE: of downstream.finetune --save
-python -m analysis.reconstruct RUN --classifier torchvision:resnet50
+    python -m analysis.reconstruct RUN [--beside RUN2]         RUN/reconstructions.png: images, views, recoveries
+    python -m analysis.reconstruct RUN --classifier FILE       the perceptual test as well
+    python -m analysis.reconstruct RUN --classifier torchvision:resnet50
+
+FILE: of `python -m downstream.finetune RUN --labels 100 --save FILE`.
 """
 
 import importlib
@@ -26,8 +28,8 @@ from analysis import pictures
 
 
 class Classifier(nn.Module):
-    """A frozen network whose forward takes images in [-1, 1], of any square size, to logits [B, classes]: it resizes them
-    to the size it was trained at and normalizes them by its own mean and std."""
+    """A frozen network whose forward takes images in [-1, 1], of any square size, to logits [B, classes]: it resizes
+    them to the size it was trained at and normalizes them by its own mean and std."""
 
     def __init__(self, net, classes, mean, std, size):
         super().__init__()
@@ -132,11 +134,12 @@ def perceptual(autoencoder, classifier, dataset, size, device, batch_size=256, w
 
 @torch.inference_mode()
 def draw_recoveries(autoencoders, dataset, views, device, classifier=None, n=8, seed=0, amp=False):
-    """Rows of pictures: `n` images of a set and of one cut of each per view, all with what the autoencoders recover of them.
+    """Rows of pictures: `n` images of a set and of one cut of each per view, all with what the autoencoders recover of
+    them.
 
     autoencoders: {name: module}, each [B, 3, S, S] in [-1, 1] to the same; with one of name "" the rows need no names.
-    views: of data.view, with mean = std = 0.5. The images and the cuts depend on `seed` alone. Under a recovery stand its
-    mean squared error and, with a classifier, whether the image's class is among its first `guesses`.
+    views: of data.view, with mean = std = 0.5. The images and the cuts depend on `seed` alone. Under a recovery stand
+    its mean squared error and, with a classifier, whether the image's class is among its first `guesses`.
     """
     picked = sets.pick(dataset, torch.randperm(len(dataset), generator=data.generator(seed, "pictures"))[:n])
     plain = {"size": views[0]["size"], "interpolation": "bilinear", "mean": data.HALF, "std": data.HALF}
@@ -165,7 +168,8 @@ def draw_recoveries(autoencoders, dataset, views, device, classifier=None, n=8, 
 
 
 def open_autoencoder(run):
-    """(the script of the run's method, its autoencoder, what backbone.pt says) for a run folder or the backbone.pt in it."""
+    """(the script of the run's method, its autoencoder, what backbone.pt says) for a run folder or the backbone.pt in
+    it."""
     *_, about, path = checkpoints.open_backbone(str(run), None, 0, 0)
     method = about.get("method") or common.fail(f"{run} is not a run of a method that makes images")
     script = importlib.import_module(method) if (Path(evaluate.__file__).parent / f"{method}.py").is_file() else None
@@ -208,9 +212,8 @@ def main():
         results["perceptual"] = r | {"classifier": args.classifier}
         print(f"perceptual {evaluate.tops(r)}  MSE {r['mse']:.4f}   (recovered images)")
         print(f"           top-1 {r['originals_top1']:.2f}  top-5 {r['originals_top5']:.2f}               (the images)")
-        print(
-            f"         {len(test)} un-augmented test images at {size} px, seen by {args.classifier}; MSE of pixels in [-1, 1]"
-        )
+        print(f"         {len(test)} un-augmented test images at {size} px, classified by {args.classifier}")
+        print("         MSE of pixels in [-1, 1]")
     runs.write_picture(file, draw_recoveries(autoencoders, test, views, device, classifier, seed=args.seed, amp=amp))
     print(f"{file}: images, their views, and what is recovered of each, with its MSE in [-1, 1]")
     if classifier:

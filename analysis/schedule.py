@@ -19,15 +19,15 @@ import runs
 
 @torch.inference_mode()
 def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, seed=0):
-    """Softmax regression by SGD on features as they are: momentum 0.9, no weight decay, lr 0.1 * batch / 256, x 0.1 after D
-    and D + 20 epochs of D + 40. Returns {D: test top-1 in per cent after each epoch}. Until its first decay every D trains
-    alike: one run at the full rate serves all."""
+    """Softmax regression by SGD on features as they are: momentum 0.9, no weight decay, lr 0.1 * batch / 256, x 0.1
+    after D and D + 20 epochs of D + 40. Returns {D: test top-1 in per cent after each epoch}. Until its first decay
+    every D trains alike: one run at the full rate serves all."""
     batch_size = min(batch_size, len(x))
     steps, lr, columns = len(x) // batch_size, 0.1 * batch_size / 256, torch.arange(batch_size, device=y.device)
 
     def train(w, v, first, last, lr):
-        """Epochs `first` to `last`, not included, of weights and momentum [C, 1 + d], in place: top-1 after each. The first
-        column is the bias: a column of ones in the features would need a copy of them all."""
+        """Epochs `first` to `last`, not included, of weights and momentum [C, 1 + d], in place: top-1 after each. The
+        first column is the bias: a column of ones in the features would need a copy of them all."""
         curve = []
         for epoch in tqdm(range(first, last), f"lr {lr:g}", unit="epoch", leave=False, disable=None):
             order = torch.randperm(len(x), generator=data.generator(seed, "late decays", epoch))
@@ -64,11 +64,9 @@ def main():
     for d, curve in curves.items():
         some = ", ".join(f"{curve[e - 1]:.2f} after {e}" for e in (1, d, d + 20))
         print(f"schedule first decay at {d}: top-1 {curve[-1]:.2f} after {d + 40} epochs   ({some})")
+    print(f"         SGD 0.9, no weight decay, batch {min(2048, len(x))}, lr 0.1 * batch / 256, x 0.1 at D and D + 20")
     print(
-        f"         SGD 0.9, no weight decay, batch {min(2048, len(x))}, lr 0.1 * batch / 256, x 0.1 twice, 20 epochs apart"
-    )
-    print(
-        f"         {len(x)} training and {len(test_x)} test images, no augmentation; {x.shape[1]}-d features as they are"
+        f"         {len(x)} training and {len(test_x)} test images, no augmentation; {x.shape[1]} features as they are"
     )
     rows = [",".join("" if a is None else f"{a:.2f}" for a in row) for row in zip_longest(*curves.values())]
     table = ["epoch," + ",".join(f"decay at {d}" for d in curves), *(f"{e},{row}" for e, row in enumerate(rows, 1))]

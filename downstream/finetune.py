@@ -4,13 +4,13 @@
     python -m downstream.finetune RUN --label-list 1percent.txt          on an official list of file names
     python -m downstream.finetune RUN --protocol swav                    rates and decay as published for ImageNet
     python -m downstream.finetune RUN --labels 100 --save FILE           on all labels, kept as a classifier
-    python -m downstream.finetune random:resnet18 --data cifar10 --size 32 --labels 100       a network trained with labels alone
+    python -m downstream.finetune random:resnet18 --data cifar10 --size 32 --labels 100      with labels alone
 
-The semi-supervised protocol of SwAV (eval_semisup.py) and SaGe (configs/benchmarks/semi_classification): SGD with momentum
-0.9, 20 epochs, rates x 0.2 at 60 % and 80 %, batch 256, random crops and flips, one rate for the trunk and one for the head.
-Their rates are for ImageNet, and SaGe does not say which of its grid won. What fits the head depends on the scale of the
-features, which differs by method, and few images need other rates: hence a small grid of our own (measured:
-results/README.md).
+The semi-supervised protocol of SwAV (eval_semisup.py) and SaGe (configs/benchmarks/semi_classification): SGD with
+momentum 0.9, 20 epochs, rates x 0.2 at 60 % and 80 %, batch 256, random crops and flips, one rate for the trunk and one
+for the head. Their rates are for ImageNet, and SaGe does not say which of its grid won. What fits the head depends on
+the scale of the features, which differs by method, and few images need other rates: hence a small grid of our own
+(measured: results/README.md).
 """
 
 import copy
@@ -38,11 +38,12 @@ PROTOCOLS = {  # {per cent of the labels: (pairs of rates for trunk and head, we
 }
 
 
-def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs, batch_size, weight_decay=0.0, workers=0,
-                 amp=False, seed=0):  # fmt: skip
+def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs, batch_size, weight_decay=0.0,
+                 workers=0, amp=False, seed=0):  # fmt: skip
     """A copy of `backbone` and a linear head on top, trained together: (nn.Sequential, mean loss of the last epoch).
 
-    BatchNorm is in train mode, the head starts at zero. The loss is NaN or infinite, and training stops, if it diverges.
+    BatchNorm is in train mode, the head starts at zero. The loss is NaN or infinite, and training stops, if it
+    diverges.
     """
     y = sets.labels_of(train).to(device)
     net = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.dim, evaluate.classes_of(train))).to(device).train()
@@ -71,12 +72,12 @@ def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs,
     return net, mean
 
 
-def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_size=256, weight_decay=0.0, workers=0, amp=False,
-             seed=0):  # fmt: skip
+def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_size=256, weight_decay=0.0, workers=0,
+             amp=False, seed=0):  # fmt: skip
     """Fine-tune `backbone`, which stays as it is, on `train`, all of it labelled, and classify `test`.
 
-    Of several `pairs` of learning rates (trunk, head) the best is chosen on a held-out tenth of `train`, then fitted on all.
-    Returns (nn.Sequential of trunk and head in eval mode, {"top1", "top5", "images", "trunk_lr", "head_lr",
+    Of several `pairs` of learning rates (trunk, head) the best is chosen on a held-out tenth of `train`, then fitted on
+    all. Returns (nn.Sequential of trunk and head in eval mode, {"top1", "top5", "images", "trunk_lr", "head_lr",
     "weight_decay", "epochs", "batch_size", "updates", "grid"}). Ends the program where training diverges.
     """
 
@@ -113,7 +114,8 @@ def save_classifier(file, net, subject, arch):
     train = subject.sets["train"]
     runs.write(file, {
         "kind": "classifier", "arch": subject.about.get("arch") or arch, "state_dict": weights[0], "head": weights[1],
-        "preprocess": subject.preprocess, "built_for": built_for, "classes": list(train.classes or []), "data": train.name,
+        "preprocess": subject.preprocess, "built_for": built_for, "classes": list(train.classes or []),
+        "data": train.name,
     })  # fmt: skip
 
 
@@ -158,15 +160,16 @@ def main():
         if args.protocol:
             share = 100 * len(rows) / len(train) if args.label_list else float(name)
             near = [found for p, found in PROTOCOLS[args.protocol].items() if 0.8 < share / p < 1.25]
-            one_or_ten = f"--protocol {args.protocol} has rates for 1 and 10 % of the labels; {args.label_list} has {share:.3g} %"
-            pairs, decay = near[0] if near else common.fail(one_or_ten)
+            has = f"rates for 1 and 10 % of the labels; {args.label_list} has {share:.3g} %"
+            pairs, decay = near[0] if near else common.fail(f"--protocol {args.protocol} has {has}")
         settings = pairs, args.epochs, args.batch_size, decay, s.workers, s.amp, args.seed
         net, r = finetune(s.backbone, sets.pick(train, rows), s.sets["test"], s.preprocess, s.device, *settings)
         results[name] = r
         rates = f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})"
         print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   {rates}")
-        print(f"         {'from random weights' if scratch else 'all weights fine-tuned'}, {r['images']} labelled images, "
-              f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}, random crops and flips")  # fmt: skip
+        start = "from random weights" if scratch else "all weights fine-tuned"
+        updates = f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}"
+        print(f"         {start}, {r['images']} labelled images, {updates}, random crops and flips")
         print(
             f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %, {how}; un-augmented test images"
         )

@@ -349,7 +349,8 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
     out = tmp_path / "out"
     out.mkdir()
     flags = ("--data", folder, "--size", 32, "--masks", tmp_path / "masks", "--out", out)
-    command(monkeypatch, "analysis.diagnose", "random:resnet10_16", *ALL, *flags, "--beside", make_run(tmp_path / "run", "x", size=48))
+    beside = make_run(tmp_path / "run", "x", size=48)
+    command(monkeypatch, "analysis.diagnose", "random:resnet10_16", *ALL, *flags, "--beside", beside)
     assert "6 test images" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {"neighbours.png", "gradients.png", "swap.png"}
     with Image.open(out / "gradients.png") as image:
