@@ -405,7 +405,8 @@ def main(argv=None):
         f"{args.directions} directions",
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up",
         f"{args.optimizer}: {optim.count(optimizer)}",
-        f"{predictions} predictions a pass and rank, {candidates} candidates: logits of {predictions * candidates * 4 / 1e6:.1f} MB",
+        f"{predictions} predictions a pass and rank, {candidates} candidates: "
+        f"logits of {predictions * candidates * 4 / 1e6:.1f} MB",
         f"loss of equal logits ln(N) = {math.log(candidates):.2f}",
     )
     if run.resume():

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TINY, write_images
+from conftest import TINY, command, write_images
 from torchvision.models.vgg import cfgs, make_layers
 
 import backbones
@@ -193,7 +193,7 @@ def test_byol_and_every_depth_of_a_mobilenet(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     start, found = backbones.build("mobilenet_v3_small", 32).state_dict(), runs.load(out / "backbone.pt")["state_dict"]
     assert list(found) == list(start) and not torch.equal(found["features.0.0.weight"], start["features.0.0.weight"])
-    look(monkeypatch, out, "--probe", "depth")
+    command(monkeypatch, "analysis.depth", out)
     shapes = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith(("block", "pre_")))
     assert shapes == {"block1": "16x16x16", "block2": "8x8x16", "block3": "4x4x24", "block4": "2x2x48", "block5": "1x1x576",
                       "pre_logits": "576"}  # fmt: skip
