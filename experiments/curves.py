@@ -28,6 +28,7 @@ PANELS = {
     },
     "shapes-natural": {"colorization": "pretext-shapes-colorization", "rotation": "pretext-shapes-rotation"},
 }
+APART = {"SimCLR": 4, "InstDisc": -4, "jigsaw": 3, "relative location": -3}  # points, for names that would overlap
 
 
 def curve(name):
@@ -44,14 +45,16 @@ def draw():
     for panel, (data, methods) in zip(panels, PANELS.items(), strict=True):
         for i, (method, name) in enumerate(methods.items()):
             epochs, knn = curve(name)
-            style = dict(color=f"C{i % 10}", linestyle="--" if i >= 10 else "-")
-            panel.plot(epochs, knn, marker=".", **style)
-            panel.annotate(method, (epochs[-1], knn[-1]), (5, 0), textcoords="offset points", va="center", color=f"C{i % 10}")
+            color, style = f"C{i % 10}", "--" if i >= 10 else "-"
+            panel.plot(epochs, knn, style, color=color, marker=".")
+            place = dict(xytext=(5, APART.get(method, 0)), textcoords="offset points", va="center", zorder=3)
+            text = panel.annotate(method, (epochs[-1], knn[-1]), color=color, **place)
+            text.set_bbox(dict(facecolor="white", edgecolor="none", pad=0.5, alpha=0.85))
         panel.axhline(10, color="0.6", linewidth=0.8)
         panel.annotate("chance level", (0, 10), (0, -3), textcoords="offset points", va="top", color="0.5", fontsize=8)
         panel.set(title=data, xlabel="epoch", ylim=(0, 100))
         panel.margins(x=0.03)
-        panel.set_xlim(right=panel.get_xlim()[1] * (1.15 if data == "shapes" else 1.45))
+        panel.set_xlim(right=panel.get_xlim()[1] * (1.15 if data == "shapes" else 1.75))
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="0.92")
     panels[0].set_ylabel("20-NN accuracy of frozen features, %")
