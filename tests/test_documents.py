@@ -53,7 +53,9 @@ def quoted(text, doc_of):
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if script := len(cells) == 6 and re.search(r"\b(\w+)\.py\b", cells[1]):
-            for row in itertools.zip_longest(*map(FIGURE.findall, cells[3:])):  # several seeds, the minutes of the first
+            for row in itertools.zip_longest(
+                *map(FIGURE.findall, cells[3:])
+            ):  # several seeds, the minutes of the first
                 yield script[1], tuple(figure for figure in row if figure)
     for method in METHODS:
         for knn, linear in columns(doc_of(method)):
@@ -110,7 +112,9 @@ def broken(page, text):
     for link in re.findall(r"\]\(([^)\s]+)", text):
         path, _, anchor = link.partition("#")
         file = page.parent / path if path else page
-        if not re.match(r"https?:", link) and (not file.exists() or (anchor and anchor not in anchors(file.read_text())):
+        if re.match(r"https?:", link):
+            continue
+        if not file.exists() or (anchor and anchor not in anchors(file.read_text())):
             yield link
 
 
