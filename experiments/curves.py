@@ -1,54 +1,65 @@
-"""k-NN curves of finished runs in one figure.
+"""Draws docs/pictures/curves.png, the k-NN accuracy of every method over its epochs, from the logs in results/.
 
-    python -m experiments.curves BYOL=results/byol-shapes-seed0.jsonl SimCLR=runs/simclr-shapes --out curves.png
+    python -m experiments.curves          (needs matplotlib)
 
-Each curve is NAME=RUN, a run folder or its metrics.jsonl. Needs matplotlib (requirements-dev.txt).
+A panel per drawn data set, a line per method, seed 0, the default recipe of its script.
 """
 
-import argparse
 import json
 from pathlib import Path
 
-import common
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).parent.parent
+PANELS = {
+    "shapes": {
+        "SwAV": "swav-shapes-seed0",
+        "SimCLR": "simclr-shapes-seed0",
+        "InstDisc": "instdisc-shapes-two-cores",
+        "PIRL": "pirl-shapes",
+        "MoCo v2": "moco-shapes-seed0",
+        "BYOL": "byol-shapes-seed0",
+        "SaGe": "sage-shapes-seed0",
+        "exemplar": "pretext-shapes-exemplar",
+        "CPC v2": "cpc-shapes-v2",
+        "CMC": "cmc-shapes",
+        "jigsaw": "pretext-shapes-jigsaw",
+        "relative location": "pretext-shapes-relative",
+    },
+    "shapes-natural": {"colorization": "pretext-shapes-colorization", "rotation": "pretext-shapes-rotation"},
+}
+APART = {"SimCLR": 4, "InstDisc": -4, "jigsaw": 3, "relative location": -3}  # points, for names that would overlap
 
 
-def read(run):
-    """(epochs, 20-NN accuracies in per cent) of a run folder or a metrics.jsonl, from the random init on."""
-    path = Path(run, "metrics.jsonl") if Path(run).is_dir() else Path(run)
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        points = [(line["epoch"], line["knn20"]) for line in lines if "knn20" in line]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        common.fail(f"{path} cannot be read as the log of a run: {error}")
-    return list(zip(*points, strict=True)) or common.fail(f"{path} has no k-NN accuracies (knn20)")
+def curve(name):
+    """Epochs and 20-NN accuracies (%) of a log, the last of them that of the final probe."""
+    rows = [json.loads(line) for line in (ROOT / f"results/{name}.jsonl").read_text().splitlines()]
+    points = {row["epoch"]: row["knn20"] for row in rows if "knn20" in row}
+    points[round(max(row.get("epoch", 0) for row in rows))] = rows[-1]["final_knn"]
+    return list(points), list(points.values())
 
 
-def main(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("curves", nargs="+", metavar="NAME=RUN", help="a run folder or its metrics.jsonl, and its name")
-    p.add_argument("--out", default="curves.png", help="the figure: .png, .svg or .pdf")
-    args = p.parse_args(argv)
-    curves = [curve.partition("=") for curve in args.curves]
-    if wrong := [name for name, equals, run in curves if not (name and equals and run)]:
-        common.fail(f"{wrong[0]}: NAME=RUN is expected")
-    points = {name: read(run) for name, _, run in curves}
-    try:
-        from matplotlib import pyplot
-    except ImportError:
-        common.fail("the figure needs matplotlib: pip install -r requirements-dev.txt")
-    figure, axes = pyplot.subplots(figsize=(7, 3.6), layout="constrained")
-    shades = pyplot.get_cmap("tab20").colors
-    axes.set_prop_cycle(color=shades[::2] + shades[1::2])
-    for name, (epochs, accuracy) in points.items():
-        axes.plot(epochs, accuracy, label=name, marker=".", linewidth=1.5)
-    axes.set(xlabel="epoch", ylabel="20-NN accuracy, %")
-    axes.grid(alpha=0.3)
-    axes.legend(bbox_to_anchor=(1.01, 1), loc="upper left", frameon=False)
-    try:
-        figure.savefig(args.out, dpi=120)
-    except (OSError, ValueError) as error:
-        common.fail(f"--out {args.out}: {error}")
+def draw():
+    figure = Figure(figsize=(9, 3.8), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
+    for panel, (data, methods) in zip(panels, PANELS.items(), strict=True):
+        for i, (method, name) in enumerate(methods.items()):
+            epochs, knn = curve(name)
+            color, style = f"C{i % 10}", "--" if i >= 10 else "-"
+            panel.plot(epochs, knn, style, color=color, marker=".")
+            place = dict(xytext=(5, APART.get(method, 0)), textcoords="offset points", va="center", zorder=3)
+            text = panel.annotate(method, (epochs[-1], knn[-1]), color=color, **place)
+            text.set_bbox(dict(facecolor="white", edgecolor="none", pad=0.5, alpha=0.85))
+        panel.axhline(10, color="0.6", linewidth=0.8)
+        panel.annotate("chance level", (0, 10), (0, -3), textcoords="offset points", va="top", color="0.5", fontsize=8)
+        panel.set(title=data, xlabel="epoch", ylim=(0, 100))
+        panel.margins(x=0.03)
+        panel.set_xlim(right=panel.get_xlim()[1] * (1.15 if data == "shapes" else 1.75))
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.grid(color="0.92")
+    panels[0].set_ylabel("20-NN accuracy of frozen features, %")
+    return figure
 
 
 if __name__ == "__main__":
-    common.run(main)
+    draw().savefig(ROOT / "docs/pictures/curves.png", dpi=110)
