@@ -27,7 +27,6 @@ device. All in fp32. The methods' constants are those of the authors' code (docs
 
     python saliency.py DIR --out MASKS                          RBD masks for a folder of images, one small PNG each
     python saliency.py DIR --out MASKS --method cam --classifier FILE
-    python saliency.py score IMAGES MASKS --method rbd mc gs    against masks drawn by hand: F-measure and error
 """
 
 import argparse
@@ -592,10 +591,9 @@ def beside(images, ms):
     return torch.stack([pictures[0], pictures[1].expand(-1, 3, -1, -1)], 1).flatten(0, 1).clamp(0, 1)
 
 
-def write_masks(argv):
+def main(argv=None):
     p = argparse.ArgumentParser(
-        usage="python saliency.py DATA --out MASKS [flags]   (python saliency.py score IMAGES MASKS [flags])",
-        description=__doc__, formatter_class=common.Help, allow_abbrev=False,
+        usage="python saliency.py DATA --out MASKS [flags]", description=__doc__, formatter_class=common.Help, allow_abbrev=False,
     )  # fmt: skip
     p.add_argument("data", help=f"a folder of images, or one of {', '.join(sets.NAMES)}")
     p.add_argument("--out", required=True, help="folder for the masks, KEY.png; what it has already stays")
@@ -658,113 +656,6 @@ def write_masks(argv):
 
 
 # ============ against masks drawn by hand ============
-
-
-def score(maps, truths):
-    """{"max_f", "mean_f", "adaptive_f", "mae"} of maps, float [h, w] each, against truths, bool [h, w] of the same sizes.
-
-    A map is stretched to 0..255. Precision and recall at each of the 256 thresholds are averaged over the images before
-    they make F = (1 + b^2) P R / (b^2 P + R), b^2 = 0.3; then the maximum and the mean over the thresholds. (The mean of
-    the images' own maxima would be larger, and is not what papers report.) Adaptive: one threshold an image, twice its
-    mean. MAE: the mean of |map - truth|.
-    """
-    precision, recall = torch.zeros(257, dtype=torch.double), torch.zeros(257, dtype=torch.double)
-    error, n = 0.0, 0
-    for m, truth in zip(maps, truths, strict=True):
-        m, truth = scaled(m[None].float().cpu())[0], truth.cpu()
-        level = (m * 255).round().long()
-        # [256]: pixels at or above each threshold, and those of them within the object
-        counts = torch.stack([torch.bincount(t.flatten(), minlength=256) for t in (level, level[truth])])
-        found, right = counts.flip(1).cumsum(1).flip(1).double()
-        cut = m >= (2 * m.mean()).clamp(max=m.max())
-        found = torch.cat([found, cut.sum()[None]])
-        right = torch.cat([right, (cut & truth).sum()[None]])
-        precision += right / found.clamp(min=1)
-        recall += right / truth.sum().clamp(min=1)
-        error += (m - truth.float()).abs().mean().item()
-        n += 1
-    p, r = precision / n, recall / n
-    f = (1.3 * p * r / (0.3 * p + r).clamp(min=1e-12)).tolist()
-    return {"max_f": max(f[:256]), "mean_f": sum(f[:256]) / 256, "adaptive_f": f[256], "mae": error / n}
-
-
-def matched(folder, keys):
-    """The masks or maps in a folder for images `keys`, in their order, uint8 [h, w]; names what does not match or decode and
-    ends the program."""
-    files = sets.named(folder)
-    if odd := [k for k in keys if k not in files]:
-        some = ", ".join(odd[:10]) + (", ..." if len(odd) > 10 else "")
-        common.fail(f"{len(odd)} of {len(keys)} images have nothing of their name in {folder}: {some}")
-    try:
-        return [sets.decode(path := files[k])[0] for k in keys]
-    except OSError as error:
-        common.fail(f"{path}: {error}")
-
-
-def score_command(argv):
-    p = argparse.ArgumentParser(
-        usage="python saliency.py score IMAGES MASKS [flags]", description=score.__doc__, formatter_class=common.Help,
-        allow_abbrev=False,
-    )  # fmt: skip
-    p.add_argument("images", help="folder of images")
-    p.add_argument("masks", help="folder of masks with the images' names: above 128 is the object")
-    p.add_argument("--method", nargs="+", choices=METHODS + CLASS_METHODS, default=list(METHODS), help="of the maps")
-    p.add_argument("--classifier", help="for cam and gradient: a file of downstream.finetune --save, or torchvision:NAME")
-    p.add_argument("--maps", help="folder of saved maps with the images' names; none are computed")
-    p.add_argument("--picture", help="PNG to write: twenty images, each with its mask and its maps")
-    p.add_argument("--limit", type=int, default=0, help="the first N images (0: all)")
-    p.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    p.add_argument("--workers", type=int, default=0, help="decoding processes")
-    p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
-    args = p.parse_args(argv)
-    common.at_least(1, args, "batch_size")
-    common.at_least(0, args, "workers", "limit")
-    if not args.maps and set(args.method) & set(CLASS_METHODS) and not args.classifier:
-        common.fail(f"--method {' and '.join(CLASS_METHODS)} need --classifier FILE")
-    _, _, device = common.setup(args.device)
-    images = sets.named(args.images)
-    keys = list(images)[: args.limit or None]
-    if not keys:
-        common.fail(f"no images in {args.images}")
-    truths = [grey > 128 for grey in matched(args.masks, keys)]
-    saved = [grey[None] / 255 for grey in matched(args.maps, keys)] if args.maps else None
-    classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
-    dataset = sets.Files(args.images, [(images[k], -1) for k in keys], None, args.images)
-    side = first_side(dataset)
-
-    rows, pictures = [], []
-    shown = torch.linspace(0, len(keys) - 1, min(20, len(keys))).long().tolist()
-    for method in ["saved"] if saved else args.method:
-        start, found = time.perf_counter(), saved
-        if not saved:
-            found, every = [], range(len(keys))
-            for _, _, m, errors in walk(
-                dataset, every, method, device, classifier, side, args.batch_size, args.workers
-            ):
-                if any(errors):
-                    common.fail(next(filter(None, errors)))
-                found += (m.float() / 255)[:, None]
-        ms = 1000 * (time.perf_counter() - start) / len(keys)
-        found = [resized(m[None], *truth.shape)[0, 0] for m, truth in zip(found, truths, strict=True)]
-        r = score(found, truths)
-        rows.append(f"{method:<9} {r['max_f']:6.3f} {r['mean_f']:7.3f} {r['adaptive_f']:9.3f} {r['mae']:6.3f} "
-                    f"{'' if saved else f'{ms:.0f}':>9}")  # fmt: skip
-        pictures.append([found[i] for i in shown])
-    print(f"{len(keys)} images, F-measure with beta^2 = 0.3\n")
-    print("method     max F  mean F  adaptive    MAE  ms/image")
-    print("\n".join(rows))
-    if args.picture:
-        cells = []
-        for row, i in enumerate(shown):
-            for cell in (dataset.read(i)[0].float() / 255, truths[i].float(), *(column[row] for column in pictures)):
-                cells.append(resized(cell.expand(3, -1, -1)[None], 128, 128)[0])
-        runs.write_picture(args.picture, make_grid(torch.stack(cells), nrow=2 * (2 + len(pictures)), padding=2, pad_value=1))
-        print(f"{args.picture}: twice in a row: image, mask, {', '.join(['saved'] if saved else args.method)}")
-
-
-def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    return score_command(argv[1:]) if argv[:1] == ["score"] else write_masks(argv)
 
 
 if __name__ == "__main__":

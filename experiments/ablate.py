@@ -30,6 +30,7 @@ import instdisc
 import runs
 import saliency
 import sets
+from analysis import score_saliency
 from experiments import jobs
 
 # ============ the tables ============
@@ -286,7 +287,7 @@ def mask_quality(own, args, flags):
     truths = sets.read_masks(own.true_masks, train) > 127 if own.true_masks else train.masks > 0
     maps = instdisc.open_maps(own.parse([*own.flags, *flags]), train, torch.device(args.device or "cpu"))
     resized = (saliency.resized(m[None, None] / 255, *truths.shape[1:])[0, 0] for m in maps.cpu())
-    score = saliency.score(resized, truths)
+    score = score_saliency.score(resized, truths)
     return {"F_beta": [score["max_f"]], "MAE": [score["mae"]]}
 
 

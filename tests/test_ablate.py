@@ -19,6 +19,7 @@ import common
 import evaluate
 import saliency
 import sets
+from analysis import score_saliency
 from experiments import ablate, jobs
 
 TOY = '''
@@ -364,7 +365,7 @@ def test_what_the_masks_of_drawn_objects_are_worth_stands_beside_the_papers(toy,
     flags = ["--data", "shapes", "--limit", "6", "--root", str(tmp_path), "--device", "cpu"]
     ablate.main(["toy", "--out", str(toy), *flags])
     train = sets.load("shapes", limit=6)
-    expected = saliency.score(saliency.maps(train.images), train.masks > 0)
+    expected = score_saliency.score(saliency.maps(train.images), train.masks > 0)
     kept = {row["row"]: row["ours"] for row in json.loads((toy / "saliency.json").read_text())}
     assert kept["RBD"]["F_beta"] == [pytest.approx(expected["max_f"], abs=0.01)]
     assert kept["RBD"]["MAE"] == [pytest.approx(expected["mae"], abs=0.005)]

@@ -20,7 +20,7 @@ import runs
 import saliency
 import sets
 import shapes
-from analysis import reconstruct
+from analysis import reconstruct, score_saliency
 
 BLOCK = saliency.BLOCK
 
@@ -382,7 +382,7 @@ def test_finds_a_disc_and_a_batch_is_its_images(method):
     images, truths = (torch.stack(t) for t in zip(*found, strict=True))
     m = saliency.maps(images, method)
     assert m.shape == truths.shape and m.dtype == torch.float32 and m.min() >= 0 and m.max() <= 1
-    r = saliency.score(m, truths)
+    r = score_saliency.score(m, truths)
     assert r["max_f"] > 0.9 and r["adaptive_f"] > 0.8 and r["mae"] < 0.1, r
     alone = torch.cat([saliency.maps(image[None], method) for image in images])
     assert torch.allclose(m, alone, atol=1e-3)
@@ -394,7 +394,7 @@ def test_finds_a_disc_and_a_batch_is_its_images(method):
 def test_finds_drawn_objects(method):
     images, _, masks = shapes.draw_shapes(32, seed=5)
     m = saliency.maps(images, method)
-    r = saliency.score(m, masks > 0)
+    r = score_saliency.score(m, masks > 0)
     # By chance: a map that knows nothing has the objects' share of the image as its precision.
     p = (masks > 0).float().mean().item()
     chance = 1.3 * p / (0.3 * p + 1)
@@ -522,7 +522,7 @@ class Spot(nn.Module):
 def test_gradient_grows_what_the_network_looks_at():
     image, truth = disc()
     m = saliency.maps(image[None], "gradient", classifier=Spot())
-    assert saliency.score(m, truth[None])["adaptive_f"] > 0.9  # the whole disc, though only its middle matters much
+    assert score_saliency.score(m, truth[None])["adaptive_f"] > 0.9  # the whole disc, though only its middle matters much
 
 
 # ============ score ============
@@ -545,16 +545,16 @@ def test_score_equals_loops_and_known_values():
         adaptive[1] += (found & truth).sum().item() / truth.sum().item() / 3
         error += (m - truth.float()).abs().mean().item() / 3
     f = [1.3 * a * b / (0.3 * a + b) if a + b else 0.0 for a, b in zip(p, r, strict=True)]
-    got = saliency.score(ms, truths)
+    got = score_saliency.score(ms, truths)
     a, b = adaptive
     expected = {"max_f": max(f), "mean_f": sum(f) / 256, "adaptive_f": 1.3 * a * b / (0.3 * a + b), "mae": error}
     assert got == pytest.approx(expected, abs=1e-5)
 
     truth = torch.zeros(10, 10, dtype=torch.bool)
     truth[:5] = True
-    perfect = saliency.score([truth.float()], [truth])
+    perfect = score_saliency.score([truth.float()], [truth])
     assert perfect["max_f"] == pytest.approx(1) and perfect["mae"] == 0 and perfect["adaptive_f"] == pytest.approx(1)
-    everywhere = saliency.score([torch.zeros(10, 10)], [truth])  # a constant map: P 1/2, R 1 at threshold 0
+    everywhere = score_saliency.score([torch.zeros(10, 10)], [truth])  # a constant map: P 1/2, R 1 at threshold 0
     assert everywhere["max_f"] == pytest.approx(1.3 * 0.5 / 1.15) and everywhere["mae"] == pytest.approx(0.5)
 
 
@@ -577,7 +577,8 @@ def test_of_a_set_in_memory_and_of_files(tmp_path):
 def here(capsys, *argv, code=0):
     """The command in this process, which saves the seconds of a start: (stdout, stderr)."""
     try:
-        saliency.main([str(a) for a in argv])
+        command, argv = (score_saliency, argv[1:]) if argv[0] == "score" else (saliency, argv)
+        command.main([str(a) for a in argv])
         ended = 0
     except SystemExit as error:
         ended = error.code
