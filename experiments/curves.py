@@ -1,14 +1,16 @@
-"""Draws docs/pictures/curves.png, the k-NN accuracy of every method over its epochs, from the logs in results/.
+"""k-NN curves of runs in one figure: without arguments docs/pictures/curves.png, every method on the drawn sets.
 
-    python -m experiments.curves          (needs matplotlib)
+    python -m experiments.curves
+    python -m experiments.curves BYOL=runs/byol-shapes SimCLR=runs/simclr-shapes --out curves.png
 
-A panel per drawn data set, a line per method, seed 0, the default recipe of its script.
+A run is a folder or its metrics.jsonl. Needs matplotlib (requirements-dev.txt).
 """
 
+import argparse
 import json
 from pathlib import Path
 
-from matplotlib.figure import Figure
+import common
 
 ROOT = Path(__file__).parent.parent
 PANELS = {
@@ -31,20 +33,28 @@ PANELS = {
 APART = {"SimCLR": 4, "InstDisc": -4, "jigsaw": 3, "relative location": -3}  # points, for names that would overlap
 
 
-def curve(name):
-    """Epochs and 20-NN accuracies (%) of a log, the last of them that of the final probe."""
-    rows = [json.loads(line) for line in (ROOT / f"results/{name}.jsonl").read_text().splitlines()]
-    points = {row["epoch"]: row["knn20"] for row in rows if "knn20" in row}
-    points[round(max(row.get("epoch", 0) for row in rows))] = rows[-1]["final_knn"]
-    return list(points), list(points.values())
+def curve(run):
+    """Epochs and 20-NN accuracies (%) of a run folder or a log, the last of them that of the final probe."""
+    path = Path(run, "metrics.jsonl") if Path(run).is_dir() else Path(run)
+    try:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        points = {row["epoch"]: row["knn20"] for row in rows if "knn20" in row}
+        if "final_knn" in rows[-1]:
+            points[round(max(row.get("epoch", 0) for row in rows))] = rows[-1]["final_knn"]
+    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+        common.fail(f"{path} cannot be read as the log of a run: {error}")
+    return (list(points), list(points.values())) if points else common.fail(f"{path} has no k-NN accuracies (knn20)")
 
 
-def draw():
+def draw(panels):
+    """A matplotlib Figure of panels {title: {name of a curve: run}}."""
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9, 3.8), layout="constrained")
-    panels = figure.subplots(1, 2, sharey=True, width_ratios=(2.4, 1))
-    for panel, (data, methods) in zip(panels, PANELS.items(), strict=True):
-        for i, (method, name) in enumerate(methods.items()):
-            epochs, knn = curve(name)
+    places = figure.subplots(1, len(panels), sharey=True, width_ratios=(2.4, 1)[: len(panels)], squeeze=False)[0]
+    for panel, (data, methods) in zip(places, panels.items(), strict=True):
+        for i, (method, run) in enumerate(methods.items()):
+            epochs, knn = curve(run)
             color, style = f"C{i % 10}", "--" if i >= 10 else "-"
             panel.plot(epochs, knn, style, color=color, marker=".")
             place = dict(xytext=(5, APART.get(method, 0)), textcoords="offset points", va="center", zorder=3)
@@ -54,12 +64,31 @@ def draw():
         panel.annotate("chance level", (0, 10), (0, -3), textcoords="offset points", va="top", color="0.5", fontsize=8)
         panel.set(title=data, xlabel="epoch", ylim=(0, 100))
         panel.margins(x=0.03)
-        panel.set_xlim(right=panel.get_xlim()[1] * (1.15 if data == "shapes" else 1.75))
+        panel.set_xlim(right=panel.get_xlim()[1] * (1.75 if data == "shapes-natural" else 1.15))
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(color="0.92")
-    panels[0].set_ylabel("20-NN accuracy of frozen features, %")
+    places[0].set_ylabel("20-NN accuracy of frozen features, %")
     return figure
 
 
+def main(argv=None):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("curves", nargs="*", metavar="NAME=RUN", help="a run folder or its metrics.jsonl, and its name")
+    p.add_argument("--out", default=str(ROOT / "docs/pictures/curves.png"), help="the figure: .png, .svg or .pdf")
+    args = p.parse_args(argv)
+    given = [curve.partition("=") for curve in args.curves]
+    if wrong := [name for name, equals, run in given if not (name and equals and run)]:
+        common.fail(f"{wrong[0]}: NAME=RUN is expected")
+    results = {data: {m: ROOT / f"results/{log}.jsonl" for m, log in logs.items()} for data, logs in PANELS.items()}
+    try:
+        figure = draw({"": {name: run for name, _, run in given}} if given else results)
+    except ImportError:
+        common.fail("the figure needs matplotlib: pip install -r requirements-dev.txt")
+    try:
+        figure.savefig(args.out, dpi=110)
+    except (OSError, ValueError) as error:
+        common.fail(f"--out {args.out}: {error}")
+
+
 if __name__ == "__main__":
-    draw().savefig(ROOT / "docs/pictures/curves.png", dpi=110)
+    common.run(main)
