@@ -67,8 +67,9 @@ def main(argv=None):
     p.add_argument("images", help="folder of images")
     p.add_argument("masks", help="folder of masks with the images' names: above 128 is the object")
     p.add_argument(
-        "--method", nargs="+", choices=saliency.METHODS + saliency.CLASS_METHODS, default=list(saliency.METHODS), help="of the maps"
-    )
+        "--method", nargs="+", choices=saliency.METHODS + saliency.CLASS_METHODS, default=list(saliency.METHODS),
+        help="of the maps",
+    )  # fmt: skip
     p.add_argument("--classifier", help="for cam and gradient: a file of downstream.finetune --save, or torchvision:NAME")
     p.add_argument("--maps", help="folder of saved maps with the images' names; none are computed")
     p.add_argument("--picture", help="PNG to write: twenty images, each with its mask and its maps")
