@@ -100,7 +100,7 @@ def parse_args(argv=None):
         "--graph", choices=GRAPHS, help="core: V1 with each other view; full: all pairs; of two views the same"
     )
     p.add_argument("--contrast", choices=CONTRASTS, help="nce: K + 1 binary questions; softmax-nce: which of K + 1")
-    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
+    p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
     p.add_argument(
         "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
     )

@@ -18,14 +18,14 @@ texture has in common; a patch's own noise cannot.
     g of v1              "PixelCNN-style"               4 gated layers of z's   256 channels (--context-width) between 1x1 layers;
                                                         width; 1x1 residual in  no residual in the vertical stack, one in every
                                                         the vertical stack      horizontal layer; the same rows and columns seen
-    negatives            other places and images        v1: 16 drawn,           all targets of the batch, of all processes
+    negatives            other places and images        v1: 16 drawn,           all targets of the batch, of all ranks
                                                         v2: all of the batch
     predictions          -                              v2: times 0.1           times 0.1 in both; W_k without bias
     patches of v1        60 of 64 px at random, padded  STL-10: whole           as the paper; mid-grey around; whole at 32 px
     patches of v2        AutoAugment, elastic, shear,   -                       colours (Szegedy's) .8 and grey .25 only
                          histogram, colours .8,
                          grey .25
-    optimiser            Adam; v2: beta_1 .8, clipped,  v1: Adam                AdamW, beta_1 .9, clipped in v2; cosine; no
+    optimizer            Adam; v2: beta_1 .8, clipped,  v1: Adam                AdamW, beta_1 .9, clipped in v2; cosine; no
                          Polyak average .9999                                   average of the weights
     representation       v1: mean of z; v2: classifier  -                       mean of z over the grid (evaluate.py), of grey
                          a place, logits averaged                               images if trained on those
@@ -270,7 +270,7 @@ class RowNetwork(nn.Module):
 CONTEXTS = {"pixelcnn": PixelCNN, "rows": RowNetwork}
 
 
-def tell_apart(p, targets, labels):
+def info_nce_loss(p, targets, labels):
     """InfoNCE (v1, eq. 4): cross-entropy of the right target among all, by p.z. p [n, D], targets [N, D], labels [n]. Returns
     (loss, share of predictions that are nearest to the right one), means over n."""
     logits = p @ targets.T  # [n, N]
@@ -328,7 +328,7 @@ class CPC(nn.Module):
             first = n * (
                 common.rank() * len(x) + torch.arange(len(x), device=x.device)[:, None]
             )  # of an image's own patches
-            terms = [tell_apart(SCALE * p.float().flatten(0, 1), every, (first + to).flatten()) for p, to in found]
+            terms = [info_nce_loss(SCALE * p.float().flatten(0, 1), every, (first + to).flatten()) for p, to in found]
             loss, right = (torch.stack(values).mean() for values in zip(*terms, strict=True))
         with torch.no_grad():
             unit = F.normalize(t.flatten(0, 1), dim=1)

@@ -4,18 +4,18 @@ InstDisc: Unsupervised Feature Learning via Non-Parametric Instance Discriminati
 https://arxiv.org/abs/1805.01978). DiLo: Distilling Localization for Self-Supervised Representation Learning (Zhao et al.,
 2020, https://arxiv.org/abs/2004.06638).
 
-Every image is a class of its own. A bank remembers a feature of each; a view must be told from all others by its cosines
-with the bank. DiLo (--copy-paste) pastes the salient object of some views on another background first, so that the
-background cannot be what tells an image.
+Every image is its own class. A memory bank holds one feature per image, and a softmax over the cosines of a view with the bank
+must identify the view's image. DiLo (--copy-paste) first pastes the salient object of some views on another background, so
+that the background cannot identify the image.
 
     image --[paste on a background]--> crop, jitter, grey -> f -> g -> v --.
               ^ mask (saliency.py)                                         |  -log P(i | v), eq. 1 and 2
                                      bank V [n, D], old row i and others --'
-                                            row i <- n(m row i + (1 - m) v)  after the step       (n: L2-normalise)
+                                            row i <- n(m row i + (1 - m) v)  after the step       (n: L2-normalize)
 
     differences          paper                        official code              here
     loss                 NCE (InstDisc), softmax-NCE  NCE, full softmax          softmax-NCE, --loss nce, --loss softmax (eq. 1)
-    negatives            K from the bank, for each    K for each image           K for the whole batch and all processes
+    negatives            K from the bank, for each    K for each image           K for the whole batch and all ranks
     own row among them   -                            stays                      left out
     constant Z           of the first batches         of the first batch         of the first batch, in the checkpoint
     proximal term        between two features         bank momentum 0.5          bank momentum 0.5
@@ -41,7 +41,7 @@ Measured with this file (k-NN: 20 neighbours; protocols, tables 1 and 2 and curv
 
     command                                  network, epochs  seeds  k-NN       linear     device, commit
     python instdisc.py                       resnet10_16, 24  0      83.3       80.6       2 CPU cores, 2.2 min, 3628f2c
-                                             at random       0      14.7       not run
+                                             random init     0      14.7       not run
     ... --copy-paste 0.5                     resnet10_16, 24  0      83.4       79.0       the same, 3.1 min with the masks
     both again, on one core                  resnet10_16, 24  0      79.8 82.4  76.3 78.0  1 CPU core, f7158bf
     ... --data shapes-hard                   resnet10_16, 24  0 1    50.0 53.7  50.6 53.9  the same
@@ -118,7 +118,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances"
     )
-    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
+    p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
     p.add_argument(
         "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
     )
@@ -235,7 +235,7 @@ class InstDisc(nn.Module):
             self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, views, index, negatives=None, first=False):
-        """`first`: whether this is the run's first batch, which sets NCE's constant Z. Every process must call it alike."""
+        """`first`: whether this is the run's first batch, which sets NCE's constant Z. Collective."""
         out = self.g(self.f(*views))
         with torch.autocast(out.device.type, enabled=False):
             if self.loss == "supervised":
@@ -256,7 +256,7 @@ class InstDisc(nn.Module):
 
     @torch.no_grad()
     def estimate_Z(self, v, index, negatives):
-        """n times the mean of exp(s / tau) over the batch of all processes (InstDisc, sec. 3.2)."""
+        """n times the mean of exp(s / tau) over the batch of all ranks (InstDisc, sec. 3.2)."""
         own, others = scores(v, self.bank, index, negatives, self.temperature)
         e = torch.cat([own[:, None], others], 1).exp()
         total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # a row left out counts as nothing
@@ -264,8 +264,8 @@ class InstDisc(nn.Module):
 
     @torch.no_grad()
     def update_bank(self):
-        """v_i <- n(m v_i + (1 - m) v) for the images of all processes since the last update. Every process writes the same
-        rows and must call it; within an epoch no image comes twice, so no row is written twice."""
+        """v_i <- n(m v_i + (1 - m) v) for the images of all ranks since the last update. Collective: every rank
+        writes the same rows. Within an epoch no image comes twice, so no row is written twice."""
         if self.loss == "supervised":
             return
         index, v = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
@@ -277,7 +277,7 @@ class InstDisc(nn.Module):
 def bank_figures(model, train, y, test, preprocess, device, workers, amp, recompute=False):
     """Label-free figures of the bank, and the 200-NN accuracy (weighted by exp(s / tau), InstDisc, sec. 3.4) of test
     embeddings on its rows, whose labels are y [n] (-1: left out); `recompute`: also on embeddings of the un-augmented
-    training images in their place. Every process must call it."""
+    training images in their place. Collective."""
     if model.loss == "supervised":
         return {}
     numbers, net = (
@@ -299,7 +299,7 @@ def bank_figures(model, train, y, test, preprocess, device, workers, amp, recomp
 
 def open_maps(args, train, device):
     """Saliency of every training image, uint8 [n, h, w]: computed for a set in memory and kept in --root, read from a
-    folder, or the exact masks of a set that has them. Every process must call it."""
+    folder, or the exact masks of a set that has them. Collective."""
     if args.masks == "exact":
         if train.masks is None:
             common.fail(f"--masks exact: {train.name} has no masks of its own")

@@ -1,8 +1,8 @@
 """PIRL: Self-Supervised Learning of Pretext-Invariant Representations (Misra, van der Maaten, 2019,
 https://arxiv.org/abs/1912.01991).
 
-A pretext task asks which transformation t an image went through, so its features must keep t. PIRL asks for the opposite: image I
-and transformed image I^t are to have the same representation, and another one than other images. t cuts nine patches out
+A pretext task predicts which transformation t was applied to an image, so its features must encode t. PIRL learns the
+opposite, invariance to t: image I and transformed image I^t get the same representation, unlike those of other images. t cuts nine patches out
 and puts them in any order (or turns the image). Both are compared with a bank of the features that images had before.
 
     I    one crop                         -> phi -> f ---------------- f(v_I) ---.
@@ -10,7 +10,7 @@ and puts them in any order (or turns the image). Both are compared with a bank o
     I^t  another, 9 patches in any order  -> phi -> linear, 9 joined -> g(v_I^t) -|    + (1 - lambda) L(m_I, f(v_I)), eq. 5
                                                                                   |
                            bank M [n, D], old row m_I and N others ---------------'
-                                  m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2-normalise)
+                                  m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2-normalize)
 
     differences          paper                        official code (VISSL)      here (more in docs/pirl.md)
     loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce constant-z is the code's,
@@ -105,7 +105,7 @@ def parse_args(argv=None):
     p.add_argument(
         "--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory"
     )
-    p.add_argument("--negatives", type=int, help="K, rows of the bank to tell a view from, where not all are")
+    p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
     p.add_argument(
         "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
     )
@@ -137,7 +137,7 @@ def views_of(args):
 
 # ============ the transformations ============
 # A head g with: draw(n, g), the random numbers for n images, on the CPU; transform(x, *drawn), the parts of I^t [B, P, 3, s, s]
-# made of crops x; forward(v), what it makes of the parts' features [B * P, width]: [B, D]; `told`, what the recipe says of it.
+# made of crops x; forward(v), what it makes of the parts' features [B * P, width]: [B, D]; `description`, for the recipe line.
 
 
 def puzzle_grid(size):
@@ -170,7 +170,7 @@ class Jigsaw(nn.Module):
         self.cell, self.patch = puzzle_grid(size)
         self.each, self.joined = nn.Linear(width, dim), nn.Linear(9 * dim, dim)
         move = self.cell - self.patch
-        self.told = (
+        self.description = (
             f"9 cells of {self.cell} px, in each a patch of {self.patch} px that moves by up to {move}, in any order"
         )
 
@@ -191,7 +191,7 @@ class Rotation(nn.Module):
     def __init__(self, width, dim):
         super().__init__()
         self.linear = nn.Linear(width, dim)
-        self.told = "by any of the four quarter turns"
+        self.description = "by any of the four quarter turns"
 
     def draw(self, n, g):
         return (torch.randint(4, (n, 1, 1, 1), generator=g),)
@@ -288,7 +288,7 @@ class PIRL(nn.Module):
         self.register_buffer("Z", torch.zeros(()))
 
     def forward(self, views, parts, index, negatives, first=False):
-        """`first`: whether this is the run's first pass, which sets Z. Every process must call it alike."""
+        """`first`: whether this is the run's first pass, which sets Z. Collective."""
         g = self.head_g(self.f(parts.flatten(0, 1)))  # g(v_I^t) [B, D]
         f = self.head_f(self.f(*views))  # f(v_I) [B, D]
         with torch.autocast(f.device.type, enabled=False):
@@ -307,15 +307,15 @@ class PIRL(nn.Module):
         return self.lam * of_transformed + (1 - self.lam) * of_image  # eq. 5
 
     def estimate_Z(self, own, others):
-        """n times the mean of exp(s / tau) over the transformed images of all processes and their K + 1 rows (code)."""
+        """n times the mean of exp(s / tau) over the transformed images of all ranks and their K + 1 rows (code)."""
         e = torch.cat([own[:, :1], others[:, 0]], 1).exp()  # [B, K + 1]
         total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # a row left out counts as nothing
         return len(self.bank) * total[0] / total[1]
 
     @torch.no_grad()
     def update_bank(self):
-        """m_I <- n(m m_I + (1 - m) f(v_I)) for the images of all processes since the last update; never g. Every process writes
-        the same rows and must call it; within an epoch no image comes twice, so no row is written twice."""
+        """m_I <- n(m m_I + (1 - m) f(v_I)) for the images of all ranks since the last update; never g. Collective:
+        every rank writes the same rows. Within an epoch no image comes twice, so no row is written twice."""
         index, f = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
         index, f = common.gather(index), common.gather(f)
@@ -394,7 +394,7 @@ def main(argv=None):
     run.describe(
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up",
         f"{args.optimizer}: {optim.count(optimizer)}",
-        f"{args.transform}: {head_g.told}",
+        f"{args.transform}: {head_g.description}",
         f"bank {n} x {args.dim}, {size:.1f} MB a rank; {args.nce}, {rows}, at tau {args.temperature:g}",
         f"lambda {args.lam:g}; loss of unrelated vectors {start:.2f}",
     )

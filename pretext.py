@@ -4,9 +4,9 @@ Revisiting Self-Supervised Visual Representation Learning (Kolesnikov, Zhai, Bey
 The tasks are those of Gidaris et al. 2018 (rotation), Dosovitskiy et al. 2014 (exemplar), Noroozi and Favaro 2016 (jigsaw),
 Doersch et al. 2015 (relative patch location) and Zhang, Isola, Efros 2016 (colorization).
 
-Ask of an unlabelled image a question whose answer is known because we made it: how was it turned, which patch was where,
-what colour was it. The answers are of no use; what a network must see to give them is. The study's finding: which network
-is asked matters as much as which question.
+A network solves a task whose labels come for free: by how much was an image rotated, where was a patch, which color had a pixel.
+The answers are discarded, the features are kept. The study's finding: the choice of the network matters as much as the choice
+of the task.
 
     rotation      image -> 4 turns                          -> f -> linear -> which turn
     exemplar      image -> 8 distorted copies               -> f -> linear -> L2 -> triplets: own copies near, others far
@@ -21,7 +21,7 @@ is asked matters as much as which question.
     patches: grey          each for itself, p = 2/3    whole image, p = 0.66       each for itself, p = 2/3 (--colour)
     patches: head          -                           5e-4 of L2, 5 x the trunk's the trunk's decay
     colorization (Zhang)   5 nearest bins              10 of 313 in a file         5; bins from the gamut of sRGB: 313
-      optimiser            Adam                        Adam, beta_2 .99, L2 1e-3   AdamW, beta_2 .999, decoupled decay 1e-3
+      optimizer            Adam                        Adam, beta_2 .99, L2 1e-3   AdamW, beta_2 .999, decoupled decay 1e-3
       network              VGG-like                    the same, dilated           any backbone here but a VGG; a deconvolution
     BatchNorm              -                           momentum 0.01, eps 1e-3     torch's: 0.1, 1e-5
     weight decay           L2, convolutions            not the RevNet's root       all weights of 2 or more dimensions
@@ -132,14 +132,14 @@ def parse_args(argv=None):
         "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
     )
     # pretext tasks
-    p.add_argument("--task", choices=TASKS, help="what is asked of an image")
+    p.add_argument("--task", choices=TASKS, help="the pretext task")
     p.add_argument("--embedding", type=int, help="width of what an image or patch becomes before the head compares it")
     p.add_argument("--head", type=int, help="hidden width of the head, of the tasks that have a hidden layer")
     p.add_argument("--copies", type=int, default=8, help="exemplar: distorted copies of each image")
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
     p.add_argument("--normalise", default="embedding", choices=("embedding", "batch"), help="exemplar: what gets unit length: "
                    "each embedding, or, as in the authors' code, each of their dimensions over the batch")  # fmt: skip
-    p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many orders to tell apart, of 362,880")
+    p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many of the 362,880 orders are classes")
     p.add_argument(
         "--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel"
     )
@@ -160,7 +160,7 @@ def parse_args(argv=None):
             common.fail(f"--arch {args.arch}: colorization needs a total stride of 8, _s8 or none said")
         if re.match(r"vgg\d+_k", args.arch):
             common.fail(
-                f"--arch {args.arch}: colorization trains up to the last map, and its fc6 and fc7 would stay at random"
+                f"--arch {args.arch}: colorization trains up to the last map, and its fc6 and fc7 would keep their random init"
             )
         if args.compile:
             common.fail("--compile: colorization reads the trunk's maps, which are not what is compiled")
@@ -525,7 +525,7 @@ def drawn(task, n, rank, world, device, *key):
 
 @torch.inference_mode()
 def pretext_accuracy(model, loader, draw, device, amp):
-    """Accuracy in per cent in eval mode, on the first pass of a loader over test images. Every process must call it."""
+    """Accuracy in per cent in eval mode, on the first pass of a loader over test images. Collective."""
     found = []
     with evaluate.in_eval(model):
         for step, (_, xs) in enumerate(loader.epoch(0)):

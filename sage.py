@@ -1,8 +1,8 @@
 """SaGe: Semantic-Aware Generation (Tian et al., 2021, https://arxiv.org/abs/2111.13163), on top of BYOL.
 
-BYOL makes the features of two views agree, and so drops what the views do not share. SaGe asks for that back: a decoder
-paints each view from a short vector of its feature map, and a frozen evaluator h, a BYOL network trained before, compares
-the painting with the view. The decoder and the evaluator are thrown away afterwards.
+BYOL makes the features of two views agree, and so discards what the views do not share. SaGe keeps it: a decoder
+reconstructs each view from a low-dimensional bottleneck of its feature map, and a frozen evaluator h, a BYOL network
+trained before, compares the reconstruction with the view in feature space. Both are discarded after training.
 
     view 1 = x1 -> f ---> g -> q -> p1  ~  z2 <- g' <- f' <- view 2     L_D: as in byol.py, and with the views exchanged
                    |
@@ -31,13 +31,13 @@ Measured with this file (k-NN: 20 neighbours; protocols, curves and more in resu
 
     command                      network, epochs    seeds  k-NN                linear              device, commit
     python sage.py               resnet10_16, 7     0      64.8                58.9                2 CPU cores, fdfcbc7:
-                                 at random          0      13.3                not run             3 min after 4 min of
+                                 random init        0      13.3                not run             3 min after 4 min of
                                  its evaluator, 24  0      64.7                67.1                stage 1
     python sage.py --data cifar10 --limit 10000 (10,000 images, recompressed as JPEG; flags in results/README.md)
                                  resnet10_16, 20    0 1 2  42.2 42.7 43.7      45.0 45.1 45.1      1 CPU core, 556c071
                                  BYOL, its          0 1 2  39.2 39.4 39.5      43.0 43.2 42.8
                                  evaluator, 20
-                                 at random          0      25.8                not run
+                                 random init        0      25.8                not run
 
     python sage.py                                                           shapes, minutes on a laptop
     torchrun --standalone --nproc_per_node=8 sage.py --data imagenet --root DIR
@@ -365,7 +365,7 @@ def stage_1(args, rank):
         flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile
         flags += ["--amp" if args.amp else "--no-amp", "--probes", *args.probes]
         stopped = byol.main(flags)
-        gc.collect()  # its model, its loader and their processes
+        gc.collect()  # its model, its loader and their workers
         if args.dry_run:
             return f"random:{args.evaluator_arch or args.arch}"
         if stopped:

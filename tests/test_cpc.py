@@ -103,15 +103,15 @@ def test_each_patch_is_changed_by_itself_in_training_only():
 def test_loss_equals_a_naive_loop_and_known_values():
     g = torch.Generator().manual_seed(0)
     p, targets, labels = torch.randn(6, 5, generator=g), torch.randn(9, 5, generator=g), torch.tensor([0, 8, 3, 3, 1, 7])
-    loss, right = cpc.tell_apart(p, targets, labels)
+    loss, right = cpc.info_nce_loss(p, targets, labels)
     naive, hits = 0.0, 0
     for a, own in zip(p, labels.tolist(), strict=True):
         scores = [math.exp(a @ t) for t in targets]
         naive -= math.log(scores[own] / sum(scores)) / 6  # eq. 4
         hits += scores[own] == max(scores)
     assert loss.item() == pytest.approx(naive, rel=1e-5) and right.item() == pytest.approx(hits / 6)
-    assert cpc.tell_apart(0 * p, targets, labels)[0].item() == pytest.approx(math.log(9))
-    assert cpc.tell_apart(50 * torch.eye(9), torch.eye(9), torch.arange(9))[0] < 1e-5
+    assert cpc.info_nce_loss(0 * p, targets, labels)[0].item() == pytest.approx(math.log(9))
+    assert cpc.info_nce_loss(50 * torch.eye(9), torch.eye(9), torch.arange(9))[0] < 1e-5
 
 
 TO_GRID = {  # quarter turns: place (i, j) of the turned grid of G rows -> place in the grid, and where rows to come lie
