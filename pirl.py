@@ -3,8 +3,7 @@ https://arxiv.org/abs/1912.01991).
 
 A pretext task predicts which transformation t was applied to an image, so its features must encode t. PIRL learns the
 opposite, invariance to t: image I and transformed image I^t get the same representation, unlike those of other images.
-t cuts nine patches out
-and puts them in any order (or turns the image). Both are compared with a bank of the features that images had before.
+t cuts out nine patches and permutes them (or rotates the image). Both are compared with a bank of earlier features.
 
     I    one crop                         -> phi -> f ---------------- f(v_I) ---.
                                                                                   |  lambda L(m_I, g(v_I^t))
