@@ -357,7 +357,7 @@ def tiny_run(tmp_path):
     return out
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def patches_run(tmp_path_factory):
     """A run folder with a random network that sees patches, and 120 images that it was "trained" on."""
     out = tmp_path_factory.mktemp("probes") / "run"
