@@ -1,34 +1,32 @@
 """BYOL: Bootstrap Your Own Latent (Grill et al., 2020, https://arxiv.org/abs/2006.07733).
 
-Two views of an image go through two networks. The online network (backbone f, projector g, predictor q) predicts what
-the target network (f', g') makes of the other view. No negatives: the target is a slow average of the online network,
-no gradient flows into it, and the predictor exists on one side only; together these keep the constant solution away.
+Two views of an image go through two networks. The online network (backbone f, projector g, predictor q) predicts how
+the target network (f', g') projects the other view. There are no negatives. Two things prevent collapse: the target is
+an exponential moving average of the online network and gets no gradient, and only the online network has a predictor.
 
     view 1 -> f -> g -> q -> p1 --.
-                                   |  minimise |n(p1) - n(z2)|^2, and the same with the views exchanged
-    view 2 -> f' -> g' ---> z2 ---'   (n: L2-normalise)        f', g'  <-  tau f', g' + (1 - tau) f, g
+                                   |  minimize |n(p1) - n(z2)|^2, and the same with the views swapped
+    view 2 -> f' -> g' ---> z2 ---'   (n: L2-normalize)        f', g'  <-  tau f', g' + (1 - tau) f, g
 
     differences       paper                       official code               here (more in docs/byol.md)
-    target at start   -                           another random draw         copy of the online network
-    linear head       after training              trained along, on sg(f)     after training (evaluate.py)
-    random crop       Inception crop, bicubic     one draw, clipped: mean     torchvision's ten tries: .43
-                                                  area .52 of 500 x 375 px
+    target at start   -                           another random init         copy of the online network
+    random crop       Inception crop, bicubic     one try, clipped: area .52  up to ten tries (torchvision): area .43
     resizing          -                           bicubic, no antialiasing    bicubic, antialiased; test images bilinear
-    brightness        -                           added, U(-.4, .4)           multiplied, U(.6, 1.4), as torchvision
-    initial weights   -                           truncated normal, fan-in    torchvision's (He, fan-out), torch's
+    brightness        -                           added, U(-.4, .4)           multiplied, U(.6, 1.4), as in torchvision
+    initial weights   -                           truncated normal, fan-in    f: He, fan-out; heads: torch's default
     linear probe      80 epochs, crops and flips  the same                    un-augmented frozen features, 100 epochs
     small images      -                           imagenette at 128 px only   recipes below; 3x3 stem under 64 px
     precision         -                           fp32                        bf16 autocast, loss and EMA in fp32
 
 Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
 
-    command                      network, epochs    seeds  k-NN                linear              device, commit
-    python byol.py               resnet10_16, 24    0 1 2  64.7 54.7 65.5      67.1 53.9 65.9      2 CPU cores, 3 min, bc86536
-                                 at random          0 1 2  14.7 13.1 16.6      15.5 (seed 0)
+    command                      network, epochs    seeds  k-NN                linear            CPU, commit
+    python byol.py               resnet10_16, 24    0 1 2  64.7 54.7 65.5      67.1 53.9 65.9    2 cores, 3 min, bc86536
+                                 random init        0 1 2  14.7 13.1 16.6      15.5 (seed 0)
     python byol.py --data cifar10 --arch resnet10_32 --hidden 1024 --epochs 18 --batch-size 128 --lr 0.06
            --weight-decay 1e-3 --warmup-epochs 1 --tau 0.97 (images recompressed as JPEG)
-                                 resnet10_32, 18    0      53.9                57.8                1 CPU core, 37 min, 8ab7a2e
-                                 at random          0      34.7                not run
+                                 resnet10_32, 18    0      53.9                57.8              1 core, 37 min, 8ab7a2e
+                                 random init        0      34.7                not run
 
     python byol.py                                                           shapes, minutes on a laptop
     torchrun --standalone --nproc_per_node=8 byol.py --data imagenet --root DIR
@@ -53,15 +51,16 @@ METHOD = "byol"
 # ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
 
 RECIPES = {
-    # Quick on a CPU, so unlike the paper: AdamW, a small network, a low tau_0, and a predictor that learns ten times
-    # faster than the rest, without which the short run collapses towards what is easiest to predict (docs/byol.md).
+    # Minutes on a CPU, so unlike the paper: AdamW, a small network, a low tau_base, and ten times the learning rate for
+    # the predictor, without which a run this short hardly improves on the random init (docs/byol.md).
     "shapes": dict(
         arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
         warmup_epochs=1.0, tau=0.9, hidden=256, dim=128, predictor_lr=10.0, eval_every=2,
-        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)] * 2,
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0,
+                    grey=0.5)] * 2,
     ),
-    # lightly's published setting (SGD, 0.06 x batch / 128 on a quarter of our loss, wd 5e-4: here 0.03 per 256 and 2e-3)
-    # with the paper's heads, schedules and exclusions. Not run in full yet.
+    # lightly's SGD setting with the paper's heads, schedules and decay exclusions. lightly's loss is a quarter of ours:
+    # its lr of 0.06 per 128 images and weight decay of 5e-4 become 0.03 per 256 and 2e-3. Not run in full yet.
     "cifar10": dict(
         arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=2e-3,
         warmup_epochs=10, tau=0.99, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,
@@ -70,7 +69,7 @@ RECIPES = {
             dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.2),
         ],
     ),
-    # The code's preset for 300 epochs. For 100: lr 0.45, tau 0.99. For the paper's 1000: lr 0.2, tau 0.996, wd 1.5e-6.
+    # The code's preset for 300 epochs. Its presets for 100 and 1000 epochs: docs/byol.md.
     "imagenet": dict(
         arch="resnet50", size=224, epochs=300, batch_size=4096,  # sec. 3.3; 300 epochs: code, configs/byol.py
         optimizer="lars", lr=0.3, weight_decay=1e-6, tau=0.99,  # code, configs/byol.py
@@ -81,16 +80,14 @@ RECIPES = {
         ],
     ),
 }  # fmt: skip
-# A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
+# A folder of photographs, for a laptop or one GPU: hyper-parameters of `shapes`, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 
 
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     # BYOL
-    p.add_argument(
-        "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
-    )
+    p.add_argument("--tau", type=float, help="tau_base of the target's EMA, rises to 1; too high is slow in short runs")
     p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
@@ -104,7 +101,7 @@ def parse_args(argv=None):
 
 
 def mlp(inputs, hidden, outputs):
-    """Projector and predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm on the output (BYOL, sec. 3.3)."""
+    """Projector, predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm at the end (BYOL, sec. 3.3)."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )
@@ -117,7 +114,7 @@ def regression_loss(p, z):
 
 
 class BYOL(nn.Module):
-    """Online network f, g, q and target network f', g'; `forward((v1, v2))` is the loss of sec. 3.1, between 0 and 8."""
+    """Online network f, g, q and target network f', g'; `forward((v1, v2))` is the loss of sec. 3.1, in [0, 8]."""
 
     def __init__(self, backbone, hidden=4096, dim=256):
         super().__init__()
@@ -128,16 +125,16 @@ class BYOL(nn.Module):
 
     def forward(self, views):
         v1, v2 = views
-        # One view after the other: BatchNorm takes its statistics per view, as in the official code.
+        # One forward pass per view: BatchNorm has separate statistics for each, as in the official code.
         p1, p2 = self.q(self.g(self.f(v1))), self.q(self.g(self.f(v2)))  # [B, D]
-        with torch.no_grad():  # the target stays in train mode: batch statistics, and running averages of its own
+        with torch.no_grad():  # in train mode, as in the code: the target normalizes with batch statistics, too
             z1, z2 = (self.target["g"](self.target["f"](v)) for v in views)  # [B, D]
         self.feature_std = F.normalize(z1.float(), dim=1).std(0).mean() * z1.shape[1] ** 0.5  # 1: spread, 0: collapsed
-        return regression_loss(p1, z2) + regression_loss(p2, z1)  # symmetrised, sec. 3.1
+        return regression_loss(p1, z2) + regression_loss(p2, z1)  # symmetrized, sec. 3.1
 
     @torch.no_grad()
     def update_target(self, tau):
-        """xi <- tau xi + (1 - tau) theta (BYOL, eq. 1). Parameters only: the target's BatchNorm keeps its own averages."""
+        """xi <- tau xi + (1 - tau) theta (eq. 1), parameters only: the target has its own BatchNorm averages."""
         xi = list(self.target.parameters())
         theta = [*self.f.parameters(), *self.g.parameters()]
         torch._foreach_lerp_(xi, theta, 1 - tau)
@@ -159,16 +156,16 @@ def main(argv=None):
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
-    torch.manual_seed(args.seed)  # the same initial weights in every process
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
     model = BYOL(backbones.build(args.arch, args.size), args.hidden, args.dim)
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
+        if device.type == "cuda":  # statistics of the global batch, as in the paper; no CPU version exists
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
-        model.f.compile(), model.target["f"].compile()  # in place: the names in state_dict() stay
+        model.f.compile(), model.target["f"].compile()  # in place: keeps the names in state_dict()
 
     # ============ optimizer ============
     lr = args.lr * args.batch_size / 256
@@ -179,8 +176,8 @@ def main(argv=None):
     # ============ run: print the recipe, go on from a checkpoint ============
     run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
     run.describe(
-        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, x {args.predictor_lr:g} on q",
-        f"{args.optimizer}: {optim.count(optimizer)}; tau {args.tau:g} -> 1; loss of unrelated vectors 4",
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, q {args.predictor_lr:g}x",
+        f"{args.optimizer}: {optim.count(optimizer)}; tau {args.tau:g} -> 1; chance-level loss 4",
     )
     if run.resume():
         return

@@ -120,7 +120,7 @@ RECIPES["folder"] = (
 
 
 def recipe_of(name, v=None):
-    """The recipe, with the changes that version `v` makes in it."""
+    """The recipe as in version `v` of the paper."""
     return RECIPES[name] | OTHER_VERSION.get(name, {}).get(v, {}) | ({"v": v} if v in (1, 2) else {})
 
 
@@ -133,9 +133,7 @@ def parse_args(argv=None):
     p.add_argument("--clip", type=float, help="largest norm of an update's gradient (0: any)")
     # CPC
     # torchrun takes --v for one of its own flags, cut short
-    p.add_argument(
-        "--v", "--version", type=int, choices=(1, 2), help="the paper's version: it decides the other defaults"
-    )
+    p.add_argument("--v", "--version", type=int, choices=(1, 2), help="of the paper; sets the other defaults")
     p.add_argument("--patch", type=int, help="px of a patch (where the recipe has none: by --size and --v)")
     p.add_argument("--stride", type=int, help="px from one patch to the next (the same)")
     p.add_argument("--border", type=int, help="px that a patch loses on each side; its window then moves by as many")
@@ -364,7 +362,7 @@ def main(argv=None):
     preprocess["sees"] = {"patch": args.patch, "stride": args.stride, "grey": grey}
 
     # ============ model ============
-    torch.manual_seed(args.seed)  # the same initial weights in every process
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
     f = backbones.build(args.arch, args.patch)
     if any(isinstance(m, nn.BatchNorm2d) for m in f.modules()):
         common.fail(f"--arch {args.arch}: by BatchNorm patches would see each other; add _ln or _nobn to the name")

@@ -119,9 +119,7 @@ def parse_args(argv=None):
         "--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances"
     )
     p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
-    p.add_argument(
-        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
-    )
+    p.add_argument("--temperature", type=float, help="tau of the softmax over cosines; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")
@@ -176,13 +174,13 @@ class FullSoftmax(torch.autograd.Function):
 
 
 def draw_negatives(n, K, seed, step, device):
-    """The K rows of the bank, drawn uniformly, that an update tells its views from: one set for the whole batch and the
-    same in every process, so that all logits are one product."""
+    """The K bank rows that are an update's negatives, drawn uniformly: the same for the whole batch and on all ranks,
+    so that all logits are one matrix product."""
     return torch.randint(n, (K,), generator=data.generator(seed, "negatives", step)).to(device, non_blocking=True)
 
 
 def scores(v, bank, index, negatives, temperature):
-    """s / tau of v [B, D] with its own row, [B], and with the rows `negatives` [K], [B, K]; -inf where one is its own."""
+    """s / tau of v [B, D] with its own bank row, [B], and with the rows `negatives`, [B, K] (-inf: its own row)."""
     others = v @ bank[negatives].T / temperature
     others = others.masked_fill(negatives == index[:, None], -math.inf)
     return (v * bank[index]).sum(1) / temperature, others
@@ -195,8 +193,8 @@ def softmax_nce(v, bank, index, negatives, temperature):
 
 
 def nce(v, bank, index, negatives, temperature, Z):
-    """Noise-contrastive estimation (InstDisc, sec. 3.2): is a row the view's own, or one of K drawn with P_n = 1 / n? With
-    P = exp(s / tau) / Z it is its own with probability P / (P + K P_n). Summed over the negatives, mean over the batch."""
+    """Noise-contrastive estimation (InstDisc, sec. 3.2): is a row the view's own, or one of K drawn with P_n = 1 / n?
+    With P = exp(s / tau) / Z, the former has probability P / (P + K P_n). Sum over K + 1 rows, mean over the batch."""
     own, others = scores(v, bank, index, negatives, temperature)
     noise, eps = len(negatives) / len(bank), 1e-7  # eps: code, NCECriterion.py
     h = own.exp() / Z
@@ -442,7 +440,7 @@ def main(argv=None):
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
-    torch.manual_seed(args.seed)  # the same initial weights in every process
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
     bank_labels = sets.labels_of(train).clone()
     labels = bank_labels.clone() if args.loss == "supervised" else None
     if labels is not None and (labels < 0).any():

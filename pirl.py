@@ -106,9 +106,7 @@ def parse_args(argv=None):
         "--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory"
     )
     p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
-    p.add_argument(
-        "--temperature", type=float, help="tau, what the cosines are divided by before the softmax; lower is sharper"
-    )
+    p.add_argument("--temperature", type=float, help="tau of the softmax over cosines; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
@@ -215,8 +213,8 @@ def drawn(task, n, rank, world, device, *key):
 
 
 def draw_negatives(n, K, seed, step, device):
-    """The K rows of the bank, drawn uniformly, that an update tells its views from: one set for the whole batch and the
-    same in every process, so that all logits are one product."""
+    """The K bank rows that are an update's negatives, drawn uniformly: the same for the whole batch and on all ranks,
+    so that all logits are one matrix product."""
     return torch.randint(n, (K,), generator=data.generator(seed, "negatives", step)).to(device, non_blocking=True)
 
 
@@ -348,7 +346,7 @@ def main(argv=None):
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
-    torch.manual_seed(args.seed)  # the same initial weights in every process
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
     backbone = backbones.build(args.arch, args.size)
     if args.transform == "jigsaw" and isinstance(backbone, (revisiting.VGG, backbones.Torchvision)):
         common.fail(f"--arch {args.arch}: the patches are too small for it; ResNets and RevNets take them")

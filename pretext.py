@@ -580,7 +580,7 @@ def main(argv=None):
     test_loader = data.Loader(test_part, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
 
     # ============ model ============
-    torch.manual_seed(args.seed)  # the same initial weights in every process
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
     arch, patch = trunk_name(args), geometry(args.size)[1] if args.task in PATCHES else 0
     f = backbones.build(arch, patch or args.size)
     prior = [ab_prior(train, args.size, ab_bins(), device, args.workers)] if args.task == "colorization" else []

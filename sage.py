@@ -115,9 +115,7 @@ RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["im
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     # BYOL
-    p.add_argument(
-        "--tau", type=float, help="tau_base of the target's average, rises to 1; too high is slow in short runs"
-    )
+    p.add_argument("--tau", type=float, help="tau_base of the target's EMA, rises to 1; too high is slow in short runs")
     p.add_argument("--hidden", type=int, help="hidden width of the heads")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
@@ -158,7 +156,7 @@ def parse_args(argv=None):
 
 
 def mlp(inputs, hidden, outputs):
-    """Projector and predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm on the output (BYOL, sec. 3.3)."""
+    """Projector, predictor: linear, BatchNorm, ReLU, linear without bias; no BatchNorm at the end (BYOL, sec. 3.3)."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), nn.BatchNorm1d(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs, bias=False)
     )
@@ -451,7 +449,7 @@ def main(argv=None):
     evaluator, line = open_evaluator(args, h) if judges else (None, "none")
     if classifier:
         reconstruct.check_classifier(classifier, test)
-    torch.manual_seed(args.seed)  # the same initial weights in every process
+    torch.manual_seed(args.seed)  # the same initial weights on every rank
     backbone, painter = backbones.build(args.arch, args.size), ()
     if paints:
         painter = build_decoder(backbone, args.size, args.bottleneck, args.width, args.pool)

@@ -202,7 +202,7 @@ def test_the_first_loss_is_what_unrelated_features_give(form, views, K, temperat
     index, negatives = torch.randperm(n)[:256], torch.randint(n, (K,))
     got = model((rows(256, views, 128).flatten(1),), index, negatives, first=True).item()
     assert got == pytest.approx(value, rel=0.02)
-    assert got == pytest.approx(len(model.directions) * cmc.unrelated(form, n, K, 128, temperature), rel=0.02)
+    assert got == pytest.approx(len(model.directions) * cmc.chance_level(form, n, K, 128, temperature), rel=0.02)
 
 
 def test_Z_is_n_times_the_mean_of_the_first_batch_for_each_direction_and_stays():
@@ -374,7 +374,7 @@ def test_dry_run(main, tmp_path):
     out = main("--dry-run", "--arch", "resnet10_16_lab", "--out", tmp_path / "run", code=0).out
     assert "resnet10_16_lab, 0." in out and "128-d" in out and "2 banks 64 x 128, 0.1 MB" in out
     expected = 2 * math.log(1 + 16 * math.exp(1 / (2 * 128 * 0.1**2)))
-    assert f"loss of unrelated vectors {expected:.2f}" in out and not (tmp_path / "run").exists()
+    assert f"chance-level loss {expected:.2f}" in out and not (tmp_path / "run").exists()
 
 
 def test_networks_get_images_in_0_to_1_as_they_are():
@@ -397,7 +397,7 @@ def test_networks_get_images_in_0_to_1_as_they_are():
         (["--drop-at", "1.5"], "shares of the run"),
         (["--split", "hsv"], "invalid choice: 'hsv'"),
         (["--graph", "half"], "invalid choice: 'half'"),
-        (["--arch", "resnet18_ydbdr"], "--split lab asks for other views"),
+        (["--arch", "resnet18_ydbdr"], "--split lab needs other views"),
         (["--arch", "resnet10_61"], "did you mean 'resnet10_16_lab'"),
         (["--arch", "vgg11_bn"], "_lab is for ResNets"),
         (["--limit", "8", "--negatives", "4"], "batch-size"),

@@ -84,7 +84,7 @@ def test_queue_is_unit_fp32_no_parameter_and_takes_the_place_of_the_oldest():
 def test_keys_come_in_the_order_of_the_images_whatever_the_shuffle():
     model = tiny_model().eval()  # eval: an image does not depend on the others
     x = views(16)[0]
-    expected = F.normalize(model.target["g"](model.target["f"](x)), dim=1)
+    expected = F.normalize(model.key["g"](model.key["f"](x)), dim=1)
     for step in range(3):
         assert torch.allclose(model.keys(x, (0, step)), expected, atol=1e-6)
 
@@ -98,7 +98,7 @@ def test_shuffling_changes_with_what_batchnorm_sees_a_key():
 def test_no_gradient_reaches_keys_and_queue():
     model = tiny_model(mlp=True)
     model(views(8)).backward()
-    assert all(p.grad is None and not p.requires_grad for p in model.target.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in model.key.parameters())
     assert all(p.grad is not None for p in [*model.f.parameters(), *model.g.parameters()])
     assert not model.queue.requires_grad and not model.seen[0].requires_grad
 
@@ -109,12 +109,12 @@ def test_key_network_is_the_average_of_parameters_only():
         for p in [*model.f.parameters(), *model.g.parameters()]:
             p.add_(1)
     model.f.bn1.running_mean.add_(5)
-    old, buffers = [[t.clone() for t in part] for part in (model.target.parameters(), model.target.buffers())]
+    old, buffers = [[t.clone() for t in part] for part in (model.key.parameters(), model.key.buffers())]
     model.update_key_network(0.9)
     theta = [*model.f.parameters(), *model.g.parameters()]
-    for new, was, q in zip(model.target.parameters(), old, theta, strict=True):
+    for new, was, q in zip(model.key.parameters(), old, theta, strict=True):
         assert torch.allclose(new, 0.9 * was + 0.1 * q, atol=1e-6)
-    assert all(torch.equal(a, b) for a, b in zip(model.target.buffers(), buffers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(model.key.buffers(), buffers, strict=True))
 
 
 def test_symmetric_is_the_sum_of_both_directions():
@@ -252,7 +252,7 @@ def test_two_processes_hold_the_queue_of_one(tmp_path):
     assert torch.allclose(one[0], queue, atol=1e-6) and torch.equal(one[1], pointer)
     # In train mode each process normalised a random half of all keys: as BatchNorm in two parts of the shuffled batch.
     order = torch.randperm(16, generator=data.generator("shuffle", 0, 9))
-    net = tiny_model().target
+    net = tiny_model().key
     halves = torch.cat([F.normalize(net["g"](net["f"](views(16)[0][rows])), dim=1) for rows in order.chunk(2)])
     assert torch.allclose(one[2], halves[order.argsort()], atol=1e-5) and torch.equal(one[2], two[2])
 

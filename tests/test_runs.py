@@ -233,7 +233,7 @@ class MoCo(Loop):
     def before(self, step):  # with the weights of the last update
         with torch.no_grad():
             theta_q = [*self.model.f.parameters(), *self.model.g.parameters()]
-            for theta_k, theta in zip(self.model.target.parameters(), theta_q, strict=True):
+            for theta_k, theta in zip(self.model.key.parameters(), theta_q, strict=True):
                 theta_k.lerp_(theta, 0.3)
 
     def loss(self, index, xs, step, micro):  # each pass shuffles the keys anew

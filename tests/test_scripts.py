@@ -11,7 +11,8 @@ from conftest import METHODS, ROOT
 
 SECTIONS = ["data", "model", "optimizer", "run: print the recipe, go on from a checkpoint", "training"]
 OWN = {"main", "parse_args", "views_of", "seen", "forward"}  # the method itself; all else of one name is the same
-LONGEST = {"common.py": 231, "runs.py": 343, "training.py": 290, "optim.py": 67, "byol.py": 213, "simclr.py": 227}
+LONGEST = {"common.py": 231, "runs.py": 343, "training.py": 290, "optim.py": 67,
+           "byol.py": 210, "simclr.py": 222, "moco.py": 330, "swav.py": 330, "cmc.py": 320}  # fmt: skip
 # What main has in every script, in this order; the method stands between these lines.
 SKELETON = """
 args = parse_args(argv)
@@ -20,7 +21,7 @@ args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
 train, labelled, test = sets.splits(args, device)
 per_pass = training.images_per_pass(args, world, len(train))
 loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
-torch.manual_seed(args.seed)  # the same initial weights in every process
+torch.manual_seed(args.seed)  # the same initial weights on every rank
 ddp = model
 if world > 1:
 if args.compile:

@@ -177,12 +177,12 @@ def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path, capsys):
     out = printed(capsys, "--out", tmp_path / "run")
     assert "lr 0.004 x 64 / 256 = 0.001, 156 steps of warm-up" in out
     assert "adamw: 41 tensors, 14 decayed, 0 adapted" in out
-    assert "126 negatives a view, B = 64" in out and "unrelated vectors ln(2B - 1) = 4.84" in out
+    assert "126 negatives per view, B = 64" in out and "chance-level loss ln(2B - 1) = 4.84" in out
     assert not (tmp_path / "run").exists()
     small = ["--recipe", "cifar10", "--arch", "resnet10_16", "--limit", "1024", "--batch-size", "1024"]
     out = printed(capsys, *small, "--scaling", "sqrt", "--lr", "0.075", "--accumulate", "4")
     assert "lr 0.075 x sqrt(1024) = 2.4" in out and "lars: 44 tensors, 15 decayed, 15 adapted" in out
-    assert "510 negatives a view, B = 256" in out and "= 6.24" in out  # of one pass
+    assert "510 negatives per view, B = 256" in out and "= 6.24" in out  # of one pass
 
 
 def test_recipes_are_those_of_the_codes_commands():
