@@ -21,11 +21,11 @@ an exponential moving average of the online network and gets no gradient, and on
 Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
 
     command                      network, epochs    seeds  k-NN                linear            device, commit
-    python byol.py               resnet10_16, 24    0 1 2  64.7 54.7 65.5      67.1 53.9 65.9    2 CPUs, 3 min, bc86536
+    python byol.py               resnet10_16, 24    0 1 2  64.7 54.7 65.5      67.1 53.9 65.9    2 cores, 3 min, bc86536
                                  random init        0 1 2  14.7 13.1 16.6      15.5 (seed 0)
     python byol.py --data cifar10 --arch resnet10_32 --hidden 1024 --epochs 18 --batch-size 128 --lr 0.06
            --weight-decay 1e-3 --warmup-epochs 1 --tau 0.97 (images recompressed as JPEG)
-                                 resnet10_32, 18    0      53.9                57.8              1 CPU, 37 min, 8ab7a2e
+                                 resnet10_32, 18    0      53.9                57.8              1 core, 37 min, 8ab7a2e
                                  random init        0      34.7                not run
 
     python byol.py                                                           shapes, minutes on a laptop

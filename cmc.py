@@ -24,12 +24,12 @@ negatives in the other view's bank, so features keep what views share. For evalu
 Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
 
     command                                     network, epochs      seeds  k-NN  linear   device
-    python cmc.py                               resnet10_16_lab, 24  0      46.5  49.3     1 CPU, 3 min
+    python cmc.py                               resnet10_16_lab, 24  0      46.5  49.3     1 core, 3 min
                                                 random init          0      13.5  not run
     ... --data shapes-natural                   resnet10_16_lab, 24  0      79.3  not run  the same
                                                 random init          0      25.4  not run
     ... --data cifar10 --arch resnet10_32 --epochs 15 (images recompressed as JPEG)
-                                                resnet10_32_lab, 15  0      49.9  51.9     1 CPU, 12 min
+                                                resnet10_32_lab, 15  0      49.9  51.9     1 core, 12 min
                                                 random init          0      36.3  not run
 
     python cmc.py                                                            shapes, minutes on a laptop

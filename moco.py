@@ -26,10 +26,10 @@ The key network is a slow moving average of the query network, so that keys from
 Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
 
     command                      network, epochs    seeds  k-NN              linear            device, commit
-    python moco.py               resnet10_16, 24    0      68.8              70.8              2 CPUs, 2.7 min, 3980407
+    python moco.py               resnet10_16, 24    0      68.8              70.8              2 cores, 2.7 min, 3980407
                                  random init        0      14.7              not run
     python moco.py --data cifar10 (images recompressed as JPEG), epoch 1 of 200; 200-NN of the output of g (demo: 31.98)
-                                 resnet18, 1        0      31.7              not run           1 CPU, 44cd552
+                                 resnet18, 1        0      31.7              not run           1 core, 44cd552
 
     python moco.py                                                           shapes, minutes on a laptop
     python moco.py --data cifar10                                            the authors' demo

@@ -25,11 +25,11 @@ the negatives, so a large batch helps. There is no memory bank and no second net
 Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
 
     command                      network, epochs    seeds  k-NN              linear            device, commit
-    python simclr.py             resnet10_16, 24    0      86.2              87.1              2 CPUs, 3.0 min, 3980407
+    python simclr.py             resnet10_16, 24    0      86.2              87.1              2 cores, 3.0 min, 3980407
                                  random init        0      14.7              not run
     python simclr.py --data cifar10 --limit 10000 --arch resnet10_16 --batch-size 128 --epochs 20 --warmup-epochs 2
            (images recompressed as JPEG)
-                                 resnet10_16, 20    0      42.3              not run           1 CPU, f2b4cb3
+                                 resnet10_16, 20    0      42.3              not run           1 core, f2b4cb3
                                  random init        0      27.1              not run
     cifar10, imagenet            in full                   not run             not run
 

@@ -22,8 +22,8 @@ There are no negatives and no second network. Only the two large views get codes
 Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
 
     command                              network, epochs  seeds  k-NN       linear     device, commit
-    python swav.py                       resnet10_16, 16  0      92.4       95.2       2 CPUs, 2.7 min, 3980407
-    the same                             resnet10_16, 16  0 1    92.5 92.6  95.9 95.7  1 CPU, 3.5 min
+    python swav.py                       resnet10_16, 16  0      92.4       95.2       2 cores, 2.7 min, 3980407
+    the same                             resnet10_16, 16  0 1    92.5 92.6  95.9 95.7  1 core, 3.5 min
                                          random init      0 1    14.7 13.1  not run
 
     python swav.py                                                           shapes, minutes on a laptop
