@@ -1,48 +1,36 @@
 """InstDisc and Distilling Localization: instance discrimination with a memory bank, and copy-and-paste by saliency.
 
 InstDisc: Unsupervised Feature Learning via Non-Parametric Instance Discrimination (Wu et al., 2018,
-https://arxiv.org/abs/1805.01978). DiLo: Distilling Localization for Self-Supervised Representation Learning (Zhao et al.,
-2020, https://arxiv.org/abs/2004.06638).
+https://arxiv.org/abs/1805.01978). DiLo: Distilling Localization for Self-Supervised Representation Learning (Zhao et
+al., 2020, https://arxiv.org/abs/2004.06638).
 
-Every image is its own class. A memory bank holds one feature per image, and a softmax over the cosines of a view with the bank
-must identify the view's image. DiLo (--copy-paste) first pastes the salient object of some views on another background, so
+Every image is a class of its own. A memory bank holds one feature per image, and a view is classified by its cosines
+with the rows of the bank. DiLo (--copy-paste) pastes the salient object of some views onto another background first, so
 that the background cannot identify the image.
 
-    image --[paste on a background]--> crop, jitter, grey -> f -> g -> v --.
+    image --[paste on a background]--> crop, jitter, gray -> f -> g -> v --.
               ^ mask (saliency.py)                                         |  -log P(i | v), eq. 1 and 2
-                                     bank V [n, D], old row i and others --'
-                                            row i <- n(m row i + (1 - m) v)  after the step       (n: L2-normalize)
+                   bank V [n, D]: row i, the positive, and the negatives --'
+                          row i <- n(m row i + (1 - m) v)  after the step       (n: L2 normalization)
 
-    differences          paper                        official code              here
-    loss                 NCE (InstDisc), softmax-NCE  NCE, full softmax          softmax-NCE, --loss nce, --loss softmax (eq. 1)
-    negatives            K from the bank, for each    K for each image           K for the whole batch and all ranks
-    own row among them   -                            stays                      left out
-    constant Z           of the first batches         of the first batch         of the first batch, in the checkpoint
-    proximal term        between two features         bank momentum 0.5          bank momentum 0.5
-    bank at start        random unit vectors          uniform, about unit        uniform, then unit
-    bank is written      after the step               in the backward pass       after the step
-    last batch           -                            smaller                    dropped: its rows wait for the next epoch
-    grey, jitter         -                            ImageNet: grey first       jitter, then grey, as the code's CIFAR-10
-    weight decay         -                            on all parameters          not on biases and BatchNorm
-    mean and std         -                            CIFAR-10: its own          ImageNet's
-    paste                before all else              none is public             between crop and jitter; the ground in a crop
-                                                                                 and flip of its own
-    mask                 RBD, threshold not stated    -                          hard at twice its mean (--soft-masks: as it is);
-                                                                                 not pasted under 5 % or above 90 % of the image
-    Gaussian blending    width not stated             -                          5 taps, sigma 2, on the mask
-    textures             MIT VisTex                   -                          drawn: filtered noise in two colours
-    image backgrounds    no response of a network     -                          half-size crops, least response of the masks
-    initial weights      -                            ImageNet: He, fan-out      He (fan-out), torch's for g
-    linear probe         lr 30, 100 epochs, crops     none                       un-augmented frozen features (evaluate.py)
-    small images         -                            CIFAR-10 at 32 px          recipes below; 3x3 stem under 64 px
-    precision            -                            fp32                       bf16 autocast; L2, loss and bank in fp32
+    differences          paper                        official code       here (more in docs/instdisc.md)
+    loss                 NCE (InstDisc), softmax-NCE  NCE, full softmax   softmax-NCE; --loss nce or softmax (eq. 1)
+    negatives            K per image                  K per image         K per batch, shared by all ranks
+    positive among them  -                            kept                masked
+    proximal term        between two features         bank momentum 0.5   bank momentum 0.5
+    paste (DiLo)         before all augmentations     not published       between crop and jitter; the background is
+                                                                          cropped and flipped independently
+    mask                 RBD, threshold not stated    -                   binary at twice its mean, or --soft-masks; no
+                                                                          paste below 5 % or above 90 % of the image
+    textures             MIT VisTex                   -                   filtered noise in two colors
+    image backgrounds    no response of a network     -                   half-size crops with the least saliency
 
-Measured with this file (k-NN: 20 neighbours; protocols, tables 1 and 2 and curves in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols, tables 1 and 2 and curves in results/README.md):
 
     command                                  network, epochs  seeds  k-NN       linear     device, commit
     python instdisc.py                       resnet10_16, 24  0      83.3       80.6       2 CPU cores, 2.2 min, 3628f2c
                                              random init     0      14.7       not run
-    ... --copy-paste 0.5                     resnet10_16, 24  0      83.4       79.0       the same, 3.1 min with the masks
+    ... --copy-paste 0.5                     resnet10_16, 24  0      83.4       79.0       the same, 3.1 min with masks
     both again, on one core                  resnet10_16, 24  0      79.8 82.4  76.3 78.0  1 CPU core, f7158bf
     ... --data shapes-hard                   resnet10_16, 24  0 1    50.0 53.7  50.6 53.9  the same
     ... --data shapes-hard --copy-paste 0.5  resnet10_16, 24  0 1    64.8 66.1  61.6 63.4  the same
@@ -90,7 +78,7 @@ RECIPES = {
         dim=128, eval_every=2,
         views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)],
     ),
-    # The code's cifar.py: full softmax, lr 0.03 for 128 images, no flip. Not run in full yet.
+    # Code, cifar.py: full softmax, lr 0.03 for 128 images, no flip. Not run in full yet.
     "cifar10": dict(
         arch="resnet18", size=32, epochs=200, batch_size=128, optimizer="sgd", lr=0.06, weight_decay=5e-4,
         schedule="steps", warmup_epochs=0, loss="softmax", negatives=4096, temperature=0.1, bank_momentum=0.5,
@@ -99,14 +87,15 @@ RECIPES = {
     ),
     # DiLo's ablations; its final models have K = 65536 (sec. 6.3).
     "imagenet": dict(
-        arch="resnet50", size=224, epochs=200, batch_size=256,  # DiLo, sec. 6.1; the batch is InstDisc's (code, main.py)
-        optimizer="sgd", lr=0.03, weight_decay=1e-4, schedule="steps", warmup_epochs=0,  # DiLo, sec. 6.1; decay: main.py
-        loss="softmax-nce", negatives=4096, temperature=0.07, bank_momentum=0.5, dim=128, eval_every=10,  # DiLo, sec. 6.1
+        # DiLo, sec. 6.1, except batch size and weight decay: InstDisc's (code, main.py).
+        arch="resnet50", size=224, epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,
+        schedule="steps", warmup_epochs=0, loss="softmax-nce", negatives=4096, temperature=0.07, bank_momentum=0.5,
+        dim=128, eval_every=10,
         views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)],  # main.py
     ),
 }  # fmt: skip
 LOSSES = ("softmax", "nce", "softmax-nce", "supervised")
-TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "grey")  # none: a centre crop
+TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "grey")  # none: a center crop
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 
@@ -115,35 +104,22 @@ def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # InstDisc
-    p.add_argument(
-        "--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: labels instead of instances"
-    )
+    p.add_argument("--loss", choices=LOSSES, help="softmax: over the whole bank; supervised: with labels, no bank")
     p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
     p.add_argument("--temperature", type=float, help="tau of the softmax over cosines; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
-    p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="how much of the view, cumulative (table 1)")
+    p.add_argument("--augment", default=TABLE_1[-1], choices=TABLE_1, help="augmentations up to this one (table 1)")
     # Distilling Localization
-    p.add_argument(
-        "--copy-paste", type=float, default=0.0, help="share of views whose object is pasted; 0.5 in the paper"
-    )
-    p.add_argument(
-        "--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder: masks or maps of any size"
-    )
-    p.add_argument(
-        "--soft-masks", action="store_true", help="paste by the saliency itself; else where it is twice its mean"
-    )
-    p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="what is pasted on")
-    p.add_argument(
-        "--blend", default="none", choices=data.BLENDS, help="of the pasted object's edge; mix: half of them"
-    )
+    p.add_argument("--copy-paste", type=float, default=0.0, help="probability that a view is pasted; 0.5 in the paper")
+    p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks or maps")
+    p.add_argument("--soft-masks", action="store_true", help="alpha is the saliency, not a mask at twice its mean")
+    p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="backgrounds")
+    p.add_argument("--blend", default="none", choices=data.BLENDS, help="of the mask's edge; mix: in half of the views")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "dim", "negatives")
-    common.at_least(0, args, "copy_paste", "bank_momentum")
-    for name in ("copy_paste", "bank_momentum"):
-        if not getattr(args, name) <= 1:
-            common.fail(f"--{name.replace('_', '-')} {getattr(args, name):g}: it must be at most 1")
-    least = 0.02 if args.loss == "nce" else 0.0  # NCE's exp(s / tau) does not fit a float below that
+    common.at_least(0, args, "copy_paste", "bank_momentum", most=1)
+    least = 0.02 if args.loss == "nce" else 0.0  # below that NCE's exp(s / tau) overflows fp32
     if not args.temperature > least:
         common.fail(f"--temperature {args.temperature:g}: with --loss {args.loss} it must be above {least:g}")
     return args
@@ -153,8 +129,8 @@ def parse_args(argv=None):
 
 
 class FullSoftmax(torch.autograd.Function):
-    """-log P(i | v) over all n rows of the bank (DiLo, eq. 1), mean over the batch, in one pass over the bank that keeps
-    `chunk` columns of logits at a time: the running maximum, the sum of exponentials and the sum of rows they weigh."""
+    """-log P(i | v) over all n rows of the bank (DiLo, eq. 1), mean over the batch: one pass over the bank in chunks of
+    `chunk` rows, with a running maximum, sum of exponentials and exponentially weighted sum of rows."""
 
     @staticmethod
     def forward(ctx, v, bank, index, temperature, chunk=16_384):
@@ -165,7 +141,7 @@ class FullSoftmax(torch.autograd.Function):
             p, shrink = s.sub_(top).exp_(), (was - top).exp()
             total, mean = total * shrink + p.sum(1, keepdim=True), mean * shrink + p @ rows
         own = bank[index]  # [B, D]
-        ctx.save_for_backward((mean / total - own) / (temperature * len(v)))  # d loss / d v: expected row minus own row
+        ctx.save_for_backward((mean / total - own) / (temperature * len(v)))  # d loss / d v
         return (top + total.log() - (v * own).sum(1, keepdim=True) / temperature).mean()
 
     @staticmethod
@@ -187,7 +163,7 @@ def scores(v, bank, index, negatives, temperature):
 
 
 def softmax_nce(v, bank, index, negatives, temperature):
-    """Cross-entropy of the own row among K + 1 (DiLo, sec. 6.1), mean over the batch."""
+    """Cross-entropy of the positive among K + 1 rows (DiLo, sec. 6.1), mean over the batch."""
     own, others = scores(v, bank, index, negatives, temperature)
     return (torch.logsumexp(torch.cat([own[:, None], others], 1), 1) - own).mean()
 
@@ -204,8 +180,8 @@ def nce(v, bank, index, negatives, temperature, Z):
 
 
 def chance(loss, n, K, dim, temperature, classes):
-    """The loss while features are unrelated to the bank: a cosine of random unit vectors has variance 1 / D, so that
-    ln E[exp(s / tau)] = 1 / (2 D tau^2)."""
+    """Chance level: the loss of features independent of the bank. The cosine of random unit vectors has variance 1 / D,
+    so ln E[exp(s / tau)] = 1 / (2 D tau^2)."""
     spread = 1 / (2 * dim * temperature**2)
     if loss == "supervised":
         return math.log(classes)
@@ -217,8 +193,8 @@ def chance(loss, n, K, dim, temperature, classes):
 
 
 class InstDisc(nn.Module):
-    """Backbone f, one linear layer g, bank V; `forward((x,), index, negatives)` is the loss of the views x of the images
-    `index`. With labels [n] it is the supervised network of table 1: cross-entropy of g, no bank."""
+    """Backbone f, linear layer g, bank V; `forward((x,), index, negatives)` is the loss of views x of the images `index`.
+    With labels [n] it is table 1's supervised network: cross-entropy of g, no bank."""
 
     def __init__(self, backbone, n, dim=128, temperature=0.07, loss="softmax-nce", momentum=0.5, labels=None):
         super().__init__()
@@ -233,7 +209,7 @@ class InstDisc(nn.Module):
             self.register_buffer("labels", labels, persistent=False)
 
     def forward(self, views, index, negatives=None, first=False):
-        """`first`: whether this is the run's first batch, which sets NCE's constant Z. Collective."""
+        """`first`: the run's first batch, which sets NCE's constant Z. Collective."""
         out = self.g(self.f(*views))
         with torch.autocast(out.device.type, enabled=False):
             if self.loss == "supervised":
@@ -242,7 +218,7 @@ class InstDisc(nn.Module):
             self.seen.append((index, v.detach()))
             self.figures = {
                 "feature_std": v.detach().std(0).mean() * v.shape[1] ** 0.5,  # 1: spread, 0: collapsed
-                "own_cosine": (v.detach() * self.bank[index]).sum(1).mean(),  # with the row of the last epoch
+                "own_cosine": (v.detach() * self.bank[index]).sum(1).mean(),  # the row is an epoch old
             }
             if self.loss == "softmax":
                 return FullSoftmax.apply(v, self.bank, index, self.temperature)
@@ -257,13 +233,13 @@ class InstDisc(nn.Module):
         """n times the mean of exp(s / tau) over the batch of all ranks (InstDisc, sec. 3.2)."""
         own, others = scores(v, self.bank, index, negatives, self.temperature)
         e = torch.cat([own[:, None], others], 1).exp()
-        total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # a row left out counts as nothing
+        total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # masked rows do not count
         return len(self.bank) * total[0] / total[1]
 
     @torch.no_grad()
     def update_bank(self):
-        """v_i <- n(m v_i + (1 - m) v) for the images of all ranks since the last update. Collective: every rank
-        writes the same rows. Within an epoch no image comes twice, so no row is written twice."""
+        """v_i <- n(m v_i + (1 - m) v) for the images of all ranks since the last update. Collective: every rank writes
+        the same rows, each once, as no image occurs twice in an epoch."""
         if self.loss == "supervised":
             return
         index, v = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
@@ -272,16 +248,14 @@ class InstDisc(nn.Module):
         self.bank[index] = F.normalize(torch.lerp(v, self.bank[index], self.momentum), dim=1)
 
 
-def bank_figures(model, train, y, test, preprocess, device, workers, amp, recompute=False):
-    """Label-free figures of the bank, and the 200-NN accuracy (weighted by exp(s / tau), InstDisc, sec. 3.4) of test
-    embeddings on its rows, whose labels are y [n] (-1: left out); `recompute`: also on embeddings of the un-augmented
-    training images in their place. Collective."""
+def probe_bank(model, train, y, test, preprocess, device, workers, amp, recompute=False):
+    """Health of the bank, and the accuracy of a 200-NN classifier of test embeddings (weights exp(s / tau), InstDisc,
+    sec. 3.4) whose training set is the bank with labels y [n] (-1: ignored); `recompute`: also with embeddings of the
+    un-augmented training images in place of the bank. Collective."""
     if model.loss == "supervised":
         return {}
-    numbers, net = (
-        {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()},
-        nn.Sequential(model.f, model.g),
-    )
+    numbers = {f"bank_{k}": value for k, value in evaluate.health(model.bank).items()}
+    net = nn.Sequential(model.f, model.g)
     embed = lambda images: evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
     queries, query_labels = evaluate.with_labels(*embed(evaluate.first(test, 10_000)))
     if (y >= 0).any() and len(queries):
@@ -404,7 +378,7 @@ def learning_rate(step, total, lr, warmup, schedule):
 
 
 def augmented(view, upto):
-    """The view of a recipe with table 1's augmentations up to and including `upto`."""
+    """A recipe's view with table 1's augmentations up to and including `upto`."""
     level, view = TABLE_1.index(upto), dict(view)
     view |= {"grey": 0.0} if level < 5 else {}
     view |= {"jitter_p": 0.0} if level < 4 else {}
@@ -431,7 +405,7 @@ def main(argv=None):
     views = views_of(args)
     train, labelled, test = sets.splits(args, device)
     if args.loss == "supervised":
-        train = labelled  # the images whose labels the probes may know, too
+        train = labelled  # the probes' training set
     per_pass = training.images_per_pass(args, world, len(train))
     n, sampled = len(train), args.loss in ("nce", "softmax-nce")
     if sampled:
@@ -445,23 +419,16 @@ def main(argv=None):
     labels = bank_labels.clone() if args.loss == "supervised" else None
     if labels is not None and (labels < 0).any():
         common.fail(f"--loss supervised: {train.name} has images without labels")
-    if labelled is not train:  # some of these images, without their labels, are the probes' test set
+    if labelled is not train:  # the unlabeled images that train also has may be the probes' test set
         probed = sets.load(args.data, args.root, "train")
         known = {probed.key(i) for i in range(len(probed))}
         bank_labels[torch.tensor([train.key(i) not in known for i in range(len(train))])] = -1
-    model = InstDisc(
-        backbones.build(args.arch, args.size),
-        len(train),
-        args.dim,
-        args.temperature,
-        args.loss,
-        args.bank_momentum,
-        labels,
-    ).to(device, memory_format=torch.channels_last)
+    f = backbones.build(args.arch, args.size)
+    model = InstDisc(f, n, args.dim, args.temperature, args.loss, args.bank_momentum, labels)
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        # The code's BatchNorm, under DataParallel, sees the share of one GPU, and so does this.
-        # Every process writes the same bank: DDP need not send it (656 MB for ImageNet) before each step.
+        # No SyncBatchNorm, as in the code. All ranks write the same bank: DDP need not broadcast it (ImageNet: 656 MB).
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank", "Z", "labels"])
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
@@ -482,7 +449,7 @@ def main(argv=None):
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, schedule {args.schedule}",
         f"{args.optimizer}: {optim.count(optimizer)}",
         *bank,
-        f"loss of unrelated vectors {start:.2f}",
+        f"chance-level loss {start:.2f}",
     )
     if run.resume():
         return
@@ -493,7 +460,7 @@ def main(argv=None):
     # ============ training ============
     while run.is_training():
         if run.probe_is_due():
-            run.probe(**bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp))
+            run.probe(**probe_bank(model, train, bank_labels, test, preprocess, device, args.workers, args.amp))
         for step in run.epoch():
             lr_now = learning_rate(step, run.total, lr, run.warmup, args.schedule)
             for group in optimizer.param_groups:
@@ -506,12 +473,12 @@ def main(argv=None):
                 run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
-            model.update_bank()  # after the step: the logits of an update are those of the old bank
+            model.update_bank()  # after the step: logits use the old rows
             run.end_step(lr_now, **model.figures)
         run.save()
     if run.stopped:
         return common.STOPPED
-    final = bank_figures(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
+    final = probe_bank(model, train, bank_labels, test, preprocess, device, args.workers, args.amp, recompute=True)
     if final:
         run.log.record("eval", run.step, epoch=args.epochs, **final)
         run.log.say("  ".join(f"{k} {v:.2f}" for k, v in final.items()))

@@ -1,35 +1,31 @@
 """PIRL: Self-Supervised Learning of Pretext-Invariant Representations (Misra, van der Maaten, 2019,
 https://arxiv.org/abs/1912.01991).
 
-A pretext task predicts which transformation t was applied to an image, so its features must encode t. PIRL learns the
-opposite, invariance to t: image I and transformed image I^t get the same representation, unlike those of other images.
-t cuts out nine patches and permutes them (or rotates the image). Both are compared with a bank of earlier features.
+To solve a pretext task, features must encode the transformation t of the image. PIRL trains the opposite: image I and
+transformed image I^t get the same representation, different from those of other images. t cuts out nine patches and
+shuffles them (or rotates the image). Both I and I^t are contrasted with a memory bank of earlier features.
 
     I    one crop                         -> phi -> f ---------------- f(v_I) ---.
-                                                                                  |  lambda L(m_I, g(v_I^t))
-    I^t  another, 9 patches in any order  -> phi -> linear, 9 joined -> g(v_I^t) -|    + (1 - lambda) L(m_I, f(v_I)), eq. 5
-                                                                                  |
-                           bank M [n, D], old row m_I and N others ---------------'
-                                  m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2-normalize)
+                                                                                 |  lambda L(m_I, g(v_I^t))
+    I^t  9 shuffled patches of another    -> phi -> linear, concat -> g(v_I^t) --|  + (1 - lambda) L(m_I, f(v_I)), eq. 5
+                                                                                 |
+                         bank M [n, D]: m_I, row of the image, and N negatives --'
+                             m_I <- n(m m_I + (1 - m) f(v_I))  after the step       (n: L2 normalization)
 
     differences          paper                        official code (VISSL)      here (more in docs/pirl.md)
-    loss L               eq. 4: -log h of the own     InstDisc's NCE with a      eq. 4; --nce constant-z is the code's,
-                         row - sum log(1 - h)         constant Z; or cross-      --nce cross-entropy its other one
+    loss L               eq. 4: -log h of the         InstDisc's NCE with a      eq. 4; --nce constant-z is the code's,
+                         positive - sum log(1 - h)    constant Z; or cross-      --nce cross-entropy its other one
                                                       entropy
-    h of other rows      denominator not spelled out  -                          over the own row and the N, as of the own
-    negatives            N for each image             N for each image and term  N for the whole batch, both terms and all
-                                                                                 processes; --per-sample: for each image
-    colours              -                            jitter; posterize, sharp-  jitter and grey, of the image and of each
-                                                      ness, solarize, auto-      patch for itself
-                                                      contrast; grey; of the
-                                                      image and of each patch
+    h of negatives       denominator not given        -                          as for the positive: all N + 1 rows
+    negatives            N per image                  N per image and term       N per batch, for both terms and all
+                                                                                 ranks; --per-sample: N per image
+    colors of image      -                            jitter, posterize, sharp-  jitter, grayscale
+    and patches                                       ness, solarize, auto-
+                                                      contrast, grayscale
     flip                 -                            of each patch              of the crop that patches are cut from
-    rotation             by 0, 90, 180, 270 degrees   none is public             of a square crop of its own, by any of four
-    linear probe         -                            crops and flips            un-augmented frozen features (evaluate.py)
-    small images         -                            -                          recipes and geometry below; 3x3 stem under 64 px
-    precision            -                            fp32                       bf16 autocast; L2, loss and bank in fp32
+    rotation             by 0, 90, 180, 270 degrees   not published              by the same, of a second square crop
 
-Measured with this file (k-NN: 20 neighbours; of the random network, after training):
+Measured with this file (k-NN: 20 neighbors; random init -> trained):
 
     command                                  network, epochs  seeds  k-NN          linear  device
     python pirl.py                           resnet10_16, 20  0      14.7 -> 70.1  68.3    2 CPU cores, 3.9 min, 102c386
@@ -38,7 +34,7 @@ Measured with this file (k-NN: 20 neighbours; of the random network, after train
     --transform rotation, CIFAR-10, ImageNet                         not run
 
     python pirl.py                                                           shapes, minutes on a laptop
-    python pirl.py --transform rotation                                      invariant to turns instead
+    python pirl.py --transform rotation                                      invariant to rotation instead
     torchrun --standalone --nproc_per_node=8 pirl.py --data imagenet --root DIR
 """
 
@@ -61,7 +57,7 @@ import training
 METHOD = "pirl"
 
 # ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
-# Views: of the image, and the crop that patches are cut from, whose colours are the image's.
+# Views: the image, and the crop that patches are cut from; patches get the color augmentation of the image's view.
 
 RECIPES = {
     # Quick on a CPU, so unlike the paper: AdamW, a small network, a warm-up.
@@ -89,7 +85,7 @@ RECIPES = {
                dict(scale=(0.6, 1.0), interpolation="bilinear")],
     ),
 }  # fmt: skip
-UNCOLOURED = dict(jitter_p=0.0, grey=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)
+NO_COLOR = dict(jitter_p=0.0, grey=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)  # pixels in [0, 1], as before augmentation
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 
@@ -97,25 +93,20 @@ RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["im
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
     # PIRL
-    p.add_argument("--transform", choices=("jigsaw", "rotation"), help="t, what the representation must not depend on")
-    p.add_argument("--lambda", dest="lam", type=float, help="lambda, weight of I^t against I; 0: I alone, 1: I^t alone")
-    p.add_argument(
-        "--nce", choices=FORMS, help="L: eq. 4; its first part, -log h, alone; InstDisc's NCE with constant Z (code)"
-    )
-    p.add_argument(
-        "--per-sample", action="store_true", help="other negatives for each image; the recipe line shows their memory"
-    )
+    p.add_argument("--transform", choices=("jigsaw", "rotation"), help="t, which features become invariant to")
+    p.add_argument("--lambda", dest="lam", type=float, help="weight of I^t against I; 0: only I, 1: only I^t")
+    p.add_argument("--nce", choices=FORMS, help="L: eq. 4; its first term, -log h, alone; InstDisc's NCE (code)")
+    p.add_argument("--per-sample", action="store_true", help="negatives for each image; memory: see recipe line")
     p.add_argument("--negatives", type=int, help="K, negatives sampled from the bank")
     p.add_argument("--temperature", type=float, help="tau of the softmax over cosines; lower is sharper")
     p.add_argument("--bank-momentum", type=float, help="m, share of the old row in the new one")
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "dim", "negatives")
-    common.at_least(0, args, "bank_momentum")
-    for flag, value in (("--lambda", args.lam), ("--bank-momentum", args.bank_momentum)):
-        if not 0 <= value <= 1:
-            common.fail(f"{flag} {value:g}: it must be between 0 and 1")
-    least = 0.02 if args.nce == "constant-z" else 0.0  # its exp(s / tau) does not fit a float below that
+    common.at_least(0, args, "bank_momentum", most=1)
+    if not 0 <= args.lam <= 1:
+        common.fail(f"--lambda {args.lam:g}: it must be at least 0 and at most 1")
+    least = 0.02 if args.nce == "constant-z" else 0.0  # below that its exp(s / tau) overflows fp32
     if not least < args.temperature < math.inf:
         common.fail(f"--temperature {args.temperature:g}: with --nce {args.nce} it must be above {least:g}")
     if args.transform == "jigsaw":
@@ -124,36 +115,33 @@ def parse_args(argv=None):
 
 
 def views_of(args):
-    """The image, and the crop that is transformed, which gets its colours in parts."""
-    image, crop, side = *RECIPES[args.recipe]["views"], args.size
+    """The image, and the crop that is transformed; its colors are augmented after that, patch by patch."""
+    image, crop = RECIPES[args.recipe]["views"]
     if args.transform == "jigsaw":
-        side = 3 * puzzle_grid(args.size)[0]
-    else:
-        crop = image
-    return [data.view(args.size, **image), data.view(side, **crop) | UNCOLOURED]
+        return [data.view(args.size, **image), data.view(3 * puzzle_grid(args.size)[0], **crop) | NO_COLOR]
+    return [data.view(args.size, **image), data.view(args.size, **image) | NO_COLOR]
 
 
 # ============ the transformations ============
-# A head g with: draw(n, g), the random numbers for n images, on the CPU; transform(x, *drawn), the parts of I^t [B, P, 3, s, s]
-# made of crops x; forward(v), what it makes of the parts' features [B * P, width]: [B, D]; `description`, for the recipe line.
+# Each is a transformation t with its head g: draw(n, g) gives the random numbers for n images, on the CPU; transform(x,
+# *numbers) the parts of I^t [B, P, 3, s, s] from crops x; forward(v) applies g to the features v of the parts,
+# [B * P, width] -> [B, D]; `description` is for the recipe line.
 
 
 def puzzle_grid(size):
-    """(cell, patch) in px for views of `size` px: 85 of a crop of 255, and 64, at 224 px (code); in about the same proportions 36
-    and 28 at 96 px, 24 and 18 at 64, 12 and 10 at 32."""
+    """(cell, patch) in px for views of `size` px: (85, 64) at 224 px (code: a crop of 255 px) and in about the same
+    proportions (36, 28) at 96 px, (24, 18) at 64, (12, 10) at 32."""
     cell = round(size * 85 / 224)
     patch = 2 * round(cell * 64 / 85 / 2)
-    # Of less the last stage would see one pixel, of which oneDNN's bf16 convolutions of stride 2 have undefined gradients.
+    # With smaller patches the last map is 1 x 1, for which oneDNN's bf16 strided convolutions have undefined gradients.
     if patch < 10:
         common.fail(f"--size {size}: too small for a grid of 3 x 3 patches, which needs 31 px or more")
     return cell, patch
 
 
 def pieces(x, where, order, cell, patch):
-    """Nine patches of each image, in any order: x [B, 3, 3 cell, 3 cell] -> [B, 9, 3, patch, patch].
-
-    order [B, 9]: of which cell, counted row by row, each is; where [B, 9, 2]: how far below and right of that cell's corner.
-    """
+    """Nine patches of each image: x [B, 3, 3 cell, 3 cell] -> [B, 9, 3, patch, patch]. order [B, 9]: the cell of each,
+    counted row by row; where [B, 9, 2]: its offset in that cell, down and right."""
     corner = where + cell * torch.stack([order // 3, order % 3], 2)  # [B, 9, 2]
     windows = x.unfold(2, patch, 1).unfold(3, patch, 1)  # [B, 3, rows, columns, patch, patch], a view
     image = torch.arange(len(x), device=x.device)[:, None]
@@ -161,16 +149,13 @@ def pieces(x, where, order, cell, patch):
 
 
 class Jigsaw(nn.Module):
-    """Nine patches in any of all 9! orders; g: a linear layer for each patch, all nine joined, and another one."""
+    """Nine patches in a random order, any of 9!; g: a linear layer per patch, concatenation, another linear layer."""
 
     def __init__(self, width, dim, size):
         super().__init__()
         self.cell, self.patch = puzzle_grid(size)
         self.each, self.joined = nn.Linear(width, dim), nn.Linear(9 * dim, dim)
-        move = self.cell - self.patch
-        self.description = (
-            f"9 cells of {self.cell} px, in each a patch of {self.patch} px that moves by up to {move}, in any order"
-        )
+        self.description = f"9 patches of {self.patch} px at random places in cells of {self.cell} px, in random order"
 
     def draw(self, n, g):
         where = torch.randint(self.cell - self.patch + 1, (n, 9, 2), generator=g)
@@ -184,12 +169,12 @@ class Jigsaw(nn.Module):
 
 
 class Rotation(nn.Module):
-    """Quarter turns, all four equally likely; g: a linear layer."""
+    """Rotation by 0, 90, 180 or 270 degrees, equally likely; g: a linear layer."""
 
     def __init__(self, width, dim):
         super().__init__()
         self.linear = nn.Linear(width, dim)
-        self.description = "by any of the four quarter turns"
+        self.description = "0, 90, 180 or 270 degrees"
 
     def draw(self, n, g):
         return (torch.randint(4, (n, 1, 1, 1), generator=g),)
@@ -202,8 +187,12 @@ class Rotation(nn.Module):
         return self.linear(v)
 
 
-def drawn(task, n, rank, world, device, *key):
-    """The task's random numbers for n images of this process: its rows of those for the batch of all."""
+def transformation(args, width):
+    return Jigsaw(width, args.dim, args.size) if args.transform == "jigsaw" else Rotation(width, args.dim)
+
+
+def draw_share(task, n, rank, world, device, *key):
+    """The task's random numbers for this rank's n images: its rows of those drawn for the batch of all ranks."""
     whole = task.draw(world * n, data.generator(*key))
     mine = slice(rank * n, (rank + 1) * n)
     return [(t[mine] if len(t) == world * n else t).to(device, non_blocking=True) for t in whole]
@@ -219,36 +208,34 @@ def draw_negatives(n, K, seed, step, device):
 
 
 def draw_for_each(n, K, images, device, *key):
-    """The same, other rows for each image: [images, K]."""
+    """K rows for each image, [images, K]."""
     return torch.randint(n, (images, K), generator=data.generator(*key)).to(device, non_blocking=True)
 
 
 def against_bank(v, bank, index, negatives, temperature):
-    """s / tau of vectors v [B, V, D] of the images `index` with the images' own rows, [B, V], and with the rows `negatives`, [K]
-    for all or [B, K] for each image, [B, V, K]; -inf where one is the own row."""
+    """Logits s / tau of the vectors v [B, V, D] of images `index` with the images' bank rows, [B, V], and with the rows
+    `negatives` (shared [K], or [B, K]), [B, V, K]; -inf where a negative is the image's own row."""
     others = v @ bank[negatives].mT / temperature
     others = others.masked_fill((negatives == index[:, None])[:, None], -math.inf)
     return (v * bank[index][:, None]).sum(2) / temperature, others
 
 
-# The forms of L take s / tau of own rows [...] and of others [..., N], n, the rows of the bank, and Z, and give [...].
+# The forms of L: from the logits of the positive [...] and of the negatives [..., N], the bank size n and Z to [...].
 
 
 def paper_form(own, others, n=None, Z=None):
-    """-log h(own) - sum log(1 - h(other)), h: the softmax over own and other rows (PIRL, eq. 3 and 4).
-
-    1 - h loses all digits where h is near 1, which only the greatest of the others can be: so it is the share of all other rows.
-    """
+    """-log h(positive) - sum log(1 - h(negative)), h: the softmax over all N + 1 rows (PIRL, eq. 3 and 4). Only the
+    largest negative can have h near 1, where 1 - h loses precision; its 1 - h is summed over all other rows instead."""
     top, at = others.max(-1, keepdim=True)
     others = others.scatter(-1, at, -math.inf)
     rest = torch.cat([own[..., None], others], -1).logsumexp(-1, keepdim=True)
-    hit = F.softplus(top - rest)  # -log(1 - h) of the greatest
-    total = rest + hit  # log of the denominator
-    return (total + hit)[..., 0] - own - torch.log1p(-(others - total).exp()).sum(-1)
+    largest = F.softplus(top - rest)  # -log(1 - h) of the largest negative
+    total = rest + largest  # log of the denominator
+    return (total + largest)[..., 0] - own - torch.log1p(-(others - total).exp()).sum(-1)
 
 
 def cross_entropy(own, others, n=None, Z=None):
-    """-log h(own) alone."""
+    """-log h(positive), InfoNCE."""
     return torch.cat([own[..., None], others], -1).logsumexp(-1) - own
 
 
@@ -256,8 +243,8 @@ EPS = torch.finfo(torch.float32).eps  # code, nce_loss.py
 
 
 def constant_z(own, others, n, Z):
-    """InstDisc's NCE, the code's loss: is a row the own one, or one of N drawn with P_n = 1 / n? With P = exp(s / tau) / Z it is
-    the own one with probability P / (P + N P_n). Summed over the N."""
+    """InstDisc's NCE, the code's loss: is a row the positive or one of N drawn from noise P_n = 1 / n? It is the positive
+    with probability P / (P + N P_n), P = exp(s / tau) / Z. Summed over the N negatives."""
     noise = others.shape[-1] / n
     return ((noise + EPS) * Z / own.exp()).log1p() + ((others.exp() / Z + EPS) / noise).log1p().sum(-1)
 
@@ -265,16 +252,19 @@ def constant_z(own, others, n, Z):
 FORMS = {"paper": paper_form, "cross-entropy": cross_entropy, "constant-z": constant_z}
 
 
-def expected(nce, K, n, dim, temperature):
-    """The loss while features are unrelated to the bank: a cosine of random unit vectors has variance 1 / D, so that
-    E[exp(s / tau)] = exp(1 / (2 D tau^2)). The others' h, of which each is small, add up to 1 - h(own)."""
+def chance_loss(nce, K, n, dim, temperature):
+    """Chance level: the loss of features independent of the bank. The cosine of random unit vectors has variance 1 / D,
+    so E[exp(s / tau)] = exp(1 / (2 D tau^2)). The negatives' h are small and sum to 1 - h(positive)."""
     others = K * math.exp(1 / (2 * dim * temperature**2))
     return math.log1p(others) + {"paper": others / (1 + others), "cross-entropy": 0.0, "constant-z": 1 + EPS * n}[nce]
 
 
 class PIRL(nn.Module):
-    """Backbone f, which is the paper's phi, heads head_f and head_g, its f and g, bank M and, for constant-z, Z. `forward((x,),
-    parts, index, negatives)` is the loss (eq. 5) of the images `index`: of views x and of the parts [B, P, 3, s, s] of I^t."""
+    """Backbone f (the paper's phi), heads head_f and head_g (its f and g), bank M and, for constant-z, Z.
+
+    `forward((x,), parts, index, negatives)` is the loss (eq. 5) of the images `index`, with views x [B, 3, S, S] and
+    parts [B, P, 3, s, s] of I^t.
+    """
 
     def __init__(self, backbone, head_g, n, dim=128, temperature=0.07, lam=0.5, momentum=0.5, nce="paper"):
         super().__init__()
@@ -286,7 +276,7 @@ class PIRL(nn.Module):
         self.register_buffer("Z", torch.zeros(()))
 
     def forward(self, views, parts, index, negatives, first=False):
-        """`first`: whether this is the run's first pass, which sets Z. Collective."""
+        """`first`: the run's first pass, which sets Z. Collective."""
         g = self.head_g(self.f(parts.flatten(0, 1)))  # g(v_I^t) [B, D]
         f = self.head_f(self.f(*views))  # f(v_I) [B, D]
         with torch.autocast(f.device.type, enabled=False):
@@ -294,26 +284,26 @@ class PIRL(nn.Module):
             own, others = against_bank(v, self.bank, index, negatives, self.temperature)
             if first and self.nce is constant_z:
                 self.Z.copy_(self.estimate_Z(own.detach(), others.detach()))
-            of_transformed, of_image = self.nce(own, others, len(self.bank), self.Z).mean(0)
+            loss_transformed, loss_image = self.nce(own, others, len(self.bank), self.Z).mean(0)
         g, f = v.detach().unbind(1)
         self.seen.append((index, f))
         self.figures = {
             "feature_std": f.std(0).mean() * f.shape[1] ** 0.5,  # 1: spread, 0: collapsed
-            "own_cosine": own.detach()[:, 1].mean() * self.temperature,  # of the image with its row, of the last epoch
-            "invariance": (g * f).sum(1).mean(),  # cosine of image and transformed image
+            "own_cosine": own.detach()[:, 1].mean() * self.temperature,  # of f(v_I) and m_I, which is an epoch old
+            "invariance": (g * f).sum(1).mean(),  # cosine of g(v_I^t) and f(v_I)
         }
-        return self.lam * of_transformed + (1 - self.lam) * of_image  # eq. 5
+        return self.lam * loss_transformed + (1 - self.lam) * loss_image  # eq. 5
 
     def estimate_Z(self, own, others):
         """n times the mean of exp(s / tau) over the transformed images of all ranks and their K + 1 rows (code)."""
         e = torch.cat([own[:, :1], others[:, 0]], 1).exp()  # [B, K + 1]
-        total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # a row left out counts as nothing
+        total = common.all_reduce(torch.stack([e.sum(), (e > 0).sum()]))  # masked rows do not count
         return len(self.bank) * total[0] / total[1]
 
     @torch.no_grad()
     def update_bank(self):
-        """m_I <- n(m m_I + (1 - m) f(v_I)) for the images of all ranks since the last update; never g. Collective:
-        every rank writes the same rows. Within an epoch no image comes twice, so no row is written twice."""
+        """m_I <- n(m m_I + (1 - m) f(v_I)) for the images of all ranks since the last update; g is never stored.
+        Collective: every rank writes the same rows, each once, as no image occurs twice in an epoch."""
         index, f = (torch.cat(parts) for parts in zip(*self.seen, strict=True))
         self.seen.clear()
         index, f = common.gather(index), common.gather(f)
@@ -322,7 +312,7 @@ class PIRL(nn.Module):
 
 def seen(args, xs, views, g):
     """What f sees, for `python data.py show`."""
-    head = Jigsaw(1, 1, args.size) if args.transform == "jigsaw" else Rotation(1, 1)
+    head = transformation(args, 1)
     parts = head.transform(xs[1], *head.draw(len(xs[0]), g)).flatten(0, 1)
     parts = data.pixels(data.augment(parts, views[0], g), views[0])
     return {"I": data.pixels(xs[0], views[0]), "I^t": data.tiles(parts, len(xs[0]))}
@@ -349,17 +339,13 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     backbone = backbones.build(args.arch, args.size)
     if args.transform == "jigsaw" and isinstance(backbone, (revisiting.VGG, backbones.Torchvision)):
-        common.fail(f"--arch {args.arch}: the patches are too small for it; ResNets and RevNets take them")
-    head_g = (
-        Jigsaw(backbone.dim, args.dim, args.size) if args.transform == "jigsaw" else Rotation(backbone.dim, args.dim)
-    )
-    model = PIRL(backbone, head_g, n, args.dim, args.temperature, args.lam, args.bank_momentum, args.nce).to(
-        device, memory_format=torch.channels_last
-    )
+        common.fail(f"--arch {args.arch}: the patches are too small for it; use a ResNet or RevNet")
+    head_g = transformation(args, backbone.dim)
+    model = PIRL(backbone, head_g, n, args.dim, args.temperature, args.lam, args.bank_momentum, args.nce)
+    model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        # The code's BatchNorm sees the share of one GPU, and so does this.
-        # Every process writes the same bank: DDP need not send it (656 MB for ImageNet) before each step.
+        # No SyncBatchNorm, as in the code. All ranks write the same bank: DDP need not broadcast it (ImageNet: 656 MB).
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank"])
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
@@ -371,10 +357,10 @@ def main(argv=None):
 
     # ============ run: print the recipe, go on from a checkpoint ============
     def transformed(x, *key):
-        """I^t in parts: cut or turned first, so that each part has colours of its own."""
-        parts = head_g.transform(x, *drawn(head_g, len(x), rank, world, device, args.seed, args.transform, *key))
-        colours = data.generator(args.seed, "colours", *key, rank)
-        return data.augment(parts.flatten(0, 1), views[0], colours).unflatten(0, (len(x), -1))
+        """The parts of I^t; transformed first, so that the colors of each part are augmented independently."""
+        parts = head_g.transform(x, *draw_share(head_g, len(x), rank, world, device, args.seed, args.transform, *key))
+        g = data.generator(args.seed, "colours", *key, rank)
+        return data.augment(parts.flatten(0, 1), views[0], g).unflatten(0, (len(x), -1))
 
     def negatives(*key):
         if args.per_sample:
@@ -382,19 +368,15 @@ def main(argv=None):
         return draw_negatives(n, args.negatives, args.seed, key[0], device)
 
     run = training.Run(METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device)
-    rows = f"{args.negatives} negatives for the whole batch"
-    if args.per_sample:
-        rows = (
-            f"{args.negatives} negatives for each image, {per_pass * args.negatives * args.dim * 4 / 1e6:.1f} MB a pass"
-        )
     size = model.bank.numel() * 4 / 1e6
-    start = expected(args.nce, args.negatives, n, args.dim, args.temperature)
+    memory = f"image, {per_pass * args.negatives * args.dim * 4 / 1e6:.1f} MB a pass" if args.per_sample else "batch"
+    start = chance_loss(args.nce, args.negatives, n, args.dim, args.temperature)
     run.describe(
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up",
         f"{args.optimizer}: {optim.count(optimizer)}",
         f"{args.transform}: {head_g.description}",
-        f"bank {n} x {args.dim}, {size:.1f} MB a rank; {args.nce}, {rows}, at tau {args.temperature:g}",
-        f"lambda {args.lam:g}; loss of unrelated vectors {start:.2f}",
+        f"bank {n} x {args.dim}, {size:.1f} MB a rank; {args.nce} at tau {args.temperature:g}",
+        f"{args.negatives} negatives per {memory}; lambda {args.lam:g}; chance-level loss {start:.2f}",
     )
     if run.resume():
         return
@@ -417,7 +399,7 @@ def main(argv=None):
                 run.log.loss += loss.detach()
             optimizer.step()
             optimizer.zero_grad()
-            model.update_bank()  # after the step: the logits of an update are those of the old bank
+            model.update_bank()  # after the step: logits use the old rows
             run.end_step(lr_now, **model.figures)
         run.save()
     if run.stopped:

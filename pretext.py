@@ -1,46 +1,44 @@
-"""Pretext tasks: rotation, exemplar, jigsaw, relative patch location and colorization, and the study that compares them.
+"""Pretext tasks: rotation, exemplar, jigsaw, relative patch location, colorization, and the study that compares them:
+Revisiting Self-Supervised Visual Representation Learning (Kolesnikov, Zhai, Beyer, 2019,
+https://arxiv.org/abs/1901.09005).
 
-Revisiting Self-Supervised Visual Representation Learning (Kolesnikov, Zhai, Beyer, 2019, https://arxiv.org/abs/1901.09005).
-The tasks are those of Gidaris et al. 2018 (rotation), Dosovitskiy et al. 2014 (exemplar), Noroozi and Favaro 2016 (jigsaw),
-Doersch et al. 2015 (relative patch location) and Zhang, Isola, Efros 2016 (colorization).
+The tasks are those of Gidaris et al. 2018 (rotation), Dosovitskiy et al. 2014 (exemplar), Noroozi and Favaro 2016
+(jigsaw), Doersch et al. 2015 (relative patch location) and Zhang, Isola, Efros 2016 (colorization).
 
-A network solves a task whose labels come for free: by how much was an image rotated, where was a patch, which color had a pixel.
-The answers are discarded, the features are kept. The study's finding: the choice of the network matters as much as the choice
-of the task.
+Predict something about an unlabeled image that is known by construction: how it was rotated, where a patch was, which
+color it had. The answers are discarded, the features are kept. The study finds that the network architecture matters as
+much as the task.
 
-    rotation      image -> 4 turns                          -> f -> linear -> which turn
-    exemplar      image -> 8 distorted copies               -> f -> linear -> L2 -> triplets: own copies near, others far
-    jigsaw        image -> 3 x 3 patches -> each f -> linear -> 9 of them in a permuted order -> MLP -> which of 100 orders
-    relative      image -> 3 x 3 patches -> each f -> linear -> one of the 8 beside the middle one -> MLP -> which of 8 places
-    colorization  lightness              -> f's last map    -> deconvolution -> which of 313 colours, at every fourth pixel
+    rotation      image -> 4 rotations          -> f -> linear -> which rotation
+    exemplar      image -> 8 augmented copies   -> f -> linear -> L2 -> triplet loss, copies against other images
+    jigsaw        image -> 3 x 3 patches, each  -> f -> linear -> concat in permuted order -> MLP -> which permutation
+    relative      image -> 3 x 3 patches, each  -> f -> linear -> concat neighbor and center -> MLP -> which neighbor
+    colorization  lightness                     -> f's last map -> deconvolution -> color bin of every fourth pixel
 
-    differences            paper                       official code               here (more in docs/pretext.md)
-    exemplar: unit length  -                           of each dimension, over     of each embedding: a triplet compares images;
-                                                       the batch                   --normalise batch is the code's
-    exemplar: triplets     of the batch                of one device's images      anchors of one process, candidates of all
-    patches: grey          each for itself, p = 2/3    whole image, p = 0.66       each for itself, p = 2/3 (--colour)
-    patches: head          -                           5e-4 of L2, 5 x the trunk's the trunk's decay
-    colorization (Zhang)   5 nearest bins              10 of 313 in a file         5; bins from the gamut of sRGB: 313
-      optimizer            Adam                        Adam, beta_2 .99, L2 1e-3   AdamW, beta_2 .999, decoupled decay 1e-3
-      network              VGG-like                    the same, dilated           any backbone here but a VGG; a deconvolution
-    BatchNorm              -                           momentum 0.01, eps 1e-3     torch's: 0.1, 1e-5
-    weight decay           L2, convolutions            not the RevNet's root       all weights of 2 or more dimensions
-    linear probe           L-BFGS; SGD for 520 epochs  SGD, random crops           both, on features of plain images (evaluate.py)
-    precision              -                           -                           bf16 autocast; losses in fp32
+    differences              paper                       official code             here (more in docs/pretext.md)
+    exemplar: normalization  -                           each dimension over the   each embedding; --normalise batch is
+                                                         batch                     the code's
+    exemplar: triplets       of the batch                of one device's images    negatives from all ranks
+    patches: grayscale       independent, p = 2/3        whole image, p = 0.66     independent, p = 2/3 (--colour)
+    patches: weight decay    -                           head 5e-4, 5 x the trunk  head as the trunk
+    colorization (Zhang)     5 nearest of 313 bins       10 nearest                5 nearest
+      network                VGG-like                    dilated                   any backbone but a VGG
+    BatchNorm                -                           momentum 0.01, eps 1e-3   torch's: 0.1, 1e-5
+    weight decay             L2, convolutions            not the RevNet's root     all weights of 2 or more dimensions
 
-Measured with this file (k-NN: 20 neighbours; of the random network, after training; more in results/README.md):
+Measured with this file (k-NN: 20 neighbors; random init -> trained; more in results/README.md):
 
-    command                                         epochs  seed  pretext accuracy  k-NN          linear  device, commit
-    python pretext.py (shapes-natural)              10      0     39.6 (chance 25)  26.1 -> 69.4  67.6    1 core, 2.4 min, d5b0b69
-    python pretext.py --task exemplar               6       0     98.2 (1.4)        15.8 -> 54.1  56.2    the same, 3.4 min
-    python pretext.py --task jigsaw                 10      0     57.6 (1)          19.3 -> 35.3  41.8    the same, 2.0 min
-    python pretext.py --task relative               10      0     41.0 (12.5)       19.3 -> 31.5  43.1    the same, 1.9 min
-    python pretext.py --task colorization (natural) 10      0     4.2 (1.1)         57.0 -> 90.6  96.4    the same, 2.9 min
-    imagenette at 96 px, rotation, resnet10_32      20      0     60.7 (25)         35.8 -> 47.1  54.3    the same core, 0617bdd
-    imagenette at 96 px, jigsaw, resnet10_32_s8     20      0     29.5 (1)          33.9 -> 44.1  55.6    the same
-    imagenette at 96 px, relative, resnet10_32_s8   20      0     34.2 (12.5)       33.9 -> 47.6  55.2    the same
+    command                                        epochs  seed  pretext accuracy  k-NN          linear  device, commit
+    python pretext.py (shapes-natural)             10      0     39.6 (chance 25)  26.1 -> 69.4  67.6    1 core, d5b0b69
+    python pretext.py --task exemplar              6       0     98.2 (1.4)        15.8 -> 54.1  56.2    the same
+    python pretext.py --task jigsaw                10      0     57.6 (1)          19.3 -> 35.3  41.8    the same
+    python pretext.py --task relative              10      0     41.0 (12.5)       19.3 -> 31.5  43.1    the same
+    python pretext.py --task colorization (natural) 10     0     4.2 (1.1)         57.0 -> 90.6  96.4    the same
+    imagenette at 96 px, rotation, resnet10_32     20      0     60.7 (25)         35.8 -> 47.1  54.3    1 core, 0617bdd
+    imagenette at 96 px, jigsaw, resnet10_32_s8    20      0     29.5 (1)          33.9 -> 44.1  55.6    the same
+    imagenette at 96 px, relative, resnet10_32_s8  20      0     34.2 (12.5)       33.9 -> 47.6  55.2    the same
 
-    python pretext.py                                                        rotation, on drawn shapes that stand upright
+    python pretext.py                                                        rotation, on upright shapes
     python pretext.py --task jigsaw                                          or exemplar, relative, colorization
     python pretext.py --task rotation --data DIR --arch revnet50_k4          any folder, any backbone (backbones.py)
     torchrun --standalone --nproc_per_node=8 pretext.py --task rotation --data imagenet --root DIR
@@ -58,7 +56,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.utils import make_grid
 
 import backbones
 import checkpoints
@@ -95,13 +92,10 @@ RECIPES = {
         views=[INCEPTION],
     ),
 }  # fmt: skip
-# What a task changes of them. Patches are cut from a crop that keeps the scale, at a random place: 255 px of 292 in the code,
-# which does not flip; 30 of 32 of the side where images are small.
-LARGE = {
-    "arch": "resnet50v1_k8",
-    "batch_size": 128,
-    "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)],
-}
+# What tasks change in them. Patches are cut from a random crop of fixed scale: 255 of 292 px (code), 30 of 32 px.
+LARGE = {"arch": "resnet50v1_k8", "batch_size": 128,
+         "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)]}  # fmt: skip
+UNIT = ("embedding", "batch")  # --normalise
 SMALL = {"views": [dict(scale=((30 / 32) ** 2,) * 2, ratio=None, **HALF)]}
 V1 = {"arch": "resnet50v1_k4"}
 BY_TASK = {
@@ -111,9 +105,10 @@ BY_TASK = {
     "cifar10": {"exemplar": V1, "jigsaw": SMALL | V1, "relative": SMALL | V1, "colorization": V1 | {"head": 256}},
     "imagenet": {
         "exemplar": {"arch": "resnet50v1_k12"}, "jigsaw": LARGE, "relative": LARGE,
-        # Zhang et al.: Adam, 3e-5 for a batch of 40, 500,000 updates, a tenth after 225,000 each (code, solver.prototxt).
+        # Zhang et al.: Adam, 3e-5 for a batch of 40, 500,000 updates, x 0.1 every 225,000 (code, solver.prototxt).
         "colorization": V1 | {"batch_size": 40, "optimizer": "adamw", "lr": 1.92e-4, "weight_decay": 1e-3, "epochs": 16,
-                              "warmup_epochs": 0, "drop_at": [0.45, 0.9], "head": 256, "views": [dict(scale=(0.4, 1.0), **HALF)]},
+                              "warmup_epochs": 0, "drop_at": [0.45, 0.9], "head": 256,
+                              "views": [dict(scale=(0.4, 1.0), **HALF)]},
     },
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
@@ -125,32 +120,27 @@ def recipe_of_task(name, task):
 
 
 def parse_args(argv=None):
-    # The objects of `shapes` are turned and coloured at will, which leaves some questions without an answer.
+    # The objects of `shapes` have random rotation and color, so these cannot be predicted.
     dataset = lambda known: "shapes-natural" if known.task in ("rotation", "colorization") else "shapes"
     p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--task", default="rotation", dataset=dataset)
     p.add_argument(
         "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
     )
     # pretext tasks
-    p.add_argument("--task", choices=TASKS, help="the pretext task")
-    p.add_argument("--embedding", type=int, help="width of what an image or patch becomes before the head compares it")
-    p.add_argument("--head", type=int, help="hidden width of the head, of the tasks that have a hidden layer")
-    p.add_argument("--copies", type=int, default=8, help="exemplar: distorted copies of each image")
+    p.add_argument("--task", choices=TASKS, help="pretext task")
+    p.add_argument("--embedding", type=int, help="width of the embedding of an image or patch")
+    p.add_argument("--head", type=int, help="hidden width of the head (jigsaw, relative, colorization)")
+    p.add_argument("--copies", type=int, default=8, help="exemplar: augmented copies of each image")
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
-    p.add_argument("--normalise", default="embedding", choices=("embedding", "batch"), help="exemplar: what gets unit length: "
-                   "each embedding, or, as in the authors' code, each of their dimensions over the batch")  # fmt: skip
-    p.add_argument("--permutations", type=int, default=100, help="jigsaw: how many of the 362,880 orders are classes")
-    p.add_argument(
-        "--colour", default="keep", choices=("keep", "drop"), help="of patches: two thirds grey, or all one channel"
-    )
+    p.add_argument("--normalise", default=UNIT[0], choices=UNIT, help="exemplar: L2 of embeddings, or over the batch")
+    p.add_argument("--permutations", type=int, default=100, help="jigsaw: number of permutations, of 362,880")
+    p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="patches: 2/3 in gray, or one channel")
     args = training.parse(p, f"{METHOD}-{known.task}", recipe_of_task(known.recipe, known.task), argv)
     common.at_least(1, args, "embedding", "head")
     common.at_least(0, args, "margin")
     common.at_least(2, args, "copies", "permutations")
     if args.permutations > 10_000:
-        common.fail(
-            f"--permutations {args.permutations}: at most 10000, each of which takes a pass over all {math.factorial(9)}"
-        )
+        common.fail(f"--permutations {args.permutations}: at most 10000; selecting one takes a pass over all 362,880")
     if not all(0 < at < 1 for at in args.drop_at):
         common.fail(f"--drop-at {' '.join(f'{at:g}' for at in args.drop_at)}: shares of the run are between 0 and 1")
     if args.task == "colorization":
@@ -159,11 +149,9 @@ def parse_args(argv=None):
         if not trunk_name(args).endswith("_s8"):
             common.fail(f"--arch {args.arch}: colorization needs a total stride of 8, _s8 or none said")
         if re.match(r"vgg\d+_k", args.arch):
-            common.fail(
-                f"--arch {args.arch}: colorization trains up to the last map, and its fc6 and fc7 would keep their random init"
-            )
+            common.fail(f"--arch {args.arch}: colorization uses the last map, so its fc6 and fc7 would not be trained")
         if args.compile:
-            common.fail("--compile: colorization reads the trunk's maps, which are not what is compiled")
+            common.fail("--compile: colorization calls f.stages, which is not compiled")
     if args.task in PATCHES:
         geometry(args.size)
     return args
@@ -176,13 +164,13 @@ def views_of(args):
 
 
 # ============ what the tasks share ============
-# A task is a module with: draw(n, g), the random numbers for n images, on the CPU (each with n rows or, for all images alike,
-# one); inputs(views, *drawn), what the trunk f sees, image by image; forward(f, views, *drawn) -> (loss, accuracy); chance(n),
-# both (accuracy in %) before anything is learned, of n images at a time; `sees`, what evaluate.py must show f later (Trunk).
+# A task is a module with: draw(n, g), random numbers for n images, on the CPU (tensors of n rows, or of one row for all
+# images); inputs(views, *numbers), the input of f, image by image; forward(f, views, *numbers) -> (loss, accuracy);
+# chance(n), their chance level (accuracy in %) in a batch of n images; `sees`, the input that probes must give f.
 
 
 def classify(logits, labels):
-    """(cross-entropy, share of right answers) of logits [N, C], labels [N]."""
+    """(cross-entropy, accuracy) of logits [N, C], labels [N]."""
     with torch.autocast(logits.device.type, enabled=False):
         return F.cross_entropy(logits.float(), labels), (logits.detach().argmax(1) == labels).float().mean()
 
@@ -191,7 +179,7 @@ def classify(logits, labels):
 
 
 class Rotation(nn.Module):
-    """By how many quarter turns was the image turned? All four stand in one batch."""
+    """Predict the rotation, 0, 90, 180 or 270 degrees; all four of each image are in the batch."""
 
     def __init__(self, f, args):
         super().__init__()
@@ -216,11 +204,11 @@ class Rotation(nn.Module):
 
 
 def semi_hard(d, own, copies, margin):
-    """Triplet loss with semi-hard negatives (Schroff et al. 2015), of squared distances d [A, N] between A anchors and N
-    candidates; own [A, N]: whether a candidate is of the anchor's image; copies [A, k]: which are, the anchor left out.
+    """Triplet loss with semi-hard negatives (Schroff et al. 2015) of squared distances d [A, N], A anchors to N
+    candidates. own [A, N]: whether a candidate is of the anchor's image; copies [A, k]: those that are, not the anchor.
 
-    For every pair of copies (a, p) the negative is the nearest that is farther than p, or the farthest where none is. Mean
-    over all pairs of max(0, margin + d_ap - d_an).
+    For each positive pair (a, p) the negative is the nearest one farther than p or, if there is none, the farthest.
+    Mean over pairs of max(0, margin + d_ap - d_an).
     """
     ap = d.gather(1, copies)  # [A, k]
     others = d.masked_fill(own, math.inf)[:, None]
@@ -231,20 +219,20 @@ def semi_hard(d, own, copies, margin):
 
 
 class Exemplar(nn.Module):
-    """Which of the others are copies of this image? `accuracy`: share of copies whose nearest other is of the same image.
+    """Embed copies of the same image close to each other. `accuracy`: of classifying copies by their nearest neighbor.
 
-    The copies of an image are all grey or all coloured (p = 0.66), and standardised. With `--normalise batch`, as in the authors'
-    code, squared distances, and with them what the margin means, depend on the size of the batch.
+    With p = 0.66 all copies of an image are gray; all are standardized. With `--normalise batch` (code) distances, and
+    so the effect of the margin, depend on the batch size.
     """
 
     def __init__(self, f, args):
         super().__init__()
         self.margin, self.copies, self.sees = args.margin, args.copies, {"standardise": True}
-        self.of_batch = args.normalise == "batch"
+        self.over_batch = args.normalise == "batch"
         self.head = nn.Linear(f.dim, args.embedding)
 
     def chance(self, n):
-        # Of equal vectors the negative is as far as p, and of unrelated ones the nearest beyond p is little farther.
+        # For equal vectors d_an = d_ap, and for random ones the nearest negative beyond p is hardly farther than p.
         return self.margin, 100 * (self.copies - 1) / (n * self.copies - 1)
 
     def draw(self, n, g):
@@ -258,37 +246,37 @@ class Exemplar(nn.Module):
     def forward(self, f, views, grey):
         z = self.head(f(self.inputs(views, grey)))
         with torch.autocast(z.device.type, enabled=False):
-            z = z.float() if self.of_batch else F.normalize(z.float(), dim=1)  # [B * copies, E]
-            rank, every = common.rank(), common.gather(z)  # gradients flow back to the rank that made a candidate
-            row, share = torch.arange(len(every), device=z.device), slice(rank * len(z), (rank + 1) * len(z))
-            if self.of_batch:
-                every = F.normalize(every, dim=0)
-                z = every[share]
-            mine = row[share, None]
-            own = mine // self.copies == row // self.copies  # [A, N]
-            place, other = mine % self.copies, row[: self.copies - 1]
-            copies = mine - place + other + (other >= place)  # [A, copies - 1]
-            squares = z.square().sum(1, keepdim=True) + every.square().sum(1) if self.of_batch else 2
-            d = squares - 2 * z @ every.T
-            nearest = d.detach().masked_fill(mine == row, math.inf).argmin(1, keepdim=True)
+            z = z.float() if self.over_batch else F.normalize(z.float(), dim=1)  # [B * copies, E]
+            rank, candidates = common.rank(), common.gather(z)  # gradients flow back to the rank of a candidate
+            row, share = torch.arange(len(candidates), device=z.device), slice(rank * len(z), (rank + 1) * len(z))
+            if self.over_batch:
+                candidates = F.normalize(candidates, dim=0)
+                z = candidates[share]
+            anchor = row[share, None]
+            own = anchor // self.copies == row // self.copies  # [A, N]
+            place, other = anchor % self.copies, row[: self.copies - 1]
+            copies = anchor - place + other + (other >= place)  # [A, copies - 1]
+            squares = z.square().sum(1, keepdim=True) + candidates.square().sum(1) if self.over_batch else 2
+            d = squares - 2 * z @ candidates.T
+            nearest = d.detach().masked_fill(anchor == row, math.inf).argmin(1, keepdim=True)
             return semi_hard(d, own, copies, self.margin), own.gather(1, nearest).float().mean()
 
 
 # ============ patches: jigsaw and relative patch location ============
 
 PATCHES = ("jigsaw", "relative")
-GREY, COLOURED = 3, 4  # what becomes of a patch's colours; 0, 1, 2: one channel in the place of all (Doersch et al.)
+GRAY, COLOR = 3, 4  # modes of a patch; 0, 1, 2: this channel replaces all three (Doersch et al.)
 
 
-def mixes(device):
-    """The five as matrices, [5, 3, 3]; made where they are needed, so that no step waits for a copy."""
+def color_matrices(device):
+    """The five modes as matrices on the channels, [5, 3, 3]; built on the device, so that no step waits for a copy."""
     one = torch.eye(3, device=device)
     return torch.stack([*(row.expand(3, 3) for row in one), torch.full_like(one, 1 / 3), one])
 
 
 def geometry(size):
-    """(cell, patch, stride of the trunk) in px for views of `size` px: 85, 64, 8 at 224 px (code), where a patch may move by a
-    quarter of its cell; in the same proportions 42, 32, 8 at 128 px, 32, 24, 4 at 96, 21, 16, 4 at 64 and 10, 8, 4 at 32."""
+    """(cell, patch, stride of the trunk) in px for views of `size` px: (85, 64, 8) at 224 px (code) and in the same
+    proportions (42, 32, 8) at 128 px, (32, 24, 4) at 96, (21, 16, 4) at 64, (10, 8, 4) at 32."""
     cell = 85 if size == 224 else size // 3
     patch = 2 * round(cell * 64 / 85 / 2)
     if patch < 8:
@@ -297,8 +285,8 @@ def geometry(size):
 
 
 def trunk_name(args):
-    """--arch, with the total stride that the task wants where the name does not say one. On patches of 32 px and more a VGG
-    keeps all its poolings (code); networks that are not in the study's form keep their own strides on any."""
+    """--arch, with the task's total stride appended unless the name has one. For patches of 32 px and more VGGs keep
+    all poolings (code); networks that are not in the study's form always keep their strides."""
     base, k, *_, stride = backbones.parts(args.arch)
     if stride or args.task not in (*PATCHES, "colorization"):
         return args.arch
@@ -311,30 +299,30 @@ def trunk_name(args):
 
 
 def draw_patches(n, cell, patch, colour, g):
-    """(where [n, 9, 2], the corners of patches in their cells, uniform; mix [n, 9], what becomes of their colours)."""
+    """(where [n, 9, 2], offsets of patches in their cells, uniform; mode [n, 9], of their colors)."""
     where = torch.randint(cell - patch + 1, (n, 9, 2), generator=g)
     if colour == "drop":
         return where, torch.randint(3, (n, 9), generator=g)
-    return where, torch.where(torch.rand(n, 9, generator=g) < 2 / 3, GREY, COLOURED)
+    return where, torch.where(torch.rand(n, 9, generator=g) < 2 / 3, GRAY, COLOR)
 
 
-def cut(x, where, mix, cell, patch):
-    """Nine patches of each image, row by row: x [B, 3, 3 cell, 3 cell] -> [B * 9, 3, patch, patch], standardised.
+def cut(x, where, mode, cell, patch):
+    """Nine patches of each image, row by row: x [B, 3, 3 cell, 3 cell] -> [B * 9, 3, patch, patch], standardized.
 
-    Gaps and jitter keep edges from running on from patch to patch. By chromatic aberration a network would see where in a
-    photograph a patch lies without knowing what is on it. Grey and standardising hide it in part: a third stays coloured, and
-    the mean of displaced channels is a little blurred. One channel alone hides it wholly (tests/test_pretext.py).
+    Gaps and random offsets prevent a shortcut: edges that continue in the next patch. Another one is chromatic
+    aberration, which gives away the place of a patch in a photograph. Grayscale and standardization reduce it; a third
+    of the patches keep their colors, and gray ones are slightly blurred. A single channel removes it (test_pretext.py).
     """
     b, corner = len(x), where + cell * torch.cartesian_prod(*2 * [torch.arange(3, device=x.device)])  # [B, 9, 2]
     windows = x.unfold(2, patch, 1).unfold(3, patch, 1)  # [B, 3, rows, columns, patch, patch], a view
     image = torch.arange(b, device=x.device)[:, None]
     patches = windows[image, :, corner[..., 0], corner[..., 1]]  # [B, 9, 3, patch, patch]
     with torch.autocast(x.device.type, enabled=False):
-        patches = mixes(x.device)[mix] @ patches.flatten(3)
+        patches = color_matrices(x.device)[mode] @ patches.flatten(3)
     return data.standardise(patches.view(b * 9, 3, patch, patch))
 
 
-def answer(width, hidden, classes):
+def patch_head(width, hidden, classes):
     """The head of both patch tasks (code, patch_utils.py)."""
     first = nn.Linear(width, hidden)
     nn.init.trunc_normal_(first.weight, std=0.005)
@@ -346,20 +334,20 @@ def answer(width, hidden, classes):
 
 @functools.cache
 def permutations(n):
-    """n orders of nine patches, [n, 9], as far from each other as can be: beginning with the identity, again and again the
-    one with the largest mean Hamming distance to those chosen, the first of several."""
-    every = torch.tensor(list(itertools.permutations(range(9))), dtype=torch.uint8)
-    chosen, far = [0], torch.zeros(len(every), dtype=torch.int32)
+    """n permutations of nine patches, [n, 9], chosen greedily: first the identity, then always the one with the largest
+    mean Hamming distance to those chosen, the first of equals."""
+    candidates = torch.tensor(list(itertools.permutations(range(9))), dtype=torch.uint8)
+    chosen, distance = [0], torch.zeros(len(candidates), dtype=torch.int32)
     for _ in range(n - 1):
-        far += (every != every[chosen[-1]]).sum(1, dtype=torch.int32)
-        far[chosen[-1]] = -9 * n  # not again
-        chosen.append(int(far.argmax()))
-    return every[chosen].long()
+        distance += (candidates != candidates[chosen[-1]]).sum(1, dtype=torch.int32)
+        distance[chosen[-1]] = -9 * n  # not again
+        chosen.append(int(distance.argmax()))
+    return candidates[chosen].long()
 
 
 class Jigsaw(nn.Module):
-    """In which of the orders do the patches stand? Each image is asked for 8 of them, the same 8 for the whole batch: the
-    patches go through the trunk once, and what is permuted are their features."""
+    """Predict the permutation of the patches. A pass draws 8 permutations for the whole batch; patches go through the
+    trunk once, and their features are permuted."""
 
     def __init__(self, f, args):
         super().__init__()
@@ -367,7 +355,7 @@ class Jigsaw(nn.Module):
         self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
         self.register_buffer("permutations", permutations(args.permutations))
         self.embed = nn.Linear(f.dim, args.embedding)
-        self.head = answer(9 * args.embedding, args.head, args.permutations)
+        self.head = patch_head(9 * args.embedding, args.head, args.permutations)
 
     def chance(self, n):
         return math.log(len(self.permutations)), 100 / len(self.permutations)
@@ -376,24 +364,24 @@ class Jigsaw(nn.Module):
         picks = torch.randperm(len(self.permutations), generator=g)[None, :8]
         return *draw_patches(n, self.cell, self.patch, self.colour, g), picks
 
-    def inputs(self, views, where, mix, picks):
-        return cut(views[0], where, mix, self.cell, self.patch)
+    def inputs(self, views, where, mode, picks):
+        return cut(views[0], where, mode, self.cell, self.patch)
 
-    def forward(self, f, views, where, mix, picks):
-        z = self.embed(f(self.inputs(views, where, mix, picks))).unflatten(0, (-1, 9))  # [B, 9, E]
+    def forward(self, f, views, where, mode, picks):
+        z = self.embed(f(self.inputs(views, where, mode, picks))).unflatten(0, (-1, 9))  # [B, 9, E]
         rows = z[:, self.permutations[picks[0]]]  # [B, 8, 9, E]
         return classify(self.head(rows.flatten(2).flatten(0, 1)), picks[0].repeat(len(z)))
 
 
 class Relative(nn.Module):
-    """Where does a patch lie, seen from the one in the middle? All 8 of each image are asked for."""
+    """Predict where a patch lies relative to the center one, for all 8 neighbors of each image."""
 
     def __init__(self, f, args):
         super().__init__()
         self.cell, self.patch, _ = geometry(args.size)
         self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
         self.embed = nn.Linear(f.dim, args.embedding)
-        self.head = answer(2 * args.embedding, args.head, 8)
+        self.head = patch_head(2 * args.embedding, args.head, 8)
 
     def chance(self, n):
         return math.log(8), 12.5
@@ -401,13 +389,13 @@ class Relative(nn.Module):
     def draw(self, n, g):
         return draw_patches(n, self.cell, self.patch, self.colour, g)
 
-    def inputs(self, views, where, mix):
-        return cut(views[0], where, mix, self.cell, self.patch)
+    def inputs(self, views, where, mode):
+        return cut(views[0], where, mode, self.cell, self.patch)
 
-    def forward(self, f, views, where, mix):
-        z = self.embed(f(self.inputs(views, where, mix))).unflatten(0, (-1, 9))  # [B, 9, E]
-        around, middle = torch.cat([z[:, :4], z[:, 5:]], 1), z[:, 4:5].expand(-1, 8, -1)
-        pairs = torch.cat([around, middle], 2)  # [B, 8, 2 E]
+    def forward(self, f, views, where, mode):
+        z = self.embed(f(self.inputs(views, where, mode))).unflatten(0, (-1, 9))  # [B, 9, E]
+        neighbors, center = torch.cat([z[:, :4], z[:, 5:]], 1), z[:, 4:5].expand(-1, 8, -1)
+        pairs = torch.cat([neighbors, center], 2)  # [B, 8, 2 E]
         return classify(self.head(pairs.flatten(0, 1)), torch.arange(8, device=z.device).repeat(len(z)))
 
 
@@ -415,8 +403,8 @@ class Relative(nn.Module):
 
 
 def ab_bins():
-    """The colours to choose from, [313, 2]: points of a grid of 10 in (a, b) that lie, or have one of their 8 neighbours,
-    within the convex hull of what sRGB can show."""
+    """Color bins [313, 2]: points of a grid of spacing 10 in (a, b) that lie in the convex hull of the sRGB gamut or
+    have one of their 8 neighbors there."""
     side = torch.linspace(0, 1, 17)
     a, b = backbones.to_lab(torch.cartesian_prod(side, side, side).T[None])[0, 1:]  # [17^3] each
     angle = torch.arange(0, 2 * math.pi, 2 * math.pi / 3600)
@@ -428,13 +416,13 @@ def ab_bins():
 
 
 def soften(ab, bins, k=5, sigma=5.0):
-    """Targets of colours ab [..., 2]: (indices of the k nearest bins, nearest first; Gaussian weights that sum to 1)."""
+    """Soft targets of colors ab [..., 2]: (k nearest bins, nearest first; Gaussian weights that sum to 1), [..., k]."""
     d, nearest = torch.cdist(ab, bins).topk(k, largest=False)  # [..., k]
     return nearest, torch.softmax(-d.square() / (2 * sigma**2), -1)
 
 
 def ab_prior(dataset, size, bins, device, workers, n=2000):
-    """How often each bin is the nearest, [Q], over every fourth pixel of n images of the set."""
+    """Share of pixels whose nearest bin is each of `bins`, [Q], over every fourth pixel of n images."""
     some = torch.linspace(0, len(dataset) - 1, min(n, len(dataset))).long()
     plain = {"size": size, "interpolation": "bilinear", "mean": (0, 0, 0), "std": (1, 1, 1)}
     count = torch.zeros(len(bins))
@@ -445,10 +433,10 @@ def ab_prior(dataset, size, bins, device, workers, n=2000):
 
 
 class Colorization(nn.Module):
-    """Which colour has each fourth pixel, by its lightness and its surroundings? (Zhang et al., sec. 2)
+    """Predict the color bin of every fourth pixel from lightness (Zhang et al., sec. 2).
 
-    Rare colours count more, w = 1 / ((1 - lambda) p + lambda / Q) with lambda = 0.5 and p smoothed, scaled to sum_q p_q w_q = 1
-    (eq. 4). Images without colour do not count. `accuracy`: share of right bins, each place weighted as in the loss.
+    Rare colors are weighted up: w = 1 / ((1 - lambda) p + lambda / Q), lambda = 0.5, p smoothed, scaled to
+    sum_q p_q w_q = 1 (eq. 4). Gray images have weight 0. `accuracy`: of the nearest bin, weighted as in the loss.
     """
 
     def __init__(self, f, args, prior):
@@ -463,10 +451,10 @@ class Colorization(nn.Module):
             nn.ConvTranspose2d(f.channels, args.head, 4, 2, 1, bias=False), nn.BatchNorm2d(args.head),
             nn.ReLU(inplace=True), nn.Conv2d(args.head, len(bins), 1),
         )  # fmt: skip
-        self.commonest = 100 * (prior * self.w).max().item()
+        self.chance_accuracy = 100 * (prior * self.w).max().item()  # of always predicting one bin
 
     def chance(self, n):
-        return math.log(len(self.bins)), self.commonest  # by always naming one bin
+        return math.log(len(self.bins)), self.chance_accuracy
 
     def draw(self, n, g):
         return ()
@@ -485,8 +473,8 @@ class Colorization(nn.Module):
         logits = self.head(f.stages(backbones.lightness(lab))[-1])  # [B, Q, S / 4, S / 4]
         with torch.autocast(logits.device.type, enabled=False):
             log_p = logits.float().movedim(1, -1).log_softmax(-1)
-            coloured = (ab.abs() > 5).flatten(1).any(1).view(-1, 1, 1)  # (code)
-            w = self.w[nearest[..., 0]] * coloured
+            colored = (ab.abs() > 5).flatten(1).any(1).view(-1, 1, 1)  # (code)
+            w = self.w[nearest[..., 0]] * colored
             loss = (-(q * log_p.gather(-1, nearest)).sum(-1) * w).mean()
             right = log_p.detach().argmax(-1) == nearest[..., 0]
             return loss, (right * w).sum() / w.sum().clamp(min=1e-8)
@@ -494,30 +482,24 @@ class Colorization(nn.Module):
 
 # ============ the method ============
 
-TASKS = {
-    "rotation": Rotation,
-    "exemplar": Exemplar,
-    "jigsaw": Jigsaw,
-    "relative": Relative,
-    "colorization": Colorization,
-}
+TASKS = dict(rotation=Rotation, exemplar=Exemplar, jigsaw=Jigsaw, relative=Relative, colorization=Colorization)
 
 
 class Pretext(nn.Module):
-    """Trunk f and a task; `forward(views, *drawn)` is its loss, and its accuracy in per cent is left in `figures`."""
+    """Trunk f and a task; `forward(views, *numbers)` is the loss; the accuracy in per cent is in `figures`."""
 
     def __init__(self, backbone, task):
         super().__init__()
         self.f, self.task, self.figures = backbone, task, {}
 
-    def forward(self, views, *drawn):
-        loss, accuracy = self.task(self.f, views, *drawn)
+    def forward(self, views, *numbers):
+        loss, accuracy = self.task(self.f, views, *numbers)
         self.figures = {"accuracy": 100 * accuracy}
         return loss
 
 
-def drawn(task, n, rank, world, device, *key):
-    """The task's random numbers for n images of this process: its rows of those for the batch of all."""
+def draw_share(task, n, rank, world, device, *key):
+    """The task's random numbers for this rank's n images: its rows of those drawn for the batch of all ranks."""
     whole = task.draw(world * n, data.generator(*key))
     mine = slice(rank * n, (rank + 1) * n)
     return [(t[mine] if len(t) == world * n else t).to(device, non_blocking=True) for t in whole]
@@ -525,22 +507,20 @@ def drawn(task, n, rank, world, device, *key):
 
 @torch.inference_mode()
 def pretext_accuracy(model, loader, draw, device, amp):
-    """Accuracy in per cent in eval mode, on the first pass of a loader over test images. Collective."""
-    found = []
+    """Accuracy in per cent in eval mode, over one epoch of a loader of augmented test images. Collective."""
+    accuracies = []
     with evaluate.in_eval(model):
         for step, (_, xs) in enumerate(loader.epoch(0)):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 model(xs, *draw(loader.batch_size, "test", step))
-            found.append(model.figures["accuracy"])
-    return (common.all_reduce(torch.stack(found).mean()) / common.world_size()).item()
+            accuracies.append(model.figures["accuracy"])
+    return (common.all_reduce(torch.stack(accuracies).mean()) / common.world_size()).item()
 
 
-def picture(x, images, standardised, n=8):
-    """What the trunk sees of the first n images, one a row: float [3, H, W] in [0, 1]."""
-    each = len(x) // images
-    x = x[: n * each].float() / (4 if standardised else 2) + 0.5  # +- two standard deviations, or [-1, 1]
-    x = F.interpolate(x, scale_factor=max(1, 64 // x.shape[-1]), mode="nearest")
-    return make_grid(x.clamp(0, 1).cpu(), nrow=each, padding=2, pad_value=1)
+def shown(task, xs, *numbers):
+    """The trunk's inputs, in [-1, 1]; that is two standard deviations where they are standardized."""
+    x = task.inputs(xs, *numbers)
+    return x / 2 if "standardise" in task.sees else x
 
 
 def rate_at(step, total, lr, warmup, drop_at):
@@ -554,8 +534,7 @@ def seen(args, xs, views, g):
     """What the trunk sees, for `python data.py show`."""
     prior = [torch.ones(len(ab_bins()))] if args.task == "colorization" else []
     task = TASKS[args.task](types.SimpleNamespace(dim=1, channels=1), args, *prior)
-    x = task.inputs(xs, *task.draw(len(xs[0]), g))
-    x = x / (4 if task.sees.get("standardise") else 2) + 0.5  # two standard deviations either way, or [-1, 1]
+    x = data.pixels(shown(task, xs, *task.draw(len(xs[0]), g)), views[0])
     return {"view": data.pixels(xs[0], views[0]), args.task: data.tiles(x, len(xs[0]))}
 
 
@@ -575,7 +554,7 @@ def main(argv=None):
     train, labelled, test = sets.splits(args, device)
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
-    test_part = evaluate.first(test, 2000)  # whose pretext accuracy is measured
+    test_part = evaluate.first(test, 2000)  # for the pretext accuracy
     few = min(per_pass, len(test_part) // world)
     test_loader = data.Loader(test_part, views, max(1, few), args.seed, rank, world, min(args.workers, 1), device)
 
@@ -585,14 +564,14 @@ def main(argv=None):
     f = backbones.build(arch, patch or args.size)
     prior = [ab_prior(train, args.size, ab_bins(), device, args.workers)] if args.task == "colorization" else []
     if prior and prior[0].max() == 1:
-        common.fail(f"--task colorization: the images of {train.name} have no colours")
+        common.fail(f"--task colorization: all images of {train.name} are gray")
     model = Pretext(f, TASKS[args.task](f, args, *prior)).to(device, memory_format=torch.channels_last)
     preprocess = {"mean": HALF["mean"], "std": HALF["std"], "size": 3 * patch or args.size, "interpolation": "bilinear"}
     preprocess |= {"sees": model.task.sees} if model.task.sees else {}
     f = checkpoints.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:
-        # The code's BatchNorm sees the share of one device, and so does this.
+        # No SyncBatchNorm, as in the code.
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
@@ -602,44 +581,29 @@ def main(argv=None):
     optimizer = optim.OPTIMIZERS[args.optimizer](optim.param_groups(model, args.weight_decay), lr=lr)
 
     # ============ run: print the recipe, go on from a checkpoint ============
-    draw = lambda n, *key: drawn(model.task, n, rank, world, device, args.seed, args.task, *key)
+    draw = lambda n, *key: draw_share(model.task, n, rank, world, device, args.seed, args.task, *key)
     run = training.Run(
-        METHOD,
-        args,
-        model,
-        {"optimizer": optimizer},
-        loader,
-        views,
-        preprocess,
-        labelled,
-        test,
-        device,
-        title=f"{METHOD}-{args.task}",
-        backbone=f,
-        arch=arch,
-        built_for=patch or args.size,
-    )
-    patches = []
+        METHOD, args, model, {"optimizer": optimizer}, loader, views, preprocess, labelled, test, device,
+        title=f"{METHOD}-{args.task}", backbone=f, arch=arch, built_for=patch or args.size,
+    )  # fmt: skip
+    notes = []
     if patch:
-        cell, moves = model.task.cell, f"a patch of {patch} px that moves by up to {model.task.cell - patch}"
-        patches = [f"9 cells of {cell} px, in each {moves}; probes at {3 * patch} px"]
+        notes = [f"9 patches of {patch} px at random places in cells of {model.task.cell} px; probes at {3 * patch} px"]
     if args.task in ("rotation", "colorization") and args.data in ("shapes", "shapes-hard"):
-        patches += [
-            f"warning: {args.data} turns and colours its objects at random, nothing to learn: use --data shapes-natural"
-        ]
-    drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
+        notes += [f"warning: objects of {args.data} have random rotation and color; use --data shapes-natural"]
+    drops = f"x 0.1 at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
     loss, accuracy = model.task.chance(world * per_pass)
     run.describe(
-        *patches,
+        *notes,
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, {drops}",
         f"{args.optimizer}: {optim.count(optimizer)}",
-        f"at chance loss {loss:.2f}, accuracy {accuracy:.3g} %",
+        f"chance-level loss {loss:.2f}, accuracy {accuracy:.3g} %",
     )
     if run.resume():
         return
 
     def accuracies():
-        """{"pretext_accuracy": on test images}, {} where these are too few."""
+        """{"pretext_accuracy": on test images}; {} if there are too few."""
         return {"pretext_accuracy": pretext_accuracy(model, test_loader, draw, device, args.amp)} if few > 1 else {}
 
     # ============ training ============
@@ -653,9 +617,9 @@ def main(argv=None):
             for key, _, xs in run.passes(ddp, picture=False):
                 numbers = draw(per_pass, *key)
                 if key == (0, 1):
-                    seen = model.task.inputs(xs, *numbers)
-                    run.log.image("views", picture(seen, per_pass, "standardise" in model.task.sees))
-                # Dropout draws from torch's own generator, which no checkpoint holds: a key for each pass instead.
+                    inputs = shown(model.task, xs, *numbers).unflatten(0, (per_pass, -1)).unbind(1)
+                    run.log.image("views", data.picture(inputs, views[:1] * len(inputs)))
+                # Dropout uses torch's global generator, which is not in checkpoints; so it is seeded in each pass.
                 torch.manual_seed(data.generator(args.seed, "dropout", *key, rank).initial_seed())
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                     loss = ddp(xs, *numbers) / args.accumulate

@@ -1,42 +1,35 @@
 """SaGe: Semantic-Aware Generation (Tian et al., 2021, https://arxiv.org/abs/2111.13163), on top of BYOL.
 
-BYOL makes the features of two views agree, and so discards what the views do not share. SaGe keeps it: a decoder
-reconstructs each view from a low-dimensional bottleneck of its feature map, and a frozen evaluator h, a BYOL network
-trained before, compares the reconstruction with the view in feature space. Both are discarded after training.
+BYOL makes the features of two views agree and so discards what only one of them shows. SaGe keeps it: a decoder
+recovers each view from a short vector of its feature map, and a frozen evaluator h, a BYOL network trained before,
+compares the recovered view with the original. Decoder and evaluator are discarded after training.
 
-    view 1 = x1 -> f ---> g -> q -> p1  ~  z2 <- g' <- f' <- view 2     L_D: as in byol.py, and with the views exchanged
+    view 1 = x1 -> f ---> g -> q -> p1  ~  z2 <- g' <- f' <- view 2     L_D: BYOL's loss, symmetrized over the views
                    |
                    '-> bottleneck -> decoder -> x~1                     L_G: |x1 - x~1|^2 and |h_l(x1) - h_l(x~1)|^2 on
                                                                              several levels l, and the same for view 2
 
-    Names: f as in the paper; its h_D is g and q here, as in byol.py; its g is `decoder`, its h_G is h.
+    The paper's names: its h_D is g and q here, as in byol.py; its g is `decoder`, its h_G is h.
 
     differences         paper                        official code                   here (more in docs/sage.md)
     target's tau_base   0.9                          0.99                            0.99, BYOL's preset for 300 epochs
-    decoder's channels  512 ... 16: 15.6 M           256, 512 ... 32: 11.3 M         the code's, which fit table 9
-    1x1 feature of h    2048-d, pooled               256-d, of the projector         pooled; --semantic projector
+    decoder's channels  512 ... 16: 15.6 M           256, 512 ... 32: 11.3 M         the code's, which match table 9
+    decoder call        fig. 1                       missing                         as in fig. 1
     weights in L_G      0.1 each, 0.1 on their sum   0.1, 0.1 and 1/30 for each map  the code's
-    h frozen            yes                          batch statistics, which move    eval mode: nothing moves
-    input of h          -                            the views as they are           brought to h's own mean and std
-    initial weights     -                            He fan-in; q N(0, 0.01)         torchvision's (He, fan-out), torch's for g, q
-    encoder's rate      cosine to 0                  by epoch, warm-up on top        by step, after the warm-up, as BYOL
-    LARS                -                            norms added, rate in momentum;  BYOL's; no BatchNorm is adapted
-                                                     adapts the shortcuts' BatchNorm
-    decoder call        fig. 1                       missing                         as figure 1 and its decoder.py say
-    linear probe        two layers, centre crops     one layer, crops and flips      one layer, un-augmented features
-    fine-tuning, 1 and  -                            lr .1 .01 .001, the head's x 1  evaluate.py: a small grid, for small
-    10 % of the labels                               10 100; decay 5e-4 and 1e-4     data; --protocol sage: the code's
+    1x1 feature of h    2048-d, pooled               256-d, of the projector         pooled; --semantic projector
+    h frozen            yes                          weights only; batch statistics  weights and BatchNorm (eval mode)
+    input of h          -                            the views as they are           renormalized with h's mean and std
+    LARS                -                            adapts the shortcuts' BatchNorm no BatchNorm is adapted (BYOL)
 
 Measured with this file (k-NN: 20 neighbours; protocols, curves and more in results/README.md):
 
     command                      network, epochs    seeds  k-NN                linear              device, commit
     python sage.py               resnet10_16, 7     0      64.8                58.9                2 CPU cores, fdfcbc7:
-                                 random init        0      13.3                not run             3 min after 4 min of
-                                 its evaluator, 24  0      64.7                67.1                stage 1
+                                 its evaluator, 24  0      64.7                67.1                3 min after 4 min of
+                                 random init        0      13.3                not run             stage 1
     python sage.py --data cifar10 --limit 10000 (10,000 images, recompressed as JPEG; flags in results/README.md)
                                  resnet10_16, 20    0 1 2  42.2 42.7 43.7      45.0 45.1 45.1      1 CPU core, 556c071
-                                 BYOL, its          0 1 2  39.2 39.4 39.5      43.0 43.2 42.8
-                                 evaluator, 20
+                                 its evaluator, 20  0 1 2  39.2 39.4 39.5      43.0 43.2 42.8
                                  random init        0      25.8                not run
 
     python sage.py                                                           shapes, minutes on a laptop
@@ -71,18 +64,17 @@ METHOD = "sage"
 
 # ============ recipes: one per data regime; every entry but `views` is the default of a flag ============
 
-SIGNED = dict(
-    mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
-)  # appendix B: pixels in [-1, 1], the range of the decoder's tanh
+SIGNED = dict(mean=data.HALF, std=data.HALF)  # appendix B: pixels in [-1, 1], the range of the decoder's tanh
 RECIPES = {
-    # As byol.py's for 7 epochs, and with larger weights of L_G: at 0.1 so few updates recover next to nothing.
+    # As byol.py's for 7 epochs, and with larger weights in L_G: with 0.1 the decoder learns little in so few updates.
     "shapes": dict(
         arch="resnet10_16", size=32, epochs=7, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
         warmup_epochs=1.0, tau=0.9, hidden=256, dim=128, predictor_lr=10.0, eval_every=2,
         levels=[0, 1, 2], bottleneck=256, width=128, decoder_lr=0.012,
         weight_pixel=3.0, weight_maps=1.0, weight_semantic=1.0,
         views=[  # as in byol.py but for mean and std
-            dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5, **SIGNED)
+            dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5,
+                 **SIGNED),
         ] * 2,
     ),
     "cifar10": dict(
@@ -110,6 +102,7 @@ RECIPES = {
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
+SEMANTIC, TERMS = ("pooled", "projector"), ("d", "pixel", "maps", "semantic")
 
 
 def parse_args(argv=None):
@@ -120,35 +113,27 @@ def parse_args(argv=None):
     p.add_argument("--dim", type=int, help="D, width of the vectors that the loss compares")
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     # SaGe: the decoder (the paper's g), the evaluator (h_G), the weights of the loss (0 switches a term off)
-    p.add_argument("--bottleneck", type=int, help="length of the vector that a view is painted from (table 8)")
-    p.add_argument(
-        "--pool", action="store_true", help="average pooling instead of the bottleneck's convolution (fig. 5)"
-    )
-    p.add_argument(
-        "--width", type=int, help="channels of the decoder after its first doubling, halved by each (table 9)"
-    )
+    p.add_argument("--bottleneck", type=int, help="length of the vector that a view is recovered from (table 8)")
+    p.add_argument("--pool", action="store_true", help="bottleneck: average pooling, not a convolution (fig. 5)")
+    p.add_argument("--width", type=int, help="decoder channels after the first upsampling, halved by each (table 9)")
     p.add_argument("--decoder-lr", type=float, help="Adam's for bottleneck and decoder, multiplied by batch size / 256")
-    p.add_argument("--freeze-decoder", action="store_true", help="keep bottleneck and decoder as drawn (table 10)")
-    p.add_argument(
-        "--evaluator", help="a BYOL run or its backbone.pt, or random:ARCH (default: see --evaluator-epochs)"
-    )
-    p.add_argument("--evaluator-arch", help="of the BYOL run that stage 1 makes (default: --arch)")
-    p.add_argument("--evaluator-epochs", type=int, help="of that run (default: byol.py's)")
+    p.add_argument("--freeze-decoder", action="store_true", help="leave bottleneck and decoder untrained (table 10)")
+    p.add_argument("--evaluator", help="BYOL run, its backbone.pt or random:ARCH (default: stage 1 trains a BYOL run)")
+    p.add_argument("--evaluator-arch", help="backbone of stage 1's BYOL run (default: --arch)")
+    p.add_argument("--evaluator-epochs", type=int, help="epochs of stage 1's BYOL run (default: byol.py's)")
     p.add_argument("--train-evaluator", action="store_true", help="do not freeze it (sec. 3.4: costs over 20 points)")
     p.add_argument("--levels", type=int, nargs="+", help="stages of the evaluator whose maps are compared, from 0")
-    p.add_argument(
-        "--semantic", choices=("pooled", "projector"), default="pooled", help="the evaluator's 1x1 feature (appendix A)"
-    )
+    p.add_argument("--semantic", choices=SEMANTIC, default=SEMANTIC[0], help="evaluator's 1x1 feature (appendix A)")
     p.add_argument("--weight-d", type=float, default=1.0, help="of L_D, BYOL's loss")
     p.add_argument("--weight-pixel", type=float, help="lambda of L_MSE (eq. 4)")
     p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
-    p.add_argument("--classifier", help="marks the recoveries that it recognises (made by downstream.finetune --save)")
+    p.add_argument("--classifier", help="marks recovered images that it recognizes (from downstream.finetune --save)")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
-    common.at_least(1, args, "hidden", "dim")
-    common.at_least(0, args, "tau", "predictor_lr")
-    common.at_least(1, args, "bottleneck", "width", *["evaluator_epochs"] * (args.evaluator_epochs is not None))
-    common.at_least(0, args, "decoder_lr", "weight_d", "weight_pixel", "weight_maps", "weight_semantic")
+    common.at_least(1, args, "hidden", "dim", "bottleneck", "width")
+    if args.evaluator_epochs is not None:
+        common.at_least(1, args, "evaluator_epochs")
+    common.at_least(0, args, "tau", "predictor_lr", "decoder_lr", *(f"weight_{term}" for term in TERMS))
     return args
 
 
@@ -171,9 +156,9 @@ def regression_loss(p, z):
 class Decoder(nn.Module):
     """A vector [B, dim, 1, 1] -> an image [B, 3, side 2^doublings, the same] in [-1, 1] (sec. 4.1).
 
-    One transposed convolution to `side` px, then `doublings` of 4x4 with stride 2, each followed by BatchNorm and ReLU, a
-    1x1 convolution and tanh. The channels are those of the official code, whose parameters are table 9's: the first layer
-    has 256, then `width` is halved at every doubling. Small decoders take no more than `width` and no less than 16.
+    A transposed convolution to `side` px, then `doublings` 4x4 ones of stride 2, all with BatchNorm and ReLU, then a
+    1x1 convolution and tanh. Channels as in the official code, which match table 9: 256 after the first layer, `width`
+    after the second, halved by each further one; never more than `width` or fewer than 16.
     """
 
     def __init__(self, dim, width, side, doublings):
@@ -181,11 +166,8 @@ class Decoder(nn.Module):
         channels = [min(256, width), *(max(16, width // 2**i) for i in range(doublings))]
         layers = [nn.ConvTranspose2d(dim, channels[0], side), nn.BatchNorm2d(channels[0]), nn.ReLU(inplace=True)]
         for before, after in itertools.pairwise(channels):
-            layers += [
-                nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(after),
-                nn.ReLU(inplace=True),
-            ]
+            up = nn.ConvTranspose2d(before, after, 4, 2, 1, bias=False)
+            layers += [up, nn.BatchNorm2d(after), nn.ReLU(inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(channels[-1], 3, 1))
         for m in self.modules():
             if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
@@ -200,22 +182,18 @@ class Decoder(nn.Module):
 def build_decoder(backbone, size, dim, width, pool):
     """Bottleneck and decoder for the last map of `backbone` at `size` px, [B, C, k, k] -> [B, dim, 1, 1] -> image.
 
-    The bottleneck is a k x k convolution, so that it knows where things are (sec. 4.1), or with `pool` the mean of the
-    map, whose vector is as long as the map has channels.
+    The bottleneck is a k x k convolution, which keeps positions apart (sec. 4.1), or with `pool` the mean over the map,
+    which does not; its vector has C numbers.
     """
     with torch.no_grad():
         channels, side = backbone.eval().stages(torch.zeros(1, 3, size, size))[-1].shape[1:3]
     backbone.train()
     if channels != backbone.dim:
-        common.fail(
-            f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; SaGe needs the map's mean"
-        )
+        common.fail(f"--arch: its feature is not the mean of its last map ({backbone.dim} against {channels} channels)")
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
-        common.fail(
-            f"--size {size}: the last map is {side} px wide, which the decoder doubles to {side * 2**doublings}; with ResNets "
-            "32, 48 and the multiples of 32 from 64 to 224 fit"
-        )
+        fits = "for ResNets use 32, 48 or a multiple of 32 from 64 to 224"
+        common.fail(f"--size {size}: the last map of {side} px doubles to {side * 2**doublings} px in the decoder; {fits}")
     bottleneck = nn.AdaptiveAvgPool2d(1) if pool else nn.Conv2d(channels, dim, side)
     if not pool:
         nn.init.kaiming_normal_(bottleneck.weight, nonlinearity="relu"), nn.init.zeros_(bottleneck.bias)
@@ -223,7 +201,7 @@ def build_decoder(backbone, size, dim, width, pool):
 
 
 class Autoencoder(nn.Module):
-    """What recovers images: x [B, 3, S, S] in [-1, 1] -> x~ of the same shape and range."""
+    """Backbone, bottleneck and decoder: x [B, 3, S, S] in [-1, 1] -> x~ of the same shape and range."""
 
     def __init__(self, backbone, bottleneck, decoder):
         super().__init__()
@@ -234,10 +212,10 @@ class Autoencoder(nn.Module):
 
 
 class Evaluator(nn.Module):
-    """h_G (appendix A): images in [-1, 1] -> (the maps of the stages `levels`, one vector [B, d]).
+    """h_G (appendix A): images in [-1, 1] -> (the maps of the stages `levels`, the 1x1 feature [B, d]).
 
-    Frozen: no gradient for its weights, always in eval mode, though gradients pass through it to its input. A network is
-    fed what it was trained on: `preprocess` says with which mean and std.
+    Frozen: no gradients for its weights and always in eval mode, but gradients pass through it to its input. The input
+    is renormalized with the mean and std of `preprocess`, those it was trained with.
     """
 
     def __init__(self, backbone, preprocess, levels, projector=None, frozen=True):
@@ -258,23 +236,16 @@ class Evaluator(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, x):
-        """Set the BatchNorm statistics of a random network to those of the images `x`: as initialised they normalise by
-        nothing in eval mode."""
-        norms = [m for m in self.modules() if isinstance(m, nn.BatchNorm2d)]
-        super().train()
-        for m in norms:
-            m.momentum = 1.0
-        self(x)
-        for m in norms:
-            m.momentum = 0.1
-        self.train()
+        """Set the BatchNorm statistics of a random network to those of the images `x`; with the initial ones (mean 0,
+        variance 1) eval mode would not normalize."""
+        torch.optim.swa_utils.update_bn([x * self.scale + self.shift], self.net)
 
 
 class SaGe(nn.Module):
-    """BYOL's f, g, q and target f', g', with bottleneck, decoder and evaluator h; `forward((v1, v2))` is the loss (eq. 3).
+    """BYOL's f, g, q and target f', g', with bottleneck, decoder and evaluator h; `forward((v1, v2))` is eq. 3.
 
-    Without weight on L_D its heads are not trained, without any on L_G there is no decoder, without maps and semantic no
-    evaluator. After a forward, `parts` holds the terms before their weights, those of L_G as means over the two views.
+    If L_D has weight 0, its heads are not trained. `parts` holds the unweighted terms of the last forward; those of L_G
+    are means over the two views.
     """
 
     def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None):
@@ -290,80 +261,76 @@ class SaGe(nn.Module):
 
     def forward(self, views):
         v1, v2 = views
-        # One view after the other: BatchNorm takes its statistics per view, as in the official code.
+        # One forward per view, so that BatchNorm takes its statistics per view, as in the official code.
         m1, m2 = self.f.stages(v1)[-1], self.f.stages(v2)[-1]  # [B, C, k, k]
         y1, y2 = m1.mean((2, 3)), m2.mean((2, 3))  # [B, C]
-        loss, self.parts, spread = 0.0, {}, y1
+        loss, self.parts, features = 0.0, {}, y1
         if self.weights["d"]:
             p1, p2 = self.q(self.g(y1)), self.q(self.g(y2))  # [B, D]
-            with torch.no_grad():  # the target stays in train mode: batch statistics, and running averages of its own
+            with torch.no_grad():  # the target stays in train mode: batch statistics, its own running averages
                 z1, z2 = (self.target["g"](self.target["f"](v)) for v in views)  # [B, D]
-            spread = z1
-            l_d = regression_loss(p1, z2) + regression_loss(p2, z1)  # L_D: eq. 2 of BYOL, symmetrised
+            features = z1
+            l_d = regression_loss(p1, z2) + regression_loss(p2, z1)  # L_D: BYOL, eq. 2, symmetrized
             loss, self.parts["l_d"] = self.weights["d"] * l_d, l_d.detach()
         if self.decoder:
-            # Each view is compared with its own recovery only (sec. 3.4). The decoder, too, sees one view at a time; the
-            # evaluator, whose BatchNorm is frozen, sees both at once.
+            # A recovered view is compared with its own original only (sec. 3.4). The decoder's BatchNorm takes its
+            # statistics per view, too; the evaluator's is frozen, so both views go through it in one batch.
             x = torch.cat(views)  # [2B, 3, S, S]
-            x_ = torch.cat([self.decoder(self.bottleneck(m)) for m in (m1, m2)])
+            x_ = torch.cat([self.decoder(self.bottleneck(m)) for m in (m1, m2)])  # x~
             terms = {"pixel": F.mse_loss(x_, x)}  # means over all elements, as in the official code
             if self.h:
                 with torch.set_grad_enabled(not self.h.frozen and torch.is_grad_enabled()):
                     maps, semantic = self.h(x)
                 maps_, semantic_ = self.h(x_)
-                mse = [F.mse_loss(b.float(), a.float()) for a, b in zip(maps, maps_, strict=True)]
+                mse = [F.mse_loss(m_.float(), m.float()) for m, m_ in zip(maps, maps_, strict=True)]
                 terms |= {"maps": sum(mse) / len(mse), "semantic": F.mse_loss(semantic_.float(), semantic.float())}
             # eq. 4, summed over the two views: twice the mean over 2B
             loss = loss + 2 * sum(self.weights[k] * term for k, term in terms.items() if self.weights[k])
             self.parts |= {k: term.detach() for k, term in terms.items()}
-        spread = F.normalize(spread.detach().float(), dim=1)
-        self.feature_std = spread.std(0).mean() * spread.shape[1] ** 0.5  # 1: spread, 0: collapsed
+        features = F.normalize(features.detach().float(), dim=1)
+        self.feature_std = features.std(0).mean() * features.shape[1] ** 0.5  # 1: spread, 0: collapsed
         return loss
 
     @torch.no_grad()
     def update_target(self, tau):
-        """xi <- tau xi + (1 - tau) theta (BYOL, eq. 1). Parameters only: the target's BatchNorm keeps its own averages."""
+        """xi <- tau xi + (1 - tau) theta (BYOL, eq. 1), parameters only: the target has its own BatchNorm averages."""
         xi = list(self.target.parameters())
         theta = [*self.f.parameters(), *self.g.parameters()]
         torch._foreach_lerp_(xi, theta, 1 - tau)
 
 
-# ============ the evaluator (stage 1), and what is read back from runs ============
+# ============ the evaluator (stage 1); reading runs ============
 
 
 def stage_1(args, rank):
-    """The folder of a finished BYOL run of the same data beside --out; byol's own main makes it where there is none, in
-    the same processes. None if that was stopped by a signal."""
+    """The folder, beside --out, of a finished BYOL run on the same data. If there is none, byol.main trains it first.
+    None if a signal stopped that. Collective."""
     parts = ["byol", training.name_of(args.data), args.evaluator_arch, args.evaluator_epochs]
     out = Path(args.out).absolute().parent / "-".join(str(part) for part in parts if part)
     checkpoint = out / "checkpoint.pt"
     try:
         found = runs.load_checkpoint(checkpoint) if checkpoint.exists() else {}
     except EOFError:
-        found = {}  # byol.py knows what to do about it
-    was = found.get("settings", vars(args))
-    place = os.path.realpath
-    if place(was.get("data", "")) != place(args.data) or any(was.get(k) != getattr(args, k) for k in ("limit", "size")):
+        found = {}  # byol.main deals with a damaged checkpoint
+    old = found.get("settings", vars(args))
+    same = os.path.realpath(old.get("data", "")) == os.path.realpath(args.data)
+    if not same or any(old.get(k) != getattr(args, k) for k in ("limit", "size")):
         common.fail(
-            f"{out} holds a run of other data (--data {was.get('data')} --limit {was.get('limit')} --size {was.get('size')}); "
-            "name an evaluator with --evaluator, choose another folder for --out, or delete that one"
+            f"{out} holds a run on other data (--data {old.get('data')} --limit {old.get('limit')} --size "
+            f"{old.get('size')}); name an evaluator with --evaluator, choose another --out, or delete that folder"
         )
     if not common.any_rank(found.get("result")):
         if rank == 0:
-            print(
-                f"stage 1: no finished BYOL run in {out}, so it is trained first (--evaluator names another)",
-                flush=True,
-            )
-        flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch]
+            print(f"stage 1: training the evaluator, a BYOL run, in {out} (--evaluator names another)", flush=True)
+        flags = ["--out", str(out), "--arch", args.evaluator_arch or args.arch, "--amp" if args.amp else "--no-amp"]
         flags += ["--epochs", str(args.evaluator_epochs)] if args.evaluator_epochs else []
-        same = "data recipe root limit workers seed device size batch_size accumulate log_every"
-        flags += ["--changed-data"] * args.changed_data
-        for name in args.given.intersection(same.split()):  # the others are the same by default
+        flags += [f"--{name.replace('_', '-')}" for name in ("in_memory", "changed_data", "dry_run", "compile")
+                  if getattr(args, name)]  # fmt: skip
+        shared = "data recipe root limit workers seed device size batch_size accumulate log_every"
+        for name in args.given.intersection(shared.split()):  # the others have the same defaults
             flags += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-        flags += ["--in-memory"] * args.in_memory + ["--dry-run"] * args.dry_run + ["--compile"] * args.compile
-        flags += ["--amp" if args.amp else "--no-amp", "--probes", *args.probes]
-        stopped = byol.main(flags)
-        gc.collect()  # its model, its loader and their workers
+        stopped = byol.main([*flags, "--probes", *args.probes])
+        gc.collect()  # frees its model and ends its loader workers
         if args.dry_run:
             return f"random:{args.evaluator_arch or args.arch}"
         if stopped:
@@ -379,14 +346,12 @@ def check_levels(args, backbone):
 
 
 def open_evaluator(args, name):
-    """The evaluator in the run, the file or by the architecture `name`, and a line on it. What does not fit ends the
-    program: never a random network instead."""
-    # Another seed than f's: a random evaluator of f's architecture would be f's own start.
+    """(Evaluator, its description) from `name`: a run, a file or random:ARCH. Weights that do not fit are an error."""
+    # With f's seed a random evaluator of the same architecture would have f's initial weights.
     backbone, preprocess, about, path = checkpoints.open_backbone(name, None, args.size, args.seed + 1000)
     if path and about.get("method") != "byol":
-        common.fail(
-            f"--evaluator {name} was trained by {about.get('method', 'something else')}; a BYOL run is needed (sec. 3.4)"
-        )
+        method = about.get("method", "something else")
+        common.fail(f"--evaluator {name} was trained by {method}; a BYOL run is needed (sec. 3.4)")
     if path and about["preprocess"]["size"] != args.size:
         common.fail(f"--evaluator {name} was trained at {about['preprocess']['size']} px, --size is {args.size}")
     check_levels(args, backbone)
@@ -398,8 +363,8 @@ def open_evaluator(args, name):
         weights = {k.removeprefix("g."): v for k, v in found.items() if k.startswith("g.")}
         projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
         projector.load_state_dict(weights)
-    line = f"{name}: {about['arch']}, BYOL for {about['epoch']} epochs" if path else name
-    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator), line
+    description = f"{name}: {about['arch']}, BYOL for {about['epoch']} epochs" if path else name
+    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator), description
 
 
 def autoencoder(folder):
@@ -423,19 +388,21 @@ def autoencoder(folder):
 
 def main(argv=None):
     args = parse_args(argv)
-    weights = {k: getattr(args, f"weight_{k}") for k in ("d", "pixel", "maps", "semantic")}
+    weights = {term: getattr(args, f"weight_{term}") for term in TERMS}
     if not any(weights.values()):
-        common.fail("--weight-d and all weights of L_G are 0: nothing is left to train for")
+        common.fail("--weight-d and all weights of L_G are 0: nothing is left to train")
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    paints, judges, h = any(list(weights.values())[1:]), weights["maps"] or weights["semantic"], args.evaluator
+    uses_evaluator = weights["maps"] > 0 or weights["semantic"] > 0
+    uses_decoder = uses_evaluator or weights["pixel"] > 0
     classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
-    if judges and not h:
-        # What would stop stage 2 stops it now, not after stage 1.
+    source = args.evaluator
+    if uses_evaluator and not source:
+        # Refuse settings that do not fit the networks now, not after stage 1.
         build_decoder(backbones.build(args.arch, args.size), args.size, args.bottleneck, args.width, args.pool)
         check_levels(args, backbones.build(args.evaluator_arch or args.arch, args.size))
-        h = stage_1(args, rank)
-        if not h:
+        source = stage_1(args, rank)
+        if not source:
             return common.STOPPED
 
     # ============ data ============
@@ -446,30 +413,26 @@ def main(argv=None):
     preprocess = {"mean": views[0]["mean"], "std": views[0]["std"], "size": args.size, "interpolation": "bilinear"}
 
     # ============ model ============
-    evaluator, line = open_evaluator(args, h) if judges else (None, "none")
+    evaluator, description = open_evaluator(args, source) if uses_evaluator else (None, "none")
     if classifier:
         reconstruct.check_classifier(classifier, test)
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    backbone, painter = backbones.build(args.arch, args.size), ()
-    if paints:
-        painter = build_decoder(backbone, args.size, args.bottleneck, args.width, args.pool)
-        nn.ModuleList(painter).requires_grad_(not args.freeze_decoder)
-    model = SaGe(backbone, args.hidden, args.dim, weights, *painter, evaluator=evaluator).to(
-        device, memory_format=torch.channels_last
-    )
-    if judges and h.startswith("random:"):
+    backbone, decoder = backbones.build(args.arch, args.size), ()
+    if uses_decoder:
+        decoder = build_decoder(backbone, args.size, args.bottleneck, args.width, args.pool)
+        nn.ModuleList(decoder).requires_grad_(not args.freeze_decoder)
+    model = SaGe(backbone, args.hidden, args.dim, weights, *decoder, evaluator=evaluator)
+    model.to(device, memory_format=torch.channels_last)
+    if uses_evaluator and source.startswith("random:"):
         some = torch.randperm(len(train), generator=data.generator(args.seed, "calibrate"))[:512]
         evaluator.calibrate(next(data.batches(train, preprocess, 512, device, indices=some))[0])
     ddp = model
     if world > 1:
         if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # An evaluator that learns has parts that no term of the loss may need.
-        ddp = DistributedDataParallel(
-            model,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=args.train_evaluator,
-        )
+        ids = [device.index] if device.type == "cuda" else None
+        # Stages of a trained evaluator that are not among --levels get no gradient.
+        ddp = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=args.train_evaluator)
     if args.compile:
         model.compile()  # in place: the names in state_dict() stay
 
@@ -477,36 +440,33 @@ def main(argv=None):
     lr, decoder_lr = args.lr * args.batch_size / 256, args.decoder_lr * args.batch_size / 256
     groups = optim.param_groups(nn.ModuleList([model.f, model.g]), args.weight_decay, lr_factor=1.0)
     groups += optim.param_groups(model.q, args.weight_decay, lr_factor=args.predictor_lr)
-    if args.train_evaluator and judges:
+    if args.train_evaluator and uses_evaluator:
         groups += optim.param_groups(model.h, args.weight_decay, lr_factor=1.0)
     optimizers = {"optimizer": optim.OPTIMIZERS[args.optimizer](groups, lr=lr)}
-    if paints and not args.freeze_decoder:  # sec. 4.1: Adam, no decay
-        painter = [*model.bottleneck.parameters(), *model.decoder.parameters()]
-        optimizers["decoder_optimizer"] = torch.optim.Adam(painter, lr=decoder_lr)
+    if uses_decoder and not args.freeze_decoder:  # sec. 4.1: Adam, no decay
+        parameters = [*model.bottleneck.parameters(), *model.decoder.parameters()]
+        optimizers["decoder_optimizer"] = torch.optim.Adam(parameters, lr=decoder_lr)
 
     # ============ run: print the recipe, go on from a checkpoint ============
     run = training.Run(METHOD, args, model, optimizers, loader, views, preprocess, labelled, test, device)
-    painter = []
-    if paints:
+    decoder_line = []
+    if uses_decoder:
         millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.bottleneck, model.decoder)]
-        how = (
-            "frozen"
-            if args.freeze_decoder
-            else f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
-        )
-        painter = [f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, {how}"]
+        rate = f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
+        decoder_line = [f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, "
+                        + ("frozen" if args.freeze_decoder else rate)]  # fmt: skip
     run.describe(
-        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, x {args.predictor_lr:g} on q",
+        f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, q {args.predictor_lr:g}x",
         f"{args.optimizer}: {optim.count(optimizers['optimizer'])}; tau {args.tau:g} -> 1",
-        *painter,
-        f"evaluator {line}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}",
-        "L_D of unrelated vectors 4",
+        *decoder_line,
+        f"evaluator {description}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}",
+        "chance-level L_D 4",
     )
     if run.resume():
         return
 
     def picture():
-        if paints and rank == 0:
+        if uses_decoder and rank == 0:
             net = Autoencoder(model.f, model.bottleneck, model.decoder)
             image = reconstruct.draw_recoveries({"": net}, test, views, device, classifier, amp=args.amp)
             run.log.image("reconstructions", image, run.step)
@@ -520,8 +480,8 @@ def main(argv=None):
             lr_now = optim.cosine(step, run.total, lr, 0.0, run.warmup)
             for group in optimizers["optimizer"].param_groups:
                 group["lr"] = lr_now * group["lr_factor"]
-            for group in optimizers["decoder_optimizer"].param_groups if len(optimizers) > 1 else ():
-                # sec. 4.1: constant; the warm-up: code
+            if "decoder_optimizer" in optimizers:  # constant (sec. 4.1) after the warm-up (code)
+                [group] = optimizers["decoder_optimizer"].param_groups
                 group["lr"] = decoder_lr * (step / run.warmup if step < run.warmup else 1)
             for _, _, xs in run.passes(ddp):
                 with torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
@@ -531,9 +491,7 @@ def main(argv=None):
             for optimizer in optimizers.values():
                 optimizer.step()
                 optimizer.zero_grad()
-            tau = optim.cosine(
-                step, run.total, args.tau, 1.0
-            )  # BYOL, sec. 3.3: 1 - (1 - tau_base) (cos(pi k / K) + 1) / 2
+            tau = optim.cosine(step, run.total, args.tau, 1.0)  # BYOL, sec. 3.3
             model.update_target(tau)  # after the step, as in the official code
             run.end_step(lr_now, tau=tau, feature_std=model.feature_std, **model.parts)
         run.save()

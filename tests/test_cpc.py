@@ -419,7 +419,7 @@ def test_versions_differ_as_published():
 def test_dry_run_says_what_would_be_done(pictures, tmp_path, capsys):
     cpc.main(flags(2, pictures, tmp_path / "run", "--dry-run", "--batch-size", 64))
     out = capsys.readouterr().out
-    assert "v2: 5 x 5 patches of 4 px, one every 3; predicted 2 to 3 rows on, 4 directions" in out
+    assert "v2: 5 x 5 patches of 4 px, stride 3; predicts 2 to 3 rows ahead in 4 directions" in out
     assert f"{4 * (15 + 10) * 64} predictions" in out and f"ln(N) = {math.log(64 * 25):.2f}" in out
     assert not (tmp_path / "run").exists()
 

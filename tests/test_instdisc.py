@@ -170,11 +170,11 @@ def test_the_loss_falls(loss):
     assert ("bank" in model.state_dict()) == (loss != "supervised")
 
 
-def test_bank_figures_tell_images_the_probes_must_not_know(tmp_path):
+def test_the_bank_probe_ignores_images_without_labels_for_probes(tmp_path):
     model, images = tiny_model(), sets.Images("x", (torch.rand(48, 3, 16, 16) * 255).byte(), torch.arange(48) % 3)
     preprocess = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
     labels = images.labels.clone()
-    figures = lambda y, **k: instdisc.bank_figures(model, images, y, images, preprocess, torch.device("cpu"), 0, False, **k)
+    figures = lambda y, **k: instdisc.probe_bank(model, images, y, images, preprocess, torch.device("cpu"), 0, False, **k)
     with torch.no_grad():
         x = torch.cat([x for x, _ in data.batches(images, preprocess)])
         model.eval().bank.copy_(F.normalize(model.g(model.f(x)), dim=1))
@@ -351,9 +351,9 @@ def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
 
 
 def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(folder, tmp_path, monkeypatch):
-    steps, labels, draw, figures = [], [], instdisc.draw_negatives, instdisc.bank_figures
+    steps, labels, draw, figures = [], [], instdisc.draw_negatives, instdisc.probe_bank
     monkeypatch.setattr(instdisc, "draw_negatives", lambda *a: [steps.append(a[3]), draw(*a)][1])
-    monkeypatch.setattr(instdisc, "bank_figures", lambda *a, **k: [labels.append(a[2]), figures(*a, **k)][1])
+    monkeypatch.setattr(instdisc, "probe_bank", lambda *a, **k: [labels.append(a[2]), figures(*a, **k)][1])
     flags = ["--data", str(folder), "--workers", "0", "--limit", "40", "--epochs", "2", "--out", str(tmp_path / "run")]
     instdisc.main([*FOLDER[1:-1], *flags])
     assert steps[-4:] == [0, 1, 2, 3]  # before them the estimate of the time
@@ -387,7 +387,7 @@ def test_accumulated_gradients_are_those_of_the_mean():
 
 def test_supervised_needs_no_bank(tmp_path):
     out, _ = run(*SMALL, "--loss", "supervised", "--augment", "flip", "--out", tmp_path / "run")
-    assert "bank" not in out.splitlines()[0] and "loss of unrelated vectors 2.30" in out
+    assert "bank" not in out.splitlines()[0] and "chance-level loss 2.30" in out
 
 
 def write_masks(folder, masks, size=20):

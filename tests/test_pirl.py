@@ -169,7 +169,7 @@ def test_the_first_loss_is_what_unrelated_features_give(form, K, temperature, va
     own, others = pirl.against_bank(v, bank, torch.arange(128), negatives, temperature)
     Z = n * math.exp(1 / (2 * 128 * temperature**2))
     assert pirl.FORMS[form](own, others, n, Z).mean().item() == pytest.approx(value, abs=0.15)
-    assert pirl.expected(form, K, n, 128, temperature) == pytest.approx(value, abs=0.01)
+    assert pirl.chance_loss(form, K, n, 128, temperature) == pytest.approx(value, abs=0.01)
 
 
 @pytest.mark.parametrize("lam", [0.0, 0.3, 1.0])
@@ -249,7 +249,7 @@ def test_rotation_turns_each_image_by_its_own_number():
 
 def test_what_is_drawn_is_the_share_of_one_draw_for_all():
     head = pirl.Jigsaw(4, 4, 32)
-    draw = lambda n, rank, world, step=3: pirl.drawn(head, n, rank, world, "cpu", 0, "jigsaw", step, 1)
+    draw = lambda n, rank, world, step=3: pirl.draw_share(head, n, rank, world, "cpu", 0, "jigsaw", step, 1)
     whole, halves = draw(8, 0, 1), [draw(4, rank, 2) for rank in range(2)]
     for k, t in enumerate(whole):
         assert torch.equal(t, torch.cat([part[k] for part in halves]))
@@ -351,7 +351,7 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
     (_, one), (second, two), (parts, three) = seen  # the image, the crop, and what is made of it
     assert one == image and two == crop and crop["jitter_p"] == crop["grey"] == 0 and three == image
     assert parts.shape == ((144, 3, 10, 10) if transform == "jigsaw" else (16, 3, 32, 32))
-    numbers = pirl.drawn(heads(transform)[1], 16, 0, 1, "cpu", 0, transform, 0, 1)
+    numbers = pirl.draw_share(heads(transform)[1], 16, 0, 1, "cpu", 0, transform, 0, 1)
     assert torch.allclose(heads(transform)[1].transform(second, *numbers).flatten(0, 1), parts, atol=1e-6)
     assert parts.min() >= 0 and parts.max() <= 1  # not normalised yet
 
@@ -364,10 +364,10 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
         (["--negatives", "0"], "--negatives"),
         (["--temperature", "0"], "--temperature"),
         (["--nce", "constant-z", "--temperature", "0.01"], "--temperature 0.01: with --nce constant-z it must be above 0.02"),
-        (["--lambda", "1.5"], "--lambda 1.5: it must be between 0 and 1"),
-        (["--lambda", "-0.1"], "between 0 and 1"),
+        (["--lambda", "1.5"], "--lambda 1.5: it must be at least 0 and at most 1"),
+        (["--lambda", "-0.1"], "at least 0 and at most 1"),
         (["--lambda", "nan"], "--lambda nan"),
-        (["--bank-momentum", "1.5"], "between 0 and 1"),
+        (["--bank-momentum", "1.5"], "at least 0 and at most 1"),
         (["--transform", "colour"], "invalid choice: 'colour'"),
         (["--nce", "softmax"], "invalid choice: 'softmax'"),
         (["--arch", "resnet10_17"], "did you mean 'resnet10_16'"),
@@ -384,5 +384,5 @@ def test_bad_flags(flags, words, tmp_path, capsys):
 def test_rotation_needs_no_grid_and_dry_run_writes_nothing(tmp_path):
     flags = ["--transform", "rotation", "--size", "16", "--lambda", "0.25", "--dry-run", "--out", tmp_path / "run"]
     printed, _ = run(*SMALL, *flags)
-    value = pirl.expected("paper", 24, 48, 128, 0.1)
-    assert f"lambda 0.25; loss of unrelated vectors {value:.2f}" in printed and not (tmp_path / "run").exists()
+    value = pirl.chance_loss("paper", 24, 48, 128, 0.1)
+    assert f"lambda 0.25; chance-level loss {value:.2f}" in printed and not (tmp_path / "run").exists()

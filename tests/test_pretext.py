@@ -62,7 +62,7 @@ def test_patches_come_from_where_they_should(size, cell, patch, stride, monkeypa
     image = torch.arange(5.0)[:, None, None].expand(5, 3 * cell, 3 * cell)
     x = torch.stack([row.expand_as(image), column.expand_as(image), image], 1)  # a pixel says where it stands
     where, _ = pretext.draw_patches(5, cell, patch, "keep", data.generator(size))
-    patches = pretext.cut(x, where, torch.full((5, 9), pretext.COLOURED), cell, patch).unflatten(0, (5, 9))
+    patches = pretext.cut(x, where, torch.full((5, 9), pretext.COLOR), cell, patch).unflatten(0, (5, 9))
     for i, k in itertools.product(range(5), range(9)):
         top, left = (int(patches[i, k, c, 0, 0]) for c in (0, 1))
         assert (patches[i, k, 2] == i).all()
@@ -75,8 +75,8 @@ def test_patches_come_from_where_they_should(size, cell, patch, stride, monkeypa
 def test_patches_move_over_all_of_their_cell_and_two_thirds_are_grey():
     where, mix = pretext.draw_patches(2000, 10, 8, "keep", data.generator(0))
     assert torch.bincount(where.flatten()).tolist() == pytest.approx([12_000] * 3, rel=0.05)
-    assert (mix == pretext.GREY).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
-    assert mix.unique().tolist() == [pretext.GREY, pretext.COLOURED]
+    assert (mix == pretext.GRAY).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
+    assert mix.unique().tolist() == [pretext.GRAY, pretext.COLOR]
     assert pretext.draw_patches(2000, 10, 8, "drop", data.generator(0))[1].unique().tolist() == [0, 1, 2]
 
 
@@ -182,7 +182,7 @@ def test_normalised_over_the_batch_each_dimension_has_unit_length():
     assert model.figures["accuracy"].item() == pytest.approx(100 * sum(right) / 15)
     given = ["--task", "exemplar"]
     assert pretext.parse_args(given).normalise == "embedding" == args().normalise
-    assert pretext.Exemplar(model.f, pretext.parse_args([*given, "--normalise", "batch"])).of_batch
+    assert pretext.Exemplar(model.f, pretext.parse_args([*given, "--normalise", "batch"])).over_batch
 
 
 def patch_features(model, xs, drawn):
@@ -317,7 +317,7 @@ def told_by_colour(colour, grey=True):
     wider = F.interpolate(noise[:, :1], scale_factor=1.15, mode="bilinear")[:, :, 2:32, 2:32]  # red, magnified by the lens
     x = torch.cat([wider, noise[:, 1:]], 1) * (0.5 + torch.rand(n, 3, 1, 1, generator=g))
     where, mix = pretext.draw_patches(n, 10, 8, colour, g)
-    features = shifts(pretext.cut(x, where, mix if grey else torch.full_like(mix, pretext.COLOURED), 10, 8))
+    features = shifts(pretext.cut(x, where, mix if grey else torch.full_like(mix, pretext.COLOR), 10, 8))
     features, y = (features - features.mean(0)) / features.std(0), torch.arange(9).repeat(n)
     w, b = evaluate.fit_lbfgs(features[:9000], y[:9000], 9, 1e-3, iterations=60)
     return ((features[9000:] @ w + b).argmax(1) == y[9000:]).float().mean().item() * 100
@@ -364,11 +364,11 @@ def test_two_processes_equal_one(tmp_path):
 @pytest.mark.parametrize("task", TASKS)
 def test_processes_share_out_the_numbers_of_one(task):
     module = build(task).task
-    whole = pretext.drawn(module, 8, 0, 1, "cpu", 3, "key")
-    parts = [pretext.drawn(module, 4, rank, 2, "cpu", 3, "key") for rank in range(2)]
+    whole = pretext.draw_share(module, 8, 0, 1, "cpu", 3, "key")
+    parts = [pretext.draw_share(module, 4, rank, 2, "cpu", 3, "key") for rank in range(2)]
     for t, one, two in zip(whole, *parts, strict=True):
         assert torch.equal(t, torch.cat([one, two]) if len(t) == 8 else one) and (len(t) == 8 or torch.equal(one, two))
-    assert all(torch.equal(a, b) for a, b in zip(whole, pretext.drawn(module, 8, 0, 1, "cpu", 3, "key"), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(whole, pretext.draw_share(module, 8, 0, 1, "cpu", 3, "key"), strict=True))
 
 
 FAMILIES = ["resnet14v1_k0.5", "resnet14v2_k0.5", "revnet14_k0.5", "vgg11_k0.5"]
@@ -499,7 +499,7 @@ def test_natural_shapes_stand_and_have_their_colours():
         (["--task", "jigsaw", "--permutations", "20000"], "at most 10000"),
         (["--task", "colorization", "--size", "36"], "multiple of 8"),
         (["--task", "colorization", "--arch", "resnet10_16_s4"], "total stride of 8"),
-        (["--task", "colorization", "--arch", "vgg11_k1"], "would stay at random"),
+        (["--task", "colorization", "--arch", "vgg11_k1"], "would not be trained"),
         (["--drop-at", "1.5"], "between 0 and 1"),
         (["--lr", "nan"], "--lr nan: it must be at least 0 and finite"),
         (["--task", "exemplar", "--margin", "inf"], "and finite"),
@@ -521,7 +521,7 @@ def test_images_without_colour_are_refused(tmp_path, capsys):
         write_png(torch.full((3, 32, 32), 10 * i, dtype=torch.uint8), str(tmp_path / f"{i}.png"))
     with pytest.raises(SystemExit) as stopped:
         pretext.main([*flags("colorization", tmp_path, tmp_path / "run")])
-    assert stopped.value.code == 2 and "have no colours" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "are gray" in capsys.readouterr().err
 
 
 def test_questions_without_an_answer_are_warned_of(capsys, tmp_path):

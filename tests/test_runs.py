@@ -321,7 +321,7 @@ class PIRL(InstDisc):
 
     def prepare(self):
         image, crop = self.script.RECIPES["shapes"]["views"]
-        self.views = [data.view(32, **image), data.view(36, **crop) | self.script.UNCOLOURED]
+        self.views = [data.view(32, **image), data.view(36, **crop) | self.script.NO_COLOR]
 
     def build(self, f):
         a, g = self.args, self.script.Jigsaw(f.dim, self.args.dim, 32)
