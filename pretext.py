@@ -591,7 +591,7 @@ def main(argv=None):
         notes = [f"9 patches of {patch} px at random places in cells of {model.task.cell} px; probes at {3 * patch} px"]
     if args.task in ("rotation", "colorization") and args.data in ("shapes", "shapes-hard"):
         notes += [f"warning: objects of {args.data} have random rotation and color; use --data shapes-natural"]
-    drops = f"x 0.1 at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
+    drops = f"a tenth at {', '.join(f'{at:.0%}' for at in args.drop_at)}" if args.drop_at else "cosine"
     loss, accuracy = model.task.chance(world * per_pass)
     run.describe(
         *notes,
