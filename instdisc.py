@@ -193,7 +193,7 @@ def chance(loss, n, K, dim, temperature, classes):
 
 
 class InstDisc(nn.Module):
-    """Backbone f, linear layer g, bank V; `forward((x,), index, negatives)` is the loss of views x of the images `index`.
+    """Backbone f, linear layer g, bank V; `forward((x,), index, negatives)` is the loss of views x of images `index`.
     With labels [n] it is table 1's supervised network: cross-entropy of g, no bank."""
 
     def __init__(self, backbone, n, dim=128, temperature=0.07, loss="softmax-nce", momentum=0.5, labels=None):

@@ -243,8 +243,8 @@ EPS = torch.finfo(torch.float32).eps  # code, nce_loss.py
 
 
 def constant_z(own, others, n, Z):
-    """InstDisc's NCE, the code's loss: is a row the positive or one of N drawn from noise P_n = 1 / n? It is the positive
-    with probability P / (P + N P_n), P = exp(s / tau) / Z. Summed over the N negatives."""
+    """InstDisc's NCE, the code's loss: is a row the positive or one of N drawn from noise P_n = 1 / n? It is the former
+    with probability P / (P + N P_n), P = exp(s / tau) / Z. Sum over the N + 1 rows."""
     noise = others.shape[-1] / n
     return ((noise + EPS) * Z / own.exp()).log1p() + ((others.exp() / Z + EPS) / noise).log1p().sum(-1)
 

@@ -193,7 +193,7 @@ def build_decoder(backbone, size, dim, width, pool):
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
         fits = "for ResNets use 32, 48 or a multiple of 32 from 64 to 224"
-        common.fail(f"--size {size}: the last map of {side} px doubles to {side * 2**doublings} px in the decoder; {fits}")
+        common.fail(f"--size {size}: the last map, {side} px, doubles to {side * 2**doublings} in the decoder; {fits}")
     bottleneck = nn.AdaptiveAvgPool2d(1) if pool else nn.Conv2d(channels, dim, side)
     if not pool:
         nn.init.kaiming_normal_(bottleneck.weight, nonlinearity="relu"), nn.init.zeros_(bottleneck.bias)
