@@ -100,7 +100,7 @@ OTHER_VERSION = {  # what --v changes in a recipe of the other version
         V1, arch="resnet18_nobn", lr=2e-4, clip=0.0, steps=5, border=0,
         views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
     )},
-    "imagenet": {1: dict(  # v1, sec. 3.2: Adam, 2e-4 for a batch of 32 x 16; grey, 256 px of 300, patches 60 px of 64
+    "imagenet": {1: dict(  # v1, sec. 3.2: Adam, 2e-4 for a batch of 32 x 16; gray, 256 px of 300, patches 60 px of 64
         V1, arch="resnet50v2_k4_nobn", size=256, lr=1e-4, clip=0.0, steps=5, border=2,
         views=[dict(scale=((256 / 300) ** 2,) * 2, ratio=None, grey=1.0, **PLAIN)],
     )},

@@ -238,13 +238,13 @@ class Exemplar(nn.Module):
     def draw(self, n, g):
         return (torch.rand(n, generator=g) < 0.66,)
 
-    def inputs(self, views, grey):
+    def inputs(self, views, gray):
         x = torch.stack(views, 1)  # [B, copies, 3, S, S]
-        x = torch.where(grey[:, None, None, None, None], x.mean(2, keepdim=True), x)
+        x = torch.where(gray[:, None, None, None, None], x.mean(2, keepdim=True), x)
         return data.standardise(x.flatten(0, 1))
 
-    def forward(self, f, views, grey):
-        z = self.head(f(self.inputs(views, grey)))
+    def forward(self, f, views, gray):
+        z = self.head(f(self.inputs(views, gray)))
         with torch.autocast(z.device.type, enabled=False):
             z = z.float() if self.over_batch else F.normalize(z.float(), dim=1)  # [B * copies, E]
             rank, candidates = common.rank(), common.gather(z)  # gradients flow back to the rank of a candidate
@@ -298,10 +298,10 @@ def trunk_name(args):
     return f"{args.arch}_s{32 if base.startswith('vgg') and stride == 8 else stride}"
 
 
-def draw_patches(n, cell, patch, colour, g):
+def draw_patches(n, cell, patch, color, g):
     """(where [n, 9, 2], offsets of patches in their cells, uniform; mode [n, 9], of their colors)."""
     where = torch.randint(cell - patch + 1, (n, 9, 2), generator=g)
-    if colour == "drop":
+    if color == "drop":
         return where, torch.randint(3, (n, 9), generator=g)
     return where, torch.where(torch.rand(n, 9, generator=g) < 2 / 3, GRAY, COLOR)
 

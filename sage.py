@@ -21,7 +21,7 @@ compares the recovered view with the original. Decoder and evaluator are discard
     input of h          -                            the views as they are           renormalized with h's mean and std
     LARS                -                            adapts the shortcuts' BatchNorm no BatchNorm is adapted (BYOL)
 
-Measured with this file (k-NN: 20 neighbours; protocols, curves and more in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols, curves and more in results/README.md):
 
     command                      network, epochs    seeds  k-NN                linear              device, commit
     python sage.py               resnet10_16, 7     0      64.8                58.9                2 CPU cores, fdfcbc7:
