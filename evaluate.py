@@ -95,7 +95,7 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
     wanted = getattr(backbone, "preprocess", {})  # of a network of colour channels
     if any(tuple(preprocess[k]) != tuple(v) for k, v in wanted.items()):
         common.fail("networks of colour channels take images in [0, 1], not normalized ones: cmc.py trains them")
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, world = common.rank(), common.world_size()
     if world > 1:  # without SyncBN each rank has its own averages; those of rank 0 are saved, so all use them
         for buffer in backbone.buffers():
             dist.broadcast(buffer, 0)

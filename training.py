@@ -166,14 +166,13 @@ class Run:
                  title=None, backbone=None, arch=None, built_for=None):  # fmt: skip
         self.method, self.title, self.args, self.model, self.device = method, title or method, args, model, device
         self.backbone, self.arch, self.built_for = backbone or model.f, arch or args.arch, built_for or args.size
-        self.loader, self.views, self.preprocess, self.labelled, self.test = loader, views, preprocess, labelled, test
+        self.loader, self.views, self.preprocess = loader, views, preprocess
+        self.probed = labelled, test, preprocess, device  # what every probe takes
         self.states = {"model": model, **optimizers}
         self.rank, self.world, self.lr, self.log, self.stopped = loader.rank, loader.world, 0.0, None, False
         self.step, self.steps = 0, loader.steps // args.accumulate  # updates made; updates per epoch
         self.total = args.epochs * self.steps
-        self.warmup = min(
-            round(args.warmup_epochs * self.steps), self.total // 2
-        )  # a short run warms up for half of it
+        self.warmup = min(round(args.warmup_epochs * self.steps), self.total // 2)  # at most half of a short run
         self.command = shlex.join(["python", *sys.argv])
 
     def say(self, text):
@@ -234,8 +233,7 @@ class Run:
         """Log k-NN and health of the backbone (and k-NN of `head` on top of it) with the method's own numbers `more`.
         Collective."""
         a, epoch = self.args, self.step // self.steps
-        probed = self.labelled, self.test, self.preprocess, self.device
-        numbers = evaluate.monitor(self.backbone, *probed, a.workers, a.amp, head) | more
+        numbers = evaluate.monitor(self.backbone, *self.probed, a.workers, a.amp, head) | more
         self.log.record("eval", self.step, epoch=epoch, **numbers)
         self.log.say(f"epoch {epoch:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
@@ -280,8 +278,7 @@ class Run:
     def finish(self, note="", **more):
         """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line; then
         the last checkpoint. Collective."""
-        probed = self.labelled, self.test, self.preprocess, self.device
-        result = evaluate.final_probes(self.backbone, *probed, self.args, self.log, self.title, self.step)
+        result = evaluate.final_probes(self.backbone, *self.probed, self.args, self.log, self.title, self.step)
         if self.rank == 0 and more:
             evaluate.write_json(self.log.out, self.args.data, more)
         self.save(result and result + note)

@@ -12,6 +12,7 @@ from torch import nn
 
 import backbones
 import checkpoints
+import common
 import data
 import evaluate
 import runs
@@ -233,6 +234,7 @@ def test_two_processes_extract_what_one_does(monkeypatch):
     group = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank, broadcast=broadcast,
                             all_reduce=lambda *_: None, ReduceOp=SimpleNamespace(MIN=None))  # fmt: skip
     monkeypatch.setattr(evaluate, "dist", group)
+    monkeypatch.setattr(common, "dist", group)
     for rank in (1, 0):  # noqa: B007, `group` reads it
         found = evaluate.extract(net, images, SEEN, CPU, batch_size=3)
     assert torch.allclose(found[0], alone[0], atol=1e-5) and torch.equal(found[1], alone[1])
