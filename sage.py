@@ -189,7 +189,7 @@ def build_decoder(backbone, size, dim, width, pool):
         channels, side = backbone.eval().stages(torch.zeros(1, 3, size, size))[-1].shape[1:3]
     backbone.train()
     if channels != backbone.dim:
-        common.fail(f"--arch: its feature is not the mean of its last map ({backbone.dim} against {channels} channels)")
+        common.fail(f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; it must be their mean")
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
         fits = "for ResNets use 32, 48 or a multiple of 32 from 64 to 224"
