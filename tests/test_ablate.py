@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, TINY, fork, write_images
+from helpers import ROOT, TINY, fork, write_images
 from torchvision.io import decode_image, write_png
 
 import byol

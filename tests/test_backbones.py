@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import TINY, command, write_images
+from helpers import TINY, command, write_images
 from torchvision.models.vgg import cfgs, make_layers
 
 import backbones

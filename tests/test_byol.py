@@ -2,12 +2,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, run, write_images
+from helpers import TINY, check_accumulation, check_two_processes, run, write_images
 from torch import nn
 
 import backbones
 import byol
-import training
 
 SMALL = ["byol.py", *TINY, "--limit", "48", "--epochs", "4"]  # 3 steps an epoch, 12 in all
 
@@ -139,55 +138,3 @@ def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path):
     out, _ = run("byol.py", "--dry-run", "--out", tmp_path / "run")
     assert "x 64 / 256 =" in out and "46 tensors, 16 decayed" in out and "(by --data)" in out
     assert not (tmp_path / "run").exists()
-
-
-# ============ bad input: one sentence, exit code 2 ============
-
-
-def bad_folder(tmp_path, kind):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    if kind == "corrupt":
-        write_images(folder, 32)
-        for path in folder.rglob("*.jpg"):
-            path.write_bytes(b"no image")
-    return folder if kind != "missing" else tmp_path / "nowhere"
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--batch-size", "100000"], "at most 48"),
-        (["--batch-size", "15", "--accumulate", "2"], "not a multiple"),
-        (["--arch", "resnet81"], "did you mean"),
-        (["--data", "cifr10"], "did you mean 'cifar10'"),
-        (["--limit", "1000000"], "--limit"),
-        (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
-        (["--size", "0"], "--size"),
-        (["--epochs", "-1"], "--epochs"),
-        (["--limit", "-5"], "--limit"),
-        (["--batch-size", "1"], "BatchNorm"),
-        (["--out", "README.md"], "--out"),
-    ],
-)
-def test_bad_flags(flags, words, tmp_path):
-    _, err = run(*SMALL, "--out", tmp_path / "run", *flags, code=2)
-    assert words in err and "Traceback" not in err and len(err.strip().splitlines()) <= 2
-    assert not (tmp_path / "run").exists()
-
-
-def test_batch_not_divisible_by_processes(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        training.images_per_pass(byol.parse_args(["--batch-size", "15"]), 2, 48)
-    assert stopped.value.code == 2 and "--batch-size 15 is not a multiple of 2 ranks" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("kind", "words"), [("missing", "neither"), ("empty", "no images"), ("corrupt", "do not decode")]
-)
-def test_bad_folders(kind, words, tmp_path):
-    flags = ["--data", bad_folder(tmp_path, kind), "--recipe", "shapes", "--workers", "2", "--limit", "0"]
-    _, err = run("byol.py", *TINY, *flags, "--out", tmp_path / "run", code=2)
-    assert words in err and "Traceback" not in err
-
-

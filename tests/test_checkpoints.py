@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import Maps, command, write_images
+from helpers import Maps, command, write_images
 from torch import nn
 
 import backbones

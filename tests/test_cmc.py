@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, run
+from helpers import TINY, check_accumulation, check_two_processes, equal, run
 
 import backbones
 import checkpoints
@@ -382,31 +382,3 @@ def test_networks_get_images_in_0_to_1_as_they_are():
         views = [data.view(16, **v) for v in recipe["views"]]
         _, xs = next(data.Loader(sets.load("shapes", limit=8), views, 8, 0).epoch(0))
         assert len(xs) == 1 and xs[0].min() >= 0 and xs[0].max() <= 1 and xs[0].std() > 0.05
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--negatives", "64"], "--negatives 64: with the 64 training images of shapes it must be at most 63"),
-        (["--negatives", "0"], "--negatives"),
-        (["--temperature", "0"], "--temperature"),
-        (["--temperature", "nan"], "--temperature"),
-        (["--temperature", "0.01", "--contrast", "nce"], "above 0.02"),
-        (["--bank-momentum", "1.5"], "at most 1"),
-        (["--bank-momentum", "-1"], "--bank-momentum"),
-        (["--drop-at", "1.5"], "shares of the run"),
-        (["--split", "hsv"], "invalid choice: 'hsv'"),
-        (["--graph", "half"], "invalid choice: 'half'"),
-        (["--arch", "resnet18_ydbdr"], "--split lab needs other views"),
-        (["--arch", "resnet10_61"], "did you mean 'resnet10_16_lab'"),
-        (["--arch", "vgg11_bn"], "_lab is for ResNets"),
-        (["--limit", "8", "--negatives", "4"], "batch-size"),
-    ],
-)
-def test_bad_flags(flags, words, main, tmp_path):
-    assert words in main(*flags, "--out", tmp_path / "run").err
-
-
-def test_other_scripts_do_not_take_a_network_of_colour_channels(tmp_path):
-    _, err = run("byol.py", *TINY, "--arch", "resnet10_16_lab", "--out", tmp_path / "run", code=2)
-    assert "cmc.py trains them" in err

@@ -7,7 +7,7 @@ import shlex
 import sys
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 PAGES = sorted(ROOT.glob("*.md")) + sorted(ROOT.glob("docs/*.md")) + sorted(ROOT.glob("results/*.md"))
 NAME = r"\w+\.py|-m (?:experiments|downstream|analysis)\.\w+"

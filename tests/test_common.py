@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, equal
+from helpers import METHODS, ROOT, equal
 from torch import nn
 
 import common

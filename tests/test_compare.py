@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, fork
+from helpers import METHODS, fork
 
 import backbones
 import common

@@ -5,7 +5,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import check_two_processes, part, write_images
+from helpers import check_two_processes, part, write_images
 from torch import nn
 
 import backbones
@@ -422,42 +422,3 @@ def test_dry_run_says_what_would_be_done(pictures, tmp_path, capsys):
     assert "v2: 5 x 5 patches of 4 px, stride 3; predicts 2 to 3 rows ahead in 4 directions" in out
     assert f"{4 * (15 + 10) * 64} predictions" in out and f"ln(N) = {math.log(64 * 25):.2f}" in out
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--recipe", "cifar10", "--size", "24"], "32 px and more"),
-        (["--recipe", "imagenet", "--size", "100"], "multiples of 8"),
-        (["--size", "32", "--patch", "40", "--stride", "4"], "--patch 40 is larger than --size 32"),
-        (["--patch", "8", "--stride", "5"], "fit 28 or 33 px"),
-        (["--patch", "32", "--stride", "8"], "one row of patches"),
-        (["--patch", "8", "--stride", "4", "--steps", "6"], "--steps 6: 5 of 7 rows are left"),
-        (["--patch", "16", "--stride", "16", "--steps", "1", "--skip", "1"], "0 of 2 rows"),
-        (["--patch", "3", "--stride", "1"], "--patch 3: it must be at least 4"),
-        (["--patch", "8", "--stride", "0"], "--stride 0"),
-        (["--steps", "0"], "--steps 0: it must be at least 1"),
-        (["--arch", "resnet10_16"], "add _ln or _nobn"),
-        (["--skip", "-1"], "--skip -1"),
-        (["--border", "3", "--patch", "8", "--stride", "4"], "less than 4 px"),
-        (["--patch-grey", "1.5"], "at most 1"),
-        (["--patch-jitter", "nan"], "and finite"),
-        (["--clip", "-1"], "--clip -1"),
-        (["--directions", "3"], "invalid choice"),
-        (["--context", "row"], "invalid choice"),
-        (["--v", "3"], "invalid choice"),
-        (["--arch", "resnet10_16_lm", "--dry-run"], "did you mean"),
-    ],
-)
-def test_bad_input(words, sentence, pictures, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        cpc.main(["--data", str(pictures), "--recipe", "shapes", "--device", "cpu", "--out", str(tmp_path / "run"), *words])
-    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_network_of_colour_channels_is_refused(pictures, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        flags = ["--arch", "resnet10_16_ln_lab", "--batch-size", "8", "--out", str(tmp_path / "run")]
-        cpc.main(["--data", str(pictures), "--recipe", "shapes", "--device", "cpu", *flags])
-    assert stopped.value.code == 2 and "cmc.py trains them" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from helpers import run
 from torchvision.io import write_png
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as T

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from conftest import Maps, colours, command, write_images
+from helpers import Maps, colours, command, write_images
 from torch import nn
 
 import checkpoints

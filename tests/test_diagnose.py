@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from conftest import command, write_images
+from helpers import command, write_images
 from PIL import Image
 from torch import nn
 from torchvision.utils import save_image

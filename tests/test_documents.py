@@ -5,7 +5,7 @@ import itertools
 import re
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 METHODS = ("byol", "sage", "instdisc", "pretext", "simclr", "moco", "swav", "pirl", "cmc", "cpc")
 PAGES = sorted(path for path in ROOT.rglob("*.md") if not {".venv", ".pytest_cache"} & set(path.parts))

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, Maps, clusters, colours, command, write_images
+from helpers import ROOT, Maps, clusters, colours, command, write_images
 from torch import nn
 
 import backbones

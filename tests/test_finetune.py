@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import colours, command, small_backbone, write_images
+from helpers import colours, command, small_backbone, write_images
 from torch import nn
 
 import checkpoints

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, run, write_images
+from helpers import TINY, check_accumulation, run
 from torchvision.io import write_png
 
 import backbones
@@ -435,24 +435,6 @@ def test_masks_that_do_not_match_are_named(folder, refused):
     assert "2 of 64 images" in err and "class0/004, class1/007" in err
 
 
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--negatives", "64", "--limit", "64"], "--negatives 64: with the 64 training images of shapes it must be at most 63"),
-        (["--negatives", "0"], "--negatives"),
-        (["--temperature", "0"], "--temperature"),
-        (["--temperature", "0.01", "--loss", "nce"], "above 0.02"),
-        (["--copy-paste", "nan"], "at least 0 and finite"),
-        (["--copy-paste", "1.5"], "at most 1"),
-        (["--bank-momentum", "-1"], "--bank-momentum"),
-        (["--copy-paste", "0.5", "--masks", "nowhere"], "neither rbd, mc, gs or exact, nor a folder"),
-        (["--data", "shapes", "--masks", "exact", "--copy-paste", "1", "--loss", "nce", "--limit", "8"], "batch-size"),
-    ],
-)
-def test_bad_flags(flags, words, tmp_path, refused):
-    assert words in refused(*TINY, "--negatives", "16", *flags, "--out", tmp_path / "run")
-
-
 def test_folders_need_masks_made_beforehand_and_exact_ones_need_to_exist(folder, refused):
     flags = [*FOLDER[1:], "0.5", "--data", folder, "--out", folder.parent / "run"]
     assert "python saliency.py" in refused(*flags)
@@ -463,9 +445,3 @@ def test_masks_that_are_all_useless_stop_the_run(folder, refused):
     masks = write_masks(folder, {f"{i:03d}": torch.zeros(1, 9, 9, dtype=torch.uint8) for i in range(64)})
     flags = [*FOLDER[1:], "0.5", "--data", folder, "--out", folder.parent / "run"]
     assert "nothing to paste" in refused(*flags, "--masks", masks)
-
-
-def test_supervised_needs_labels(tmp_path, refused):
-    folder = write_images(tmp_path / "images", 48, classes=1)
-    err = refused(*FOLDER[1:-1], "--data", folder, "--loss", "supervised", "--out", tmp_path / "run")
-    assert "images without labels" in err

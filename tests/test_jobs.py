@@ -8,7 +8,7 @@ import time
 import types
 
 import pytest
-from conftest import ROOT, fork
+from helpers import ROOT, fork
 
 import common
 from experiments import jobs
@@ -18,7 +18,7 @@ def test_processes_are_torchruns(tmp_path, monkeypatch):
     (tmp_path / "toy.py").touch()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "toy", raising=False)
-    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # as in conftest.start
+    how = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]  # as in helpers.start
     words, shown = jobs.command("toy", ["--out", tmp_path], 2)
     assert words == [*how, str(tmp_path / "toy.py"), "--out", str(tmp_path)]
     assert shown == f"torchrun --standalone --nproc_per_node=2 toy.py --out {tmp_path}"

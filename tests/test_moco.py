@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, run
+from helpers import TINY, check_accumulation, check_two_processes, run
 from torch import nn
 
 import backbones
@@ -265,24 +265,3 @@ def test_every_tensor_decays(tmp_path):
     model = tiny_model()
     moved = len([p for p in model.parameters() if p.requires_grad])
     assert f"{moved} tensors, {moved} decayed" in out and not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--queue", "40"], "--queue 40 is not a multiple of the 16 keys"),
-        (["--queue", "48", "--symmetric"], "not a multiple of the 32 keys"),
-        (["--queue", "128"], "--queue 128: with the 64 training images of shapes it must be at most 64"),
-        (["--queue", "0"], "--queue"),
-        (["--temperature", "0"], "--temperature"),
-        (["--temperature", "nan"], "--temperature"),
-        (["--momentum", "1.5"], "at most 1"),
-        (["--bn-splits", "3"], "--bn-splits 3"),
-        (["--bn-splits", "16"], "two or more"),
-    ],
-)
-def test_bad_flags(flags, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        moco.main([*TINY, "--queue", "32", *flags, "--out", str(tmp_path / "run")])
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

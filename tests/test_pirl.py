@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, run
+from helpers import TINY, check_accumulation, check_two_processes, run
 
 import backbones
 import common
@@ -354,31 +354,6 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
     numbers = pirl.draw_share(heads(transform)[1], 16, 0, 1, "cpu", 0, transform, 0, 1)
     assert torch.allclose(heads(transform)[1].transform(second, *numbers).flatten(0, 1), parts, atol=1e-6)
     assert parts.min() >= 0 and parts.max() <= 1  # not normalised yet
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--size", "30"], "--size 30: too small for a grid of 3 x 3 patches, which needs 31 px"),
-        (["--negatives", "64"], "--negatives 64: with the 64 training images of shapes it must be at most 63"),
-        (["--negatives", "0"], "--negatives"),
-        (["--temperature", "0"], "--temperature"),
-        (["--nce", "constant-z", "--temperature", "0.01"], "--temperature 0.01: with --nce constant-z it must be above 0.02"),
-        (["--lambda", "1.5"], "--lambda 1.5: it must be at least 0 and at most 1"),
-        (["--lambda", "-0.1"], "at least 0 and at most 1"),
-        (["--lambda", "nan"], "--lambda nan"),
-        (["--bank-momentum", "1.5"], "at least 0 and at most 1"),
-        (["--transform", "colour"], "invalid choice: 'colour'"),
-        (["--nce", "softmax"], "invalid choice: 'softmax'"),
-        (["--arch", "resnet10_17"], "did you mean 'resnet10_16'"),
-        (["--arch", "squeezenet1_1"], "too small for it"),
-    ],
-)
-def test_bad_flags(flags, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        pirl.main([*TINY, "--negatives", "16", *flags, "--out", str(tmp_path / "run")])
-    assert stopped.value.code == 2 and words in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 def test_rotation_needs_no_grid_and_dry_run_writes_nothing(tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes
+from helpers import TINY, check_accumulation, check_two_processes
 from torch import nn
 from torchvision.io import write_png
 
@@ -490,38 +490,6 @@ def test_natural_shapes_stand_and_have_their_colours():
 
 
 # ============ bad input ============
-
-
-@pytest.mark.parametrize(
-    ("words", "sentence"),
-    [
-        (["--task", "jigsaw", "--size", "24"], "too small for a grid of 3 x 3 patches"),
-        (["--task", "jigsaw", "--permutations", "20000"], "at most 10000"),
-        (["--task", "colorization", "--size", "36"], "multiple of 8"),
-        (["--task", "colorization", "--arch", "resnet10_16_s4"], "total stride of 8"),
-        (["--task", "colorization", "--arch", "vgg11_k1"], "would not be trained"),
-        (["--drop-at", "1.5"], "between 0 and 1"),
-        (["--lr", "nan"], "--lr nan: it must be at least 0 and finite"),
-        (["--task", "exemplar", "--margin", "inf"], "and finite"),
-        (["--size", "4"], "--size 4: it must be at least 8"),
-        (["--task", "exemplar", "--copies", "1"], "--copies 1: it must be at least 2"),
-        (["--task", "rotatoin"], "invalid choice"),
-        (["--arch", "revnet50_k0.01", "--dry-run"], "its narrowest layers would have 0.08 channels"),
-        (["--arch", "revnet5O_k4", "--dry-run"], "did you mean"),
-    ],
-)
-def test_bad_input(words, sentence, pictures, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        pretext.main([*flags("rotation", pictures, tmp_path / "run"), *words])
-    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
-
-
-def test_images_without_colour_are_refused(tmp_path, capsys):
-    for i in range(16):
-        write_png(torch.full((3, 32, 32), 10 * i, dtype=torch.uint8), str(tmp_path / f"{i}.png"))
-    with pytest.raises(SystemExit) as stopped:
-        pretext.main([*flags("colorization", tmp_path, tmp_path / "run")])
-    assert stopped.value.code == 2 and "are gray" in capsys.readouterr().err
 
 
 def test_questions_without_an_answer_are_warned_of(capsys, tmp_path):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from conftest import colours, command, write_images
+from helpers import colours, command, write_images
 from torch import nn
 
 import data

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from conftest import METHODS, equal, fork, in_process, run, start
+from helpers import METHODS, equal, fork, in_process, run, start
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.io import write_png
 

@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_accumulation, check_two_processes, equal, run, write_images
+from helpers import TINY, check_accumulation, check_two_processes, equal, run, write_images
 from torch import nn
 from torchvision.io import decode_image
 
@@ -347,29 +347,6 @@ def test_other_forms_run(tmp_path, flags):
 def test_an_evaluator_of_another_architecture_is_trained_beside_the_run(tmp_path):
     quick(tmp_path, "--evaluator", "", "--evaluator-arch", "resnet10_32", "--evaluator-epochs", "1")
     assert runs.load(tmp_path / "byol-images-resnet10_32-1" / "backbone.pt")["arch"] == "resnet10_32"
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--weight-d", "0", "--weight-pixel", "0", "--weight-maps", "0", "--weight-semantic", "0"], "nothing is left"),
-        (["--evaluator", "random:resnet10_16", "--size", "36"], "doubles to"),
-        (["--evaluator", "random:resnet10_16", "--levels", "9"], "4 stages"),
-        (["--evaluator", "random:resnet10_16", "--semantic", "projector"], "no checkpoint.pt"),
-        (["--evaluator", "random:resnet81"], "did you mean"),
-        (["--evaluator", "nowhere"], "no such checkpoint"),
-        (["--weight-pixel", "-1"], "--weight-pixel"),
-        (["--decoder-lr", "-1"], "--decoder-lr"),
-        (["--bottleneck", "0"], "--bottleneck"),
-        (["--evaluator-epochs", "0"], "--evaluator-epochs"),
-    ],
-)
-def test_bad_flags(flags, words, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        sage.main([*SMALL[1:], "--out", str(tmp_path / "run"), *flags])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and words in err and len(err.strip().splitlines()) <= 2
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 import torch
-from conftest import run, write_images
+from helpers import run, write_images
 from torch import nn
 from torchvision.io import decode_image, read_file, write_jpeg, write_png
 

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import clusters, command, write_images
+from helpers import clusters, command, write_images
 from torch import nn
 
 import data

@@ -7,7 +7,7 @@ import itertools
 from unittest import mock
 
 import pytest
-from conftest import METHODS, ROOT
+from helpers import METHODS, ROOT
 
 SECTIONS = ["data", "model", "optimizer", "run: print the recipe, go on from a checkpoint", "training"]
 OWN = {"main", "parse_args", "views_of", "seen", "forward"}  # the method itself; all else of one name is the same

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_images
+from helpers import write_images
 from PIL import Image
 from torchvision.io import write_png
 

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TINY, check_two_processes
+from helpers import TINY, check_two_processes
 from torch import nn
 
 import backbones
@@ -195,23 +195,3 @@ def test_recipes_are_those_of_the_codes_commands():
             assert (view["grey"], view["blur"], view["scale"], view["interpolation"]) == (0.2, blur, (0.08, 1.0), "bicubic")
             x = torch.rand(2, 3, 4, 4)
             assert torch.equal(data.normalise(x, view["mean"], view["std"]), x)
-
-
-# ============ whole runs ============
-
-
-@pytest.mark.parametrize(
-    ("flags", "words"),
-    [
-        (["--temperature", "0"], "--temperature 0: it must be above 0"),
-        (["--temperature", "nan"], "--temperature nan: it must be above 0"),
-        (["--layers", "4"], "argument --layers: invalid choice: 4"),
-        (["--scaling", "cubic"], "argument --scaling: invalid choice: 'cubic'"),
-        (["--dim", "0"], "--dim"),
-        (["--batch-size", "15", "--accumulate", "2"], "not a multiple"),
-    ],
-)
-def test_bad_flags(flags, words, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        printed(capsys, *SMALL[1:], *flags)
-    assert stopped.value.code == 2 and words in capsys.readouterr().err

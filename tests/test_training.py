@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 import torch
-from conftest import METHODS, write_images
+from helpers import METHODS, write_images
 
 import common
 import data
