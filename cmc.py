@@ -91,9 +91,7 @@ RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["im
 
 def parse_args(argv=None):
     p, known = training.flags(METHOD, __doc__, RECIPES, argv)
-    p.add_argument(
-        "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
-    )
+    p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run, lr / 10 after each (none: cosine)")
     # CMC
     p.add_argument("--split", choices=backbones.SPLITS, help="views V1, V2, ...: L and ab, Y and DbDr, or L, a and b")
     p.add_argument("--graph", choices=GRAPHS, help="pairs of views: V1 with each other view, or all pairs")

@@ -49,7 +49,6 @@ import functools
 import itertools
 import math
 import re
-import sys
 import types
 
 import torch
@@ -95,7 +94,6 @@ RECIPES = {
 # What tasks change in them. Patches are cut from a random crop of fixed scale: 255 of 292 px (code), 30 of 32 px.
 LARGE = {"arch": "resnet50v1_k8", "batch_size": 128,
          "views": [dict(scale=((255 / 292) ** 2,) * 2, ratio=None, flip=0.0, **HALF)]}  # fmt: skip
-UNIT = ("embedding", "batch")  # --normalise
 SMALL = {"views": [dict(scale=((30 / 32) ** 2,) * 2, ratio=None, **HALF)]}
 V1 = {"arch": "resnet50v1_k4"}
 BY_TASK = {
@@ -123,16 +121,19 @@ def parse_args(argv=None):
     # The objects of `shapes` have random rotation and color, so these cannot be predicted.
     dataset = lambda known: "shapes-natural" if known.task in ("rotation", "colorization") else "shapes"
     p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--task", default="rotation", dataset=dataset)
-    p.add_argument(
-        "--drop-at", type=float, nargs="*", help="shares of the run after which lr falls to a tenth (none: a cosine)"
-    )
+    p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run, lr / 10 after each (none: cosine)")
     # pretext tasks
     p.add_argument("--task", choices=TASKS, help="pretext task")
     p.add_argument("--embedding", type=int, help="width of the embedding of an image or patch")
     p.add_argument("--head", type=int, help="hidden width of the head (jigsaw, relative, colorization)")
     p.add_argument("--copies", type=int, default=8, help="exemplar: augmented copies of each image")
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
-    p.add_argument("--normalise", default=UNIT[0], choices=UNIT, help="exemplar: L2 of embeddings, or over the batch")
+    p.add_argument(
+        "--normalise",
+        default="embedding",
+        choices=("embedding", "batch"),
+        help="exemplar: L2 of embeddings, or over the batch",
+    )
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: number of permutations, of 362,880")
     p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="patches: 2/3 in gray, or one channel")
     args = training.parse(p, f"{METHOD}-{known.task}", recipe_of_task(known.recipe, known.task), argv)
@@ -542,9 +543,6 @@ def seen(args, xs, views, g):
 
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if "--study" in argv:
-        common.fail("--study: this is `python -m experiments.study` now")
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp

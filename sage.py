@@ -189,7 +189,7 @@ def build_decoder(backbone, size, dim, width, pool):
         channels, side = backbone.eval().stages(torch.zeros(1, 3, size, size))[-1].shape[1:3]
     backbone.train()
     if channels != backbone.dim:
-        common.fail(f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; it must be their mean")
+        common.fail(f"--arch: its vector has {backbone.dim} numbers, its last map {channels} channels; they must agree")
     doublings = round(math.log2(size / side))
     if side * 2**doublings != size:
         fits = "for ResNets use 32, 48 or a multiple of 32 from 64 to 224"
@@ -312,13 +312,10 @@ def stage_1(args, rank):
         found = runs.load_checkpoint(checkpoint) if checkpoint.exists() else {}
     except EOFError:
         found = {}  # byol.main deals with a damaged checkpoint
-    old = found.get("settings", vars(args))
-    same = os.path.realpath(old.get("data", "")) == os.path.realpath(args.data)
-    if not same or any(old.get(k) != getattr(args, k) for k in ("limit", "size")):
-        common.fail(
-            f"{out} holds a run on other data (--data {old.get('data')} --limit {old.get('limit')} --size "
-            f"{old.get('size')}); name an evaluator with --evaluator, choose another --out, or delete that folder"
-        )
+    asked, old = vars(args), found.get("settings", vars(args))
+    if any(os.path.realpath(str(old.get(k))) != os.path.realpath(str(asked[k])) for k in ("data", "limit", "size")):
+        has = " ".join(f"--{k} {old.get(k)}" for k in ("data", "limit", "size"))
+        common.fail(f"{out} holds a run with {has}; name an evaluator with --evaluator, or choose another --out")
     if not common.any_rank(found.get("result")):
         if rank == 0:
             print(f"stage 1: training the evaluator, a BYOL run, in {out} (--evaluator names another)", flush=True)
@@ -449,16 +446,12 @@ def main(argv=None):
 
     # ============ run: print the recipe, go on from a checkpoint ============
     run = training.Run(METHOD, args, model, optimizers, loader, views, preprocess, labelled, test, device)
-    decoder_line = []
-    if uses_decoder:
-        millions = [sum(p.numel() for p in m.parameters()) / 1e6 for m in (model.bottleneck, model.decoder)]
-        rate = f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
-        decoder_line = [f"bottleneck {millions[0]:.2f} M and decoder {millions[1]:.2f} M parameters, "
-                        + ("frozen" if args.freeze_decoder else rate)]  # fmt: skip
+    millions = [f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M" for m in decoder]
+    rate = f"adam lr {args.decoder_lr:g} x {args.batch_size} / 256 = {decoder_lr:.4g}"
     run.describe(
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, q {args.predictor_lr:g}x",
         f"{args.optimizer}: {optim.count(optimizers['optimizer'])}; tau {args.tau:g} -> 1",
-        *decoder_line,
+        f"parameters of bottleneck, decoder: {' '.join(millions)}; {'frozen' if args.freeze_decoder else rate}",
         f"evaluator {description}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}",
         "chance-level L_D 4",
     )

@@ -43,33 +43,26 @@ def rotation_batch(n):
     return batch(n, parts=1, size=24)
 
 
-def own_batch(n):
-    """The same with other negatives for each image."""
-    *most, _ = batch(n)
-    return *most, torch.randint(48, (n, 21), generator=torch.Generator().manual_seed(5))
-
-
 def nce_model():
     return tiny_model(nce="constant-z")
 
 
 def first_batch(n):
-    return *own_batch(n), True
+    return *batch(n), True
 
 
 # ============ the loss ============
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_both_forms_equal_naive_loops(per_sample):
+def test_both_forms_equal_naive_loops():
     v, bank, index = torch.stack([rows(5), rows(5, seed=2)], 1), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8])
-    negatives = torch.randint(40, (5, 6) if per_sample else (6,), generator=torch.Generator().manual_seed(1))
+    negatives = torch.randint(40, (6,), generator=torch.Generator().manual_seed(1))
     negatives[..., 2] = 7  # once the own row
     own, others = pirl.against_bank(v, bank, index, negatives, 0.2)
     assert own.shape == (5, 2) and others.shape == (5, 2, 6)
     e = lambda u, j: math.exp(float(u @ bank[j]) / 0.2)
     for b, i in enumerate(index.tolist()):
-        drawn = [j for j in (negatives[b] if per_sample else negatives).tolist() if j != i]
+        drawn = [j for j in negatives.tolist() if j != i]
         for which in range(2):
             u = v[b, which]
             total = e(u, i) + sum(e(u, j) for j in drawn)
@@ -80,14 +73,13 @@ def test_both_forms_equal_naive_loops(per_sample):
             assert pirl.paper_form(own, others)[b, which].item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("per_sample", [False, True])
-def test_nce_with_a_constant_Z_equals_loops(per_sample):
+def test_nce_with_a_constant_Z_equals_loops():
     v, bank, index = torch.stack([rows(5), rows(5, seed=2)], 1), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8])
-    negatives = torch.randint(40, (5, 6) if per_sample else (6,), generator=torch.Generator().manual_seed(1))
+    negatives = torch.randint(40, (6,), generator=torch.Generator().manual_seed(1))
     negatives[..., 2] = 7  # once the own row
     own, others = pirl.against_bank(v, bank, index, negatives, 0.2)
     e = lambda b, which, j: math.exp(float(v[b, which] @ bank[j]) / 0.2)
-    drawn = [[j for j in (negatives[b] if per_sample else negatives).tolist() if j != i] for b, i in enumerate(index.tolist())]
+    drawn = [[j for j in negatives.tolist() if j != i] for b, i in enumerate(index.tolist())]
     all_e = [e(b, 0, j) for b, i in enumerate(index.tolist()) for j in [i, *drawn[b]]]  # of the transformed images
     Z = 40 * sum(all_e) / len(all_e)
     assert len(all_e) < 5 * 7
@@ -256,14 +248,6 @@ def test_what_is_drawn_is_the_share_of_one_draw_for_all():
     assert not torch.equal(whole[1], draw(8, 0, 1, step=4)[1])
 
 
-def test_negatives_for_each_image_are_its_own():
-    got = pirl.draw_for_each(1000, 50, 8, "cpu", 0, "negatives", 2, 1, 0)
-    assert got.shape == (8, 50) and len({tuple(r) for r in got.tolist()}) == 8
-    assert got.min() >= 0 and got.max() < 1000
-    for key in ((0, "negatives", 3, 1, 0), (0, "negatives", 2, 2, 0), (0, "negatives", 2, 1, 1)):
-        assert not torch.equal(got, pirl.draw_for_each(1000, 50, 8, "cpu", *key))
-
-
 # ============ the bank ============
 
 
@@ -320,7 +304,6 @@ def test_two_processes_give_the_loss_and_gradients_of_one(build, given, tmp_path
 
 def test_accumulated_gradients_are_those_of_the_mean():
     check_accumulation(tiny_model, batch, n=8)
-    check_accumulation(tiny_model, own_batch, n=8)
 
 
 # ============ whole runs ============
