@@ -197,8 +197,7 @@ def draw(rows, column):
         cells = [row for row in rows if row["task"] == task]
         for row in cells:
             panel.scatter(row["pretext_accuracy"], row[column], area[row["width"]], **styles[row["family"]])
-        chance = cells[0]["chance"]
-        panel.set(title=task if chance is None else f"{task} (chance {chance:.3g} %)", xlabel="pretext accuracy, %")
+        panel.set(title=f"{task} (chance {cells[0]['chance']:.3g} %)", xlabel="pretext accuracy, %")
         panel.margins(0.15)
         panel.grid(color="0.9")
         panel.set_axisbelow(True)
