@@ -1,7 +1,7 @@
 """Every ablation table of the papers as one command.
 
     python -m experiments.ablate sage                                SaGe's tables 6 to 10
-    python -m experiments.ablate sage modules decoder --epochs 4     two of them; other flags go to every row
+    python -m experiments.ablate sage modules decoder --epochs 4     two of them; other flags go before every row's own
     python -m experiments.ablate instdisc saliency ratio --epochs 24 --seeds 0 1 2
     python -m experiments.ablate instdisc --processes 8 --data imagenet --root DIR
     python -m experiments.ablate sage --dry-run                      the commands and nothing else
@@ -232,7 +232,7 @@ def probing(own, args, probes, classifier, paths):
         words, made = ["--probe", probe], args.probes if own.dry_run else jobs.read_metrics(path, args.data)
         if probe == "perceptual":
             words = ["--classifier", classifier, "--recipe", args.recipe]
-            if path == drawn[0]:
+            if drawn[:1] == [path]:
                 words += ["--out", own.out, *["--beside", *drawn[1:]] * bool(drawn[1:])]
         words += [*evaluation_flags(args), "--seed", path.parent.name.removeprefix("seed")]
         measured = lambda path=path, probe=probe: jobs.read_metrics(path, args.data).get(probe)
@@ -310,11 +310,8 @@ def main(argv=None):
         return
     for table in own.tables:
         report(own, args, table, tables[table], columns, trained)
-    print(
-        "\nFirst the paper's numbers, then ours. Compare the order of the rows, not their values.",
-        NOTES[own.method],
-        sep="\n",
-    )
+    print("\nFirst the paper's numbers, then ours. Compare the order of the rows, not their values.")
+    print(NOTES[own.method])
     found = (jobs.read_metrics(job.path, args.data).get("perceptual") for job in every)
     if images := next(filter(None, found), None):
         print(f"of the images themselves: top-1 {images['originals_top1']:.1f}, top-5 {images['originals_top5']:.1f}")

@@ -135,10 +135,9 @@ def read_cells(out):
 
 def family_order(family):
     """Sort key: families of one kind together, in the paper's order, the deeper ones first."""
-    kind = lambda name: re.sub(r"(?<=[a-z])\d+", "", name, count=1)
-    kinds = [kind(name) for name in TABLE_1]
+    kind, *kinds = [re.sub(r"\d+", "", name, count=1) for name in (family, *TABLE_1)]
     depth = [-int(digits) for digits in re.findall(r"\d+", family)]
-    return kinds.index(kind(family)) if kind(family) in kinds else len(kinds), depth, family
+    return kinds.index(kind) if kind in kinds else len(kinds), depth, family
 
 
 # ============ table 1, and figure 4: does the pretext accuracy predict the downstream accuracy? ============
@@ -193,11 +192,11 @@ def draw(rows, column):
     area = {k: 200 * k / widths[-1] for k in widths}
     figure = Figure(figsize=(3.4 * len(tasks) + 1.6, 3.4), layout="constrained")
     panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
-    for panel, task in zip(panels, tasks, strict=True):
-        cells = [row for row in rows if row["task"] == task]
-        for row in cells:
-            panel.scatter(row["pretext_accuracy"], row[column], area[row["width"]], **styles[row["family"]])
-        panel.set(title=f"{task} (chance {cells[0]['chance']:.3g} %)", xlabel="pretext accuracy, %")
+    for row in rows:
+        panel = panels[tasks.index(row["task"])]
+        panel.scatter(row["pretext_accuracy"], row[column], area[row["width"]], **styles[row["family"]])
+        panel.set(title=f"{row['task']} (chance {row['chance']:.3g} %)", xlabel="pretext accuracy, %")
+    for panel in panels:
         panel.margins(0.15)
         panel.grid(color="0.9")
         panel.set_axisbelow(True)
@@ -252,9 +251,8 @@ def main(argv=None):
     own, args = parse_args(argv)
     if own.show:
         return report(own)
-    if not own.dry_run:  # bad data is reported once, and parallel runs do not all download it
-        for split in ("train", "test"):
-            sets.load(args.data, args.root, split)
+    for split in () if own.dry_run else ("train", "test"):  # bad data is reported once; parallel runs need not download
+        sets.load(args.data, args.root, split)
     grid = itertools.product(own.seeds, own.tasks, own.archs, own.widths)
     jobs.run([training(own, args, *cell) for cell in grid], own)
     if not own.dry_run:
