@@ -156,7 +156,7 @@ def rows_of(own, args, test):
     values = {m: str(own.out / f"masks-{m}") if made else m for m in saliency.METHODS}
     values |= {"learned": own.learned_masks, "exact": own.true_masks or (None if test.masks is None else "exact")}
     if own.method == "sage":
-        # The paper's second, smaller evaluator is the next smaller network, or a larger one where there is none smaller.
+        # The paper's second, smaller evaluator is the next smaller network, or a larger one where there is none.
         smaller = {"resnet50": "resnet18", "resnet18": "resnet10_32", "resnet10_32": "resnet10_16"}
         epochs = args.evaluator_epochs or byol.RECIPES[args.recipe]["epochs"]
         values |= {"other": smaller.get(args.arch, "resnet10_32"), "epochs": epochs, "third": max(1, epochs // 3)}
@@ -215,7 +215,7 @@ def training(own, args, columns, folder, flags, seed):
 
 
 def preparing(own, args, every, classifier):
-    """What the runs `every` need: masks of photographs; and the classifier of the perceptual test, of the same network."""
+    """What the runs `every` need: masks of photographs, and the perceptual test's classifier, of the same network."""
     same = ["--root", args.root, "--workers", args.workers, *["--device", args.device] * bool(args.device)]
     for method in saliency.METHODS:
         if any(str(folder := own.out / f"masks-{method}") in job.words for job in every):
@@ -295,11 +295,12 @@ def main(argv=None):
 
     tables = rows_of(own, args, test)
     folders = row_folders(own.parse, own.flags, tables)
-    for name, _, flags in itertools.chain(*(tables[table] for table in own.tables)):
+    chosen = list(itertools.chain(*(tables[table] for table in own.tables)))
+    for name, _, flags in chosen:
         if flags is not None:
             trained[name] = [training(own, args, columns, folders[name], flags, seed) for seed in own.seeds]
-            for flag in sorted(own.given & set(flags)):
-                print(f"{flag}: row {name!r} has its own")
+    for flag in sorted(own.given & {word for _, _, flags in chosen for word in flags or ()}):
+        print(f"{flag}: rows that set it keep their own value")
     every = [job for seed in zip(*trained.values(), strict=True) for job in seed]
     if not own.show:
         jobs.run(list(preparing(own, args, every, classifier)), own)

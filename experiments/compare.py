@@ -45,8 +45,8 @@ NOTES = """\
 20-NN (weighted, T 0.1) and linear: top-1 of the frozen backbone on the test images; random init: 20-NN of the network
 before its first step. Minutes: all of the run, probes included. MB: the most that rank 0 held at a time, program
 included (on a GPU: tensors there). Images/s: median while training. Parameters: of the backbone, in millions. Several
-seeds: mean ± standard deviation. Report: linear top-1 of ResNet-50 on ImageNet in the report's table 1, after far longer
-training (CMC's 66.2 is of two whole ResNet-50s, 47.0 M). A short, equal budget favors what learns fast."""
+seeds: mean ± standard deviation. Report: linear top-1 of ResNet-50 on ImageNet in the report's table 1, after far
+longer training (CMC's 66.2 is of two whole ResNet-50s, 47.0 M). A short, equal budget favors what learns fast."""
 
 
 def parse_args(argv):

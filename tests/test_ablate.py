@@ -22,7 +22,7 @@ import sets
 from analysis import score_saliency
 from experiments import ablate, jobs
 
-TOY = '''
+TOY = """
 import argparse, json, os, pathlib, signal, sys, time
 
 def parse_args(argv=None):
@@ -61,8 +61,8 @@ if __name__ == "__main__":
     (out / "metrics.jsonl").write_text("".join(json.dumps(line) + "\\n" for line in log))
     found = {"knn": {"20": {"weighted": 100 * args.ratio + args.seed}}, "linear": {"top1": 50.0}}
     (out / "evaluate.json").write_text(json.dumps({args.data: {"health": {}, **{k: found[k] for k in args.probes}}}))
-'''
-MEASURE = '''
+"""
+MEASURE = """
 import json, pathlib, sys
 file = pathlib.Path(sys.argv[1], "evaluate.json")
 with open(file.parent / "measured", "a") as f:
@@ -72,7 +72,7 @@ numbers = {"localisation": {"energy": 25.0}, "linear": {"top1": 50.0}}
 probe = sys.argv[sys.argv.index("--probe") + 1]
 next(iter(found.values()))[probe] = numbers[probe]
 file.write_text(json.dumps(found))
-'''
+"""
 TABLES = {
     "ratio": ("table 1", ("linear", "MAE"), [
         ("neither", (0.9, None), None),
@@ -139,11 +139,19 @@ def test_rows_of_sage_are_commands_that_parse():
     assert got["random resnet18"].evaluator == "random:resnet18" == got["no L_D, random resnet18"].evaluator
     assert weights(got["no L_D, random resnet18"])[0] == 0
     third, whole = got["resnet18 for a third"], got["resnet18 in full"]
-    assert third.evaluator_epochs == 100 and whole.evaluator_epochs == 300 and got["resnet18 for 1 epoch"].evaluator_epochs == 1
+    assert (
+        third.evaluator_epochs == 100
+        and whole.evaluator_epochs == 300
+        and got["resnet18 for 1 epoch"].evaluator_epochs == 1
+    )
     assert third.evaluator_arch == whole.evaluator_arch == "resnet18"
     assert [got[f"{n} the bottleneck"].bottleneck for n in ("twice", "half")] == [1024, 256]
     assert [got[f"{n} the decoder"].width for n in ("twice", "half")] == [1024, 256]
-    assert got["frozen decoder"].freeze_decoder and got["average pooling"].pool and got["evaluator not frozen"].train_evaluator
+    assert (
+        got["frozen decoder"].freeze_decoder
+        and got["average pooling"].pool
+        and got["evaluator not frozen"].train_evaluator
+    )
     flags = {name: flags for name, _, flags in all_rows("sage")["evaluators"]}["resnet10_32 in full"]
     assert int(flags[-1]) == byol.RECIPES["shapes"]["epochs"]  # where --evaluator-epochs is not given
 
@@ -188,7 +196,9 @@ def test_tables_stand_beside_the_papers_and_rows_are_shared(toy, capfd):
     assert shlex.split(first)[:2] == ["python", "toy.py"] and "--ratio 0.5 --seed 0" in first
     assert kept["neither"]["ours"]["20-NN"] == [13.0, 13.0] and kept["neither"]["commands"] == []
     other = {row["row"]: row for row in json.loads((toy / "masks.json").read_text())}
-    assert other["baseline"]["ours"] == {k: v for k, v in kept["none"]["ours"].items() if k != "MAE"} and "exact" in other
+    assert (
+        other["baseline"]["ours"] == {k: v for k, v in kept["none"]["ours"].items() if k != "MAE"} and "exact" in other
+    )
     assert folders(toy / "seed0") == ["exact", "half", "none"]
     assert lines(toy / "seed0/none/starts") == ["1"]  # one run for both tables
     assert lines(toy / "seed2/half/measured") == ["--probe localisation --root datasets --limit 0 --workers 0 --seed 2"]
@@ -292,8 +302,8 @@ def test_bad_input(toy, capfd, words, sentence):
 def test_flags_that_rows_set_are_said_and_stay_those_of_the_rows(toy, capfd):
     ablate.main(["toy", "--ratio", "0.7", "--masks=gs", "--dry-run", "--out", str(toy)])
     printed = capfd.readouterr().out
-    assert "--ratio: row 'half' has its own" in printed and "--masks: row 'exact' has its own" in printed
-    assert "--ratio 0.7 --masks=gs --ratio 0.5 --masks exact" in printed and "'none'" not in printed
+    assert "--ratio: rows that set it keep" in printed and "--masks: rows that set it keep" in printed
+    assert "--ratio 0.7 --masks=gs --ratio 0.5 --masks exact" in printed
     flags = ["--bottleneck", "64", "--weight-pixel", "2", "--evaluator-epochs", "9"]
     ablate.main(["sage", "bottleneck", "evaluators", *flags, "--dry-run", "--out", str(toy)])
     printed = capfd.readouterr().out
@@ -359,7 +369,17 @@ def test_masks_of_a_folder_are_rows_and_are_measured_against_true_ones(folder, t
             file = tmp_path / name / path.relative_to(folder).with_suffix(".png")
             file.parent.mkdir(parents=True, exist_ok=True)
             write_png(mask, str(file))
-    command = ["instdisc", "saliency", "--data", str(folder), "--recipe", "shapes", "--dry-run", "--out", str(tmp_path / "out")]
+    command = [
+        "instdisc",
+        "saliency",
+        "--data",
+        str(folder),
+        "--recipe",
+        "shapes",
+        "--dry-run",
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command += ["--learned-masks", str(tmp_path / "learned"), "--true-masks", str(tmp_path / "true"), "--seeds", "3"]
     ablate.main(command)
     printed = capfd.readouterr().out.splitlines()
@@ -367,10 +387,15 @@ def test_masks_of_a_folder_are_rows_and_are_measured_against_true_ones(folder, t
     assert f"--masks {tmp_path}/learned --seed 3" in rows["learned-BASNet"]
     assert f"--masks {tmp_path}/true --seed 3" in rows["exact-masks"]
     own, args = ablate.parse_args(command)
-    flags = {name: flags for name, _, flags in ablate.rows_of(own, args, sets.load(str(folder), split="test"))["saliency"]}
+    flags = {
+        name: flags for name, _, flags in ablate.rows_of(own, args, sets.load(str(folder), split="test"))["saliency"]
+    }
     # Half of the object is found and nothing else: precision 1, recall 1/2.
     found = ablate.mask_quality(own, args, flags["learned: BASNet"])
-    assert found == {"F_beta": [pytest.approx(1.3 * 0.5 / (0.3 + 0.5), abs=0.01)], "MAE": [pytest.approx(200 / 1600, abs=0.01)]}
+    assert found == {
+        "F_beta": [pytest.approx(1.3 * 0.5 / (0.3 + 0.5), abs=0.01)],
+        "MAE": [pytest.approx(200 / 1600, abs=0.01)],
+    }
     found = ablate.mask_quality(own, args, flags["exact masks"])
     assert found == {"F_beta": [pytest.approx(1, abs=1e-6)], "MAE": [pytest.approx(0, abs=0.01)]}
     assert ablate.mask_quality(own, args, flags["baseline"]) == {}  # it pastes nothing
@@ -389,7 +414,11 @@ def test_what_the_masks_of_drawn_objects_are_worth_stands_beside_the_papers(toy,
     kept = {row["row"]: row["ours"] for row in json.loads((toy / "saliency.json").read_text())}
     assert kept["RBD"]["F_beta"] == [pytest.approx(expected["max_f"], abs=0.01)]
     assert kept["RBD"]["MAE"] == [pytest.approx(expected["mae"], abs=0.005)]
-    assert kept["exact masks"]["F_beta"] == [1.0] and kept["exact masks"]["MAE"] == [0.0] and kept["baseline"]["F_beta"] == [None]
+    assert (
+        kept["exact masks"]["F_beta"] == [1.0]
+        and kept["exact masks"]["MAE"] == [0.0]
+        and kept["baseline"]["F_beta"] == [None]
+    )
     printed = printed_rows(capfd.readouterr().out)
     assert printed["exact masks"][3:5] == ["1.000", "0.000"] and printed["baseline"][3:5] == ["-", "-"]
     assert printed["RBD"][3] == f"{kept['RBD']['F_beta'][0]:.3f}"

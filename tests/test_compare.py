@@ -9,7 +9,20 @@ import backbones
 import runs
 from experiments import compare, jobs
 
-SMALL = ["--limit", "64", "--batch-size", "16", "--epochs", "1", "--probes", "knn", "--log-every", "1", "--device", "cpu"]
+SMALL = [
+    "--limit",
+    "64",
+    "--batch-size",
+    "16",
+    "--epochs",
+    "1",
+    "--probes",
+    "knn",
+    "--log-every",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def finished(out, dataset, method, knn=50.0, seed=0):
@@ -39,7 +52,9 @@ def test_a_row_is_what_the_run_left(tmp_path):
 
 
 def test_accuracies_have_their_mean_and_spread_over_the_seeds_that_are_finished(tmp_path):
-    own = compare.parse_args(["--out", str(tmp_path), "--seeds", "0", "1", "2", "--methods", "byol", "--data", "shapes"])
+    own = compare.parse_args(
+        ["--out", str(tmp_path), "--seeds", "0", "1", "2", "--methods", "byol", "--data", "shapes"]
+    )
     finished(tmp_path, "shapes", "byol", knn=50.0)
     finished(tmp_path, "shapes", "byol", knn=54.0, seed=2)
     seeds = [compare.training(own, "shapes", "byol", seed) for seed in own.seeds]
@@ -65,7 +80,9 @@ def test_the_budget_is_equal_and_what_is_given_overrides_it(tmp_path):
     own = compare.parse_args(["--out", str(tmp_path), "--epochs", "3", "--methods", "byol", "sage"])
     typed = [compare.training(own, "cifar10", method, 2).typed for method in own.methods]
     for line in typed:
-        assert "--recipe shapes" in line and "--epochs 3" in line and "--epochs 5" not in line and "--data cifar10" in line
+        assert (
+            "--recipe shapes" in line and "--epochs 3" in line and "--epochs 5" not in line and "--data cifar10" in line
+        )
     assert f"--evaluator {tmp_path}/cifar10/seed2/byol" in typed[1] and "--seed 2" in typed[1]
 
 
@@ -73,7 +90,19 @@ def test_finished_rows_are_not_run_again_and_the_table_is_written(tmp_path, caps
     for method in ("byol", "swav"):
         assert finished(tmp_path / "runs", "shapes", method).finished()
     table = tmp_path / "results" / "methods.md"
-    flags = ["--out", tmp_path / "runs", "--methods", "byol", "swav", "moco2", "--data", "shapes", "--table", table, "--show"]
+    flags = [
+        "--out",
+        tmp_path / "runs",
+        "--methods",
+        "byol",
+        "swav",
+        "moco2",
+        "--data",
+        "shapes",
+        "--table",
+        table,
+        "--show",
+    ]
     compare.main([str(flag) for flag in flags])
     text = table.read_text()
     assert text in capsys.readouterr().out

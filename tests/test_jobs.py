@@ -24,7 +24,9 @@ def test_processes_are_torchruns(tmp_path, monkeypatch):
     assert shown == f"torchrun --standalone --nproc_per_node=2 toy.py --out {tmp_path}"
     assert jobs.command("toy", [])[0] == [sys.executable, str(tmp_path / "toy.py")]
     words, typed = jobs.command("downstream.finetune", ["RUN"])
-    assert words == [sys.executable, "-m", "downstream.finetune", "RUN"] and typed == "python -m downstream.finetune RUN"
+    assert (
+        words == [sys.executable, "-m", "downstream.finetune", "RUN"] and typed == "python -m downstream.finetune RUN"
+    )
 
 
 def test_names_are_checked_and_the_nearest_is_named(capsys):
@@ -37,8 +39,16 @@ def test_names_are_checked_and_the_nearest_is_named(capsys):
 
 def test_numbers_are_looked_up_and_stand_in_an_aligned_table():
     columns = {"20-NN": "knn 20", "linear": "linear top1"}
-    assert jobs.lookup({"knn": {"20": 50.0}}, columns) == {"20-NN": 50.0, "linear": None} and jobs.lookup({}, columns) == {}
-    lines = ["| row    |   n | linear |", "| ------ | --: | -----: |", "| a      |  10 |    9.1 |", "| longer |   2 |      - |"]
+    assert (
+        jobs.lookup({"knn": {"20": 50.0}}, columns) == {"20-NN": 50.0, "linear": None}
+        and jobs.lookup({}, columns) == {}
+    )
+    lines = [
+        "| row    |   n | linear |",
+        "| ------ | --: | -----: |",
+        "| a      |  10 |    9.1 |",
+        "| longer |   2 |      - |",
+    ]
     assert jobs.table([["row", "n", "linear"], ["a", 10, "9.1"], ["longer", 2, "-"]]) == lines
 
 
@@ -102,7 +112,9 @@ def test_signals_end_all_that_was_started(tmp_path, capsys, name, times):
 @pytest.mark.parametrize(("how", "code"), [("sys.exit(85)", 85), ("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
 def test_a_run_that_ends_badly_ends_the_others(tmp_path, capsys, how, code):
     sleepers, files = asleep(tmp_path)
-    last = job(f"import os, sys, time\nwhile not all(map(os.path.exists, sys.argv[1:])): time.sleep(.01)\n{how}", *files)
+    last = job(
+        f"import os, sys, time\nwhile not all(map(os.path.exists, sys.argv[1:])): time.sleep(.01)\n{how}", *files
+    )
     with pytest.raises(SystemExit) as stopped:
         jobs.launch([*sleepers, last], 3)
     said = capsys.readouterr()

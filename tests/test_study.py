@@ -22,7 +22,7 @@ from torchvision.io import decode_image
 
 from experiments import study
 
-TOY = '''
+TOY = """
 import argparse, json, os, pathlib, signal, sys, time
 
 def parse_args(argv=None):
@@ -74,7 +74,7 @@ if __name__ == "__main__":
     file.write_text(json.dumps({args.data: found}))
     with open(out / "ends", "a") as f:
         f.write(f"{time.time()}\\n")
-'''
+"""
 GRID = ["--tasks", "rotation", "jigsaw", "--archs", "revnet14", "vgg11", "--widths", "1"]
 
 
@@ -106,9 +106,17 @@ def study_commands(capfd, out, *flags):
 
 def write_run(path, pretext, linear, knn=30.0, chance=25.0, **about):
     path.mkdir(parents=True)
-    found = {"pretext": {"accuracy": pretext, "chance": chance}, "linear": {"top1": linear}, "knn": {"20": {"weighted": knn}}}
+    found = {
+        "pretext": {"accuracy": pretext, "chance": chance},
+        "linear": {"top1": linear},
+        "knn": {"20": {"weighted": knn}},
+    }
     (path / "evaluate.json").write_text(json.dumps({"other": {"linear": {"top1": 1.0}}, "shapes": found}))
-    log = [{"step": 0, "epoch": 0, "knn20": 13.5}, {"step": 8, "epoch": 4, "loss": 1.0}, {"step": 8, "epoch": 4, "knn20": knn}]
+    log = [
+        {"step": 0, "epoch": 0, "knn20": 13.5},
+        {"step": 8, "epoch": 4, "loss": 1.0},
+        {"step": 8, "epoch": 4, "knn20": knn},
+    ]
     (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
     record(path).write_text(json.dumps(about))
 
@@ -127,7 +135,9 @@ def shown(tmp_path_factory):
         elif (task, family, k) != ("jigsaw", "vgg11", 2):
             # Within a family the wider, the better both; across them the better the pretext accuracy, the worse the other.
             pretext = 100 - linear + 4 * k + seed - 9 * (task == "jigsaw")
-            write_run(path, pretext, linear + 5 * k + seed - 3 * (task == "jigsaw"), command="python pretext.py", seconds=12.5)
+            write_run(
+                path, pretext, linear + 5 * k + seed - 3 * (task == "jigsaw"), command="python pretext.py", seconds=12.5
+            )
     (out / "seed0" / "something-else").mkdir()  # and what is no cell stays out
     (out / "seed0" / "something-else" / "evaluate.json").write_text("{}")
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -161,17 +171,26 @@ def test_rows_are_in_the_papers_order():
     assert sorted(families, key=study.family_order) == [
         "revnet50", "revnet14", "resnet14v2", "resnet14v1", "revnet50_minus", "resnet50v2_minus", "vgg11",
     ]  # fmt: skip
-    assert study.arch_name("revnet50_minus", 4.0) == "revnet50_k4_minus" and study.arch_name("vgg11", 0.5) == "vgg11_k0.5"
+    assert (
+        study.arch_name("revnet50_minus", 4.0) == "revnet50_k4_minus" and study.arch_name("vgg11", 0.5) == "vgg11_k0.5"
+    )
 
 
 def test_what_is_there_is_printed(shown):
     _, printed = shown
     table = [cells(line) for line in printed if line.startswith("| ")]
-    assert next(row for row in table if row[0] == "revnet14")[1:] == ["45.5 ± 0.7", "50.5 ± 0.7", "42.5 ± 0.7", "47.5 ± 0.7"]
+    assert next(row for row in table if row[0] == "revnet14")[1:] == [
+        "45.5 ± 0.7",
+        "50.5 ± 0.7",
+        "42.5 ± 0.7",
+        "47.5 ± 0.7",
+    ]
     assert next(row for row in table if row[0] == "vgg11")[-2:] == ["-", "-"]
     assert "- jigsaw vgg11_k1 seed 1: too small a patch" in printed
     assert not any(line.startswith("- jigsaw vgg11_k2") for line in printed)  # not run is no reason
-    paper = printed.index("the paper's table 1: ImageNet, L-BFGS. Compare the order of rows and columns, not the values.")
+    paper = printed.index(
+        "the paper's table 1: ImageNet, L-BFGS. Compare the order of rows and columns, not the values."
+    )
     assert cells(printed[paper + 1])[1::4] == ["rotation 4x", "jigsaw 4x"] and len(cells(printed[paper + 3])) == 7
     assert "mean and standard deviation of 2 seeds; epochs: 4" in "\n".join(printed)
 
@@ -188,7 +207,12 @@ def test_csv_has_a_line_a_run(shown):
     row = by_name["rotation", "resnet14v2_k2_minus", "1"]
     assert row["family"] == "resnet14v2_minus" and float(row["width"]) == 2 and float(row["linear"]) == 41
     assert [row[k] for k in ("pretext_accuracy", "chance", "knn20", "lbfgs", "mlp")] == ["79", "25.0", "30.0", "", ""]
-    assert [row[k] for k in ("random_knn20", "seconds", "epochs", "command")] == ["13.5", "12.5", "4", "python pretext.py"]
+    assert [row[k] for k in ("random_knn20", "seconds", "epochs", "command")] == [
+        "13.5",
+        "12.5",
+        "4",
+        "python pretext.py",
+    ]
     assert set(list(by_name["jigsaw", "vgg11_k1", "0"].values())[5:]) == {""}
 
 
@@ -222,7 +246,15 @@ def test_points_are_runs():
     pytest.importorskip("matplotlib")
     families, points = ("revnet14", "resnet14v1", "vgg11"), ((40.0, 30.0, 1), (60.0, 50.0, 4), (75.0, 35.0, 2))
     rows = [
-        {"task": "rotation", "family": f, "width": k, "pretext_accuracy": x, "linear": y, "chance": 25.0, "random_knn20": None}
+        {
+            "task": "rotation",
+            "family": f,
+            "width": k,
+            "pretext_accuracy": x,
+            "linear": y,
+            "chance": 25.0,
+            "random_knn20": None,
+        }
         for f, (x, y, k) in zip(families, points, strict=True)
     ]
     figure = study.draw([*rows, {**rows[0], "linear": None}], "linear")
@@ -267,11 +299,15 @@ def test_runs_and_then_skips_what_is_finished(toy, capfd):
     study.main(command)
     printed = capfd.readouterr().out
     assert "4 runs, 0 of them finished" in printed and "(4 of 4; 0 min left)" in printed
-    assert "51.0 ± 1.4" in printed and "seed2/jigsaw-vgg11_k1: pretext_accuracy 70.0, chance 25.0, knn20 42.0" in printed
+    assert (
+        "51.0 ± 1.4" in printed and "seed2/jigsaw-vgg11_k1: pretext_accuracy 70.0, chance 25.0, knn20 42.0" in printed
+    )
     path = toy / "seed2" / "rotation-vgg11_k1"
     about = json.loads((toy / "seed2" / "rotation-vgg11_k1.json").read_text())
     assert about["command"].startswith("python pretext.py --task rotation --arch vgg11_k1 ") and about["seconds"] > 0
-    assert about["command"].endswith(f"--epochs 3 --seed 2 --out {path}") and "--data shapes-natural" in about["command"]
+    assert (
+        about["command"].endswith(f"--epochs 3 --seed 2 --out {path}") and "--data shapes-natural" in about["command"]
+    )
     assert about["command"].count("--epochs") == 1
     assert lines(toy / "seed2" / "rotation-vgg11_k1.log") == [about["command"], "the recipe"]
 
@@ -323,7 +359,9 @@ def test_a_cell_that_cannot_be_is_left_out_with_its_reason(toy, capfd):
 
 def test_all_cells_refused_is_bad_input(toy, capfd):
     with pytest.raises(SystemExit) as stopped:
-        study.main(["--tasks", "jigsaw", "--archs", "vgg11", "--widths", "1", "--refuse", "vgg11_k1", "--out", str(toy)])
+        study.main(
+            ["--tasks", "jigsaw", "--archs", "vgg11", "--widths", "1", "--refuse", "vgg11_k1", "--out", str(toy)]
+        )
     assert stopped.value.code == 2 and "none of the runs could start: vgg11_k1 needs" in capfd.readouterr().err
 
 
@@ -364,7 +402,9 @@ def test_a_signal_reaches_all_runs_and_the_same_command_goes_on(toy, capfd):
 
 def test_a_run_that_was_stopped_by_others_is_no_cell(toy, capfd):
     (toy / "seed0/rotation-revnet14_k1").mkdir(parents=True)
-    (toy / "seed0/rotation-revnet14_k1/evaluate.json").write_text('{"shapes": {"linear": {"top1": 1.0}}}')  # not finished
+    (toy / "seed0/rotation-revnet14_k1/evaluate.json").write_text(
+        '{"shapes": {"linear": {"top1": 1.0}}}'
+    )  # not finished
     with pytest.raises(SystemExit) as stopped:
         study.main([*GRID, "--out", str(toy)])
     assert stopped.value.code == 1 and "has not come to its end" in capfd.readouterr().err
