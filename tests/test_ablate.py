@@ -27,7 +27,8 @@ import argparse, json, os, pathlib, signal, sys, time
 
 def parse_args(argv=None):
     p = argparse.ArgumentParser(allow_abbrev=False)
-    for name, default in dict(data="shapes", root="datasets", device=None, recipe="shapes", arch="net", out=None).items():
+    names = dict(data="shapes", root="datasets", device=None, recipe="shapes", arch="net", out=None)
+    for name, default in names.items():
         p.add_argument(f"--{name}", default=default)
     for name in ("limit", "workers", "seed", "size", "wait", "fail"):
         p.add_argument(f"--{name}", type=int, default=0)

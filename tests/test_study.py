@@ -1,4 +1,4 @@
-"""experiments/study.py with a pretext.py and an evaluate.py that take no time, and over folders of runs that never ran."""
+"""experiments/study.py with a pretext.py that takes no time, and over folders of runs that never ran."""
 
 import contextlib
 import csv
@@ -133,7 +133,7 @@ def shown(tmp_path_factory):
             path.parent.mkdir(parents=True, exist_ok=True)
             record(path).write_text(json.dumps({"refused": "too small a patch", "seconds": 4.0}))
         elif (task, family, k) != ("jigsaw", "vgg11", 2):
-            # Within a family the wider, the better both; across them the better the pretext accuracy, the worse the other.
+            # Within a family both rise with the width; across families one falls as the other rises.
             pretext = 100 - linear + 4 * k + seed - 9 * (task == "jigsaw")
             write_run(
                 path, pretext, linear + 5 * k + seed - 3 * (task == "jigsaw"), command="python pretext.py", seconds=12.5
