@@ -50,7 +50,7 @@ def check(script, words, monkeypatch):
         compares = script == "-m experiments.compare"
         if compares:  # what is no flag of its own goes to every script
             own = module.parse_args(words)
-            runs = [module.Run(own, dataset, method, 0) for dataset in own.data for method in own.methods]
+            runs = [module.training(own, dataset, method, 0) for dataset in own.data for method in own.methods]
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("data.check", parsed)
         if not compares:

@@ -1,4 +1,4 @@
-"""experiments/jobs.py: processes that end with the program that started them, by any signal, and what it reads of runs."""
+"""experiments/jobs.py: processes that end with the program that started them, by any signal, and tables."""
 
 import os
 import signal
@@ -24,7 +24,9 @@ def test_processes_are_torchruns(tmp_path, monkeypatch):
     assert shown == f"torchrun --standalone --nproc_per_node=2 toy.py --out {tmp_path}"
     assert jobs.command("toy", [])[0] == [sys.executable, str(tmp_path / "toy.py")]
     words, typed = jobs.command("downstream.finetune", ["RUN"])
-    assert words == [sys.executable, "-m", "downstream.finetune", "RUN"] and typed == "python -m downstream.finetune RUN"
+    assert (
+        words == [sys.executable, "-m", "downstream.finetune", "RUN"] and typed == "python -m downstream.finetune RUN"
+    )
 
 
 def test_names_are_checked_and_the_nearest_is_named(capsys):
@@ -33,6 +35,21 @@ def test_names_are_checked_and_the_nearest_is_named(capsys):
         with pytest.raises(SystemExit) as stopped:
             jobs.check_names("--tasks", [name], ["rotation", "jigsaw"])
         assert stopped.value.code == 2 and f"--tasks {name}: {hint}" in capsys.readouterr().err
+
+
+def test_numbers_are_looked_up_and_stand_in_an_aligned_table():
+    columns = {"20-NN": "knn 20", "linear": "linear top1"}
+    assert (
+        jobs.lookup({"knn": {"20": 50.0}}, columns) == {"20-NN": 50.0, "linear": None}
+        and jobs.lookup({}, columns) == {}
+    )
+    lines = [
+        "| row    |   n | linear |",
+        "| ------ | --: | -----: |",
+        "| a      |  10 |    9.1 |",
+        "| longer |   2 |      - |",
+    ]
+    assert jobs.table([["row", "n", "linear"], ["a", 10, "9.1"], ["longer", 2, "-"]]) == lines
 
 
 def test_mean_and_standard_deviation():
@@ -55,9 +72,13 @@ time.sleep(60)
 """
 
 
+class Job(types.SimpleNamespace):
+    __hash__ = object.__hash__
+
+
 def job(code, *args, end=lambda code, stopping: f"exit code {code}" if code and not stopping else ""):
     command = [sys.executable, "-S", "-c", code, *map(str, args)]
-    return types.SimpleNamespace(start=lambda: jobs.start(command), end=end, done=str)
+    return Job(start=lambda: jobs.start(command), end=end, path="job", summary=str)
 
 
 def asleep(folder, signals=1):
@@ -83,7 +104,7 @@ def test_signals_end_all_that_was_started(tmp_path, capsys, name, times):
 
     threading.Thread(target=interrupt).start()
     with pytest.raises(SystemExit) as stopped:
-        jobs.run_all([*sleepers, job("pathlib")], common.catch_signals(), 2)
+        jobs.launch([*sleepers, job("pathlib")], 2)
     assert stopped.value.code == 85 and "the same command" in capsys.readouterr().out
     assert [file.read_text() for file in files] == ["ended", "ended"]
 
@@ -91,9 +112,11 @@ def test_signals_end_all_that_was_started(tmp_path, capsys, name, times):
 @pytest.mark.parametrize(("how", "code"), [("sys.exit(85)", 85), ("sys.exit(7)", 7), ("os.kill(os.getpid(), 9)", 137)])
 def test_a_run_that_ends_badly_ends_the_others(tmp_path, capsys, how, code):
     sleepers, files = asleep(tmp_path)
-    last = job(f"import os, sys, time\nwhile not all(map(os.path.exists, sys.argv[1:])): time.sleep(.01)\n{how}", *files)
+    last = job(
+        f"import os, sys, time\nwhile not all(map(os.path.exists, sys.argv[1:])): time.sleep(.01)\n{how}", *files
+    )
     with pytest.raises(SystemExit) as stopped:
-        jobs.run_all([*sleepers, last], [], 3)
+        jobs.launch([*sleepers, last], 3)
     said = capsys.readouterr()
     assert stopped.value.code == code and [file.read_text() for file in files] == ["ended", "ended"]
     assert ("the same command" in said.out) == (code == 85) and ("exit code" in said.err) == (code != 85)
@@ -106,7 +129,7 @@ def test_when_this_program_fails_nothing_that_it_started_goes_on(tmp_path):
 
     sleepers, files = asleep(tmp_path)
     with pytest.raises(SystemExit) as stopped:
-        jobs.run_all([*sleepers, job("", end=full)], [], 3)
+        jobs.launch([*sleepers, job("", end=full)], 3)
     assert stopped.value.code == 2 and [file.read_text() for file in files] == ["ended", "ended"]
 
 
@@ -116,8 +139,8 @@ def test_a_killed_program_takes_its_runs_along(tmp_path):
     run = f"import sys, time\nsys.path.insert(0, {str(ROOT)!r})\nimport common\ncommon.setup('cpu')\n"
     run += f"while True:\n    open({str(beat)!r}, 'a').write('.')\n    time.sleep(0.1)"
     (tmp_path / "parent.py").write_text(
-        f"import sys, types\nsys.path.insert(0, {str(ROOT)!r})\nfrom experiments import jobs\n"
-        f"job = types.SimpleNamespace(start=lambda: jobs.start([sys.executable, '-c', {run!r}]))\njobs.run_all([job], [])"
+        f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom experiments import jobs\n"
+        f"class Job:\n    start = lambda self: jobs.start([sys.executable, '-c', {run!r}])\njobs.launch([Job()])"
     )
     parent, deadline = fork(tmp_path / "parent.py"), time.time() + 60
     while not beat.exists() and parent.poll() is None and time.time() < deadline:
@@ -130,11 +153,3 @@ def test_a_killed_program_takes_its_runs_along(tmp_path):
         time.sleep(1)
         sizes.append(beat.stat().st_size)
     assert len(sizes) < 20, "it is still there"
-
-
-def test_broken_files_of_a_run_are_sentences(tmp_path, capsys):
-    for name, text in (("evaluate.json", "{"), ("evaluate.json", "[]"), ("metrics.jsonl", "{")):
-        (tmp_path / name).write_text(text)
-        with pytest.raises(SystemExit) as stopped:
-            jobs.read_metrics(tmp_path, "shapes") if name == "evaluate.json" else jobs.initial_knn(tmp_path)
-        assert stopped.value.code == 2 and f"error: {tmp_path / name} " in capsys.readouterr().err
