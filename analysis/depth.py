@@ -5,8 +5,6 @@
 A linear probe after every stage. The table of all layers is printed, and RUN/evaluate.json keeps it.
 """
 
-import math
-
 import torch
 from torch import nn
 
@@ -15,47 +13,36 @@ import common
 import evaluate
 
 
-class Depths(nn.Module):
-    """All layers of a backbone, each pooled to `most` features at most, as one long vector per image: [B, 3, size,
-    size] to [B, n]. `shapes`: {layer: (C, h, w) or (dim,)}, in order of depth; forward gives the layers in it.
+class Layer(nn.Module):
+    """A layer of a backbone, pooled to `most` features at most: images [B, 3, S, S] to [B, n]."""
+
+    def __init__(self, trunk, name, most):
+        super().__init__()
+        self.trunk, self.name, self.most = trunk, name, most
+
+    def forward(self, x):
+        return self.trunk.taps(x, self.most)[self.name].flatten(1)
+
+
+def depth(backbone, train, test, preprocess, device, most=9000, workers=0, amp=False, seed=0):
+    """A linear probe without weight decay, as in the study, on each layer, in order of depth: {layer: {"shape",
+    "features", "kept", "top1", "top5", "lr", "weight_decay", "grid"}}. One layer's features are in memory at a time.
 
     As in the study's code, root is after the first pooling, and a RevNet's block before the pooling that follows it.
     Unlike there, the last block of a ResNet v2 or RevNet is after the last BatchNorm (and ReLU), and a VGG's block
     after its max-pooling."""
-
-    def __init__(self, backbone, size, most=9000):
-        super().__init__()
-        self.trunk = backbone if isinstance(backbone, checkpoints.InputAdapter) else checkpoints.InputAdapter(backbone)
-        self.most = most
-        if not hasattr(self.trunk.f, "taps"):
-            common.fail("depth needs a backbone with `taps`, which gives its layers by name (backbones.py)")
-        with evaluate.in_eval(backbone), torch.inference_mode():
-            taps = self.trunk.taps(torch.zeros(1, 3, size, size, device=next(backbone.parameters()).device), most)
-        self.shapes = {name: tuple(tap.shape[1:]) for name, tap in taps.items()}
-
-    def forward(self, x):
-        taps = self.trunk.taps(x, self.most)
-        return torch.cat([taps[name].flatten(1) for name in self.shapes], 1)
-
-
-def depth(net, train, test, preprocess, device, workers=0, amp=False, seed=0):
-    """A linear probe without weight decay, as in the study, on each layer of a `Depths`: {layer: {"shape", "features",
-    "kept", "top1", "top5", "lr", "weight_decay", "grid"}}. One pass over each set extracts the features of all layers,
-    or, where those do not fit `evaluate.room`, one pass per layer."""
-    shapes, images, results = net.shapes, len(train) + len(test), {}
-    fits = 4 * images * sum(map(math.prod, shapes.values())) <= evaluate.room(device)
-    for names in [list(shapes)] if fits else [[name] for name in shapes]:
-        net.shapes = {name: shapes[name] for name in names}
-        (x, y), (test_x, test_y) = (
-            evaluate.with_labels(*evaluate.extract(net, s, preprocess, device, 128, workers, amp, progress=True))
-            for s in (train, test)
-        )
-        sizes = [math.prod(shapes[name]) for name in names]
-        for name, a, b in zip(names, x.split(sizes, 1), test_x.split(sizes, 1), strict=True):
-            found = evaluate.linear_sgd(a, y, b, test_y, decays=(0.0,), seed=seed)
-            results[name] = {"shape": list(shapes[name]), "features": a.shape[1], "kept": evaluate.kept(x)} | found
-        del x, test_x, a, b  # before the next layer's are extracted
-    net.shapes = shapes
+    trunk = backbone if isinstance(backbone, checkpoints.InputAdapter) else checkpoints.InputAdapter(backbone)
+    if not hasattr(trunk.f, "taps"):
+        common.fail("depth needs a backbone with `taps`, which gives its layers by name (backbones.py)")
+    with evaluate.in_eval(trunk), torch.inference_mode():
+        taps = trunk.taps(torch.zeros(1, 3, preprocess["size"], preprocess["size"], device=device), most)
+    results = {}
+    for name, tap in taps.items():
+        net, how = Layer(trunk, name, most), (preprocess, device, 128, workers, amp, True)
+        (x, y), (test_x, test_y) = (evaluate.with_labels(*evaluate.extract(net, s, *how)) for s in (train, test))
+        found = evaluate.linear_sgd(x, y, test_x, test_y, decays=(0.0,), seed=seed)
+        results[name] = {"shape": list(tap.shape[1:]), "features": x.shape[1], "kept": evaluate.kept(x)} | found
+        del x, test_x  # before the next layer's are extracted
     return results
 
 
@@ -66,8 +53,8 @@ def main():
     common.at_least(1, args, "most_features")
     s = evaluate.Subject(args)
     s.need_labels("depth")
-    net = Depths(s.backbone, s.preprocess["size"], args.most_features)
-    results = depth(net, *s.sets.values(), s.preprocess, s.device, s.workers, s.amp, args.seed)
+    how = s.preprocess, s.device, args.most_features, s.workers, s.amp, args.seed
+    results = depth(s.backbone, *s.sets.values(), *how)
     best = max(r["top1"] for r in results.values())
     print(f"{'depth':<12}{'shape':>14}{'features':>10}{'top-1':>8}")
     for name, r in results.items():

@@ -11,7 +11,6 @@ onto other images' backgrounds.
 
 import contextlib
 import copy
-import typing
 
 import torch
 import torch.nn.functional as F
@@ -30,35 +29,29 @@ from analysis import pictures
 PROBES = ("neighbours", "gradients", "localisation", "swap")
 
 
-class Model(typing.NamedTuple):
-    """A frozen backbone with a linear head on top as `net`, and its (features, labels) of both sets."""
+class Model:
+    """The frozen backbone of an `evaluate.Subject`: `train` and `test` are its (features, labels), `net` is it with the
+    linear probe on top, for all classes that either set has (None without labels), `protocol` how that was fitted."""
 
-    name: str
-    net: nn.Sequential | None  # None without labels
-    preprocess: dict
-    train: tuple
-    test: tuple
-    protocol: str = ""  # of the head
-
-
-def open_model(name, subject, seed):
-    """The Model of an `evaluate.Subject`. Its head is the linear probe, for all classes that either set has."""
-    pairs = subject.features()
-    (x, y), (_, test_y) = (evaluate.with_labels(*pair) for pair in pairs)
-    if len(x) < evaluate.FEWEST or not len(test_y):
-        return Model(name, None, subject.preprocess, *pairs)
-    scale, w, b, chosen = evaluate.fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed)
-    head = nn.Linear(w.shape[2], w.shape[1], device=w.device)
-    head.load_state_dict({"weight": w[0] / scale, "bias": b[0, :, 0]})  # on features as they are
-    protocol = f"linear probe of frozen features, lr {chosen['lr']:g}, wd {chosen['weight_decay']:g}"
-    return Model(name, nn.Sequential(subject.backbone, head), subject.preprocess, *pairs, protocol)
+    def __init__(self, name, subject, seed):
+        self.name, self.preprocess, self.net, self.protocol = name, subject.preprocess, None, ""
+        self.train, self.test = subject.features()
+        (x, y), (_, test_y) = evaluate.with_labels(*self.train), evaluate.with_labels(*self.test)
+        if len(x) >= evaluate.FEWEST and len(test_y):
+            scale, w, b, fit = evaluate.fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed)
+            head = nn.Linear(w.shape[2], w.shape[1], device=w.device)
+            head.load_state_dict({"weight": w[0] / scale, "bias": b[0, :, 0]})  # on features as they are
+            self.net = nn.Sequential(subject.backbone, head)
+            self.protocol = f"linear probe of frozen features, lr {fit['lr']:g}, wd {fit['weight_decay']:g}"
 
 
 # ============ pictures ============
 
 
 def choose_queries(labels, n, seed):
-    """Indices of `n` labelled images, drawn by `seed`, as evenly of all classes as can be, sorted by class."""
+    """Indices of `n` labelled images (of a set without labels: of any), drawn by `seed`, evenly of all classes, sorted
+    by class."""
+    labels = labels if (labels >= 0).any() else torch.zeros_like(labels)
     g = data.generator(seed, "queries")
     order = torch.randperm(len(labels), generator=g)
     order = order[labels[order] >= 0]
@@ -78,39 +71,35 @@ def predictions(logits, dataset, labels):
     return [title(dataset, i) for i in best], [i == label for i, label in zip(best, labels, strict=True)]
 
 
-def images_at(model, dataset, rows, device, size):
-    """The images at `rows` as the model sees them, [B, 3, size, size] in [-1, 1]."""
-    preprocess = model.preprocess | {"mean": data.HALF, "std": data.HALF}
-    return F.interpolate(next(data.batches(dataset, preprocess, len(rows), device, 0, rows))[0], (size, size))
-
-
-def attention(model, dataset, rows, device, size):
-    """The same in gray under black-red-yellow-white heat: the class gradients of each image for its true label. The
-    hottest hundredth of an image's pixels is white, so that a single pixel does not leave all others dark."""
+def images_at(rows, dataset, model, device, size, heat=False):
+    """The images at `rows` as the model sees them, [B, 3, size, size] in [-1, 1]. With `heat` in gray, under the class
+    gradients for the true label from black over red and yellow to white, which an image's largest hundredth is."""
     x, y = next(data.batches(dataset, model.preprocess, len(rows), device, 0, rows))
-    maps = saliency.class_gradients(model.net, x, y)
-    heat = (maps / maps.flatten(1).quantile(0.99, 1).clamp(min=1e-30)[:, None, None]).clamp(0, 1)[:, None]
-    heat = F.interpolate(heat, (size, size))
-    hot = (3 * heat - torch.arange(3, device=device).view(3, 1, 1)).clamp(0, 1)
-    return 2 * torch.lerp(0.6 * data.grey(images_at(model, dataset, rows, device, size) / 2 + 0.5), hot, heat) - 1
+    images = data.pixels(x, model.preprocess)
+    if heat:
+        maps = saliency.class_gradients(model.net, x, y)[:, None]
+        maps = (maps / maps.flatten(1).quantile(0.99, 1).clamp(min=1e-30)[:, None, None, None]).clamp(0, 1)
+        hot = (3 * maps - torch.arange(3, device=device).view(3, 1, 1)).clamp(0, 1)
+        images = torch.lerp(0.6 * data.grey(images), hot, maps)
+    return 2 * F.interpolate(images, (size, size)) - 1
 
 
 def neighbours(models, train, test, rows, device, k=3):
     """A row of pictures for each test image of `rows`: for every model the class gradients and the k nearest training
     images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without
     labels there are no gradients, frames or captions."""
-    size, labels, y = max(m.preprocess["size"] for m in models), sets.labels_of(train), sets.labels_of(test)[rows]
-    y, none, headings = y.tolist(), [None] * len(rows), {0: "query"}
-    columns = [(images_at(models[0], test, rows, device, size), [f"# {i}" for i in rows.tolist()], none)]
+    labels, y, none = sets.labels_of(train), sets.labels_of(test)[rows].tolist(), [None] * len(rows)
+    size, headings = max(m.preprocess["size"] for m in models), {0: "query"}
+    columns = [(images_at(rows, test, models[0], device, size), [f"# {i}" for i in rows.tolist()], none)]
     for m in models:
         headings[len(columns)] = m.name
         if m.net:
-            columns.append((attention(m, test, rows, device, size), ["gradient"] * len(rows), none))
+            columns.append((images_at(rows, test, m, device, size, heat=True), ["gradient"] * len(rows), none))
         queries = m.test[0][rows.to(m.test[0].device)]
         for found in evaluate.nearest(m.train[0], queries, k, device)[1].T.cpu():
             theirs = labels[found].tolist()
             marks = [None if a < 0 else a == b for a, b in zip(theirs, y, strict=True)]
-            columns.append((images_at(m, train, found, device, size), [title(train, a) for a in theirs], marks))
+            columns.append((images_at(found, train, m, device, size), [title(train, a) for a in theirs], marks))
     images, captions, marks = zip(*columns, strict=True)
     names = [title(test, label) for label in y]
     table = list(zip(names, torch.stack(images, 1), zip(*captions, strict=True), zip(*marks, strict=True), strict=True))
@@ -121,10 +110,10 @@ def gradients(models, test, rows, device):
     """Rows of pictures: the test images at `rows` and, for every model, their class gradients for the true label; below
     them the class that the model's head predicts, and whether it is right."""
     size, y = max(m.preprocess["size"] for m in models), sets.labels_of(test)[rows].tolist()
-    table = [("image", images_at(models[0], test, rows, device, size), [title(test, label) for label in y], None)]
+    table = [("image", images_at(rows, test, models[0], device, size), [title(test, label) for label in y], None)]
     for m in models:
         logits = m.net[1](m.test[0][rows.to(m.test[0].device)].to(device, torch.float32))
-        table.append((m.name, attention(m, test, rows, device, size), *predictions(logits, test, y)))
+        table.append((m.name, images_at(rows, test, m, device, size, heat=True), *predictions(logits, test, y)))
     return pictures.draw_rows(table)
 
 
@@ -209,9 +198,9 @@ def inpaint(images, masks):
 
 
 def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250, workers=0):
-    """Yields ({version: uint8 [b, 3, S, S]}, labels [b]) of the images at `rows`: the "original"; "swapped", the object
-    on the background of its partner, whose own object is inpainted; "removed", the background alone; "grey", the object
-    on mid-gray. They are made at the size of the masks and then cut as any image is."""
+    """Yields ({version: images as the network gets them [b, 3, S, S]}, labels [b]) of the images at `rows`: "original";
+    "swapped", the object on the background of its partner, whose own object is inpainted; "removed", the background
+    alone; "grey", the object on mid-gray. They are made at the size of the masks, in 8 bits, and then cut."""
     side = masks.shape[-1]
     pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
     margin = max(1, side // 16)  # edges are soft, so an object colors pixels outside its mask
@@ -223,12 +212,10 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
         own, ground = inpaint(torch.cat([x, other]), wide).chunk(2)
         m = m[: len(x), None]
         made = {"original": x, "swapped": x.where(m, ground), "removed": own, "grey": x.where(m, 0.5)}
-        cut = lambda v: data.fit((255 * v).round().byte(), preprocess["size"], preprocess["interpolation"])
-        yield {name: cut(v) for name, v in made.items()}, y
-
-
-def normalized(images, preprocess):
-    return data.normalise(images.float() / 255, preprocess["mean"], preprocess["std"])
+        cut = lambda v: (
+            data.fit((255 * v).round().byte(), preprocess["size"], preprocess["interpolation"]).float() / 255
+        )
+        yield {name: data.normalise(cut(v), preprocess["mean"], preprocess["std"]) for name, v in made.items()}, y
 
 
 @torch.inference_mode()
@@ -243,7 +230,7 @@ def swap(model, dataset, masks, device, seed=0, workers=0, amp=False):
         for made, y in composites(dataset, masks, model.preprocess, device, rows, seed, workers=workers):
             answers.append(y)
             for name, x in made.items():
-                features.setdefault(name, []).append(backbone(normalized(x, model.preprocess)).float())
+                features.setdefault(name, []).append(backbone(x).float())
     for name, parts in features.items():
         x, y = evaluate.with_labels(torch.cat(parts), torch.cat(answers))
         (votes,) = evaluate.knn(*evaluate.with_labels(*model.train), x, y, (20,)).values()
@@ -261,8 +248,11 @@ def swap_picture(model, dataset, masks, device, rows, seed=0):
     """Rows of pictures: the composites of the images at `rows`, with what `model` predicts for each."""
     made, y = next(composites(dataset, masks, model.preprocess, device, rows, seed, len(rows)))
     with evaluate.in_eval(model.net):
-        found = [predictions(model.net(normalized(v, model.preprocess)), dataset, y.tolist()) for v in made.values()]
-    return pictures.draw_rows([(name, v / 127.5 - 1, *f) for (name, v), f in zip(made.items(), found, strict=True)])
+        logits = [model.net(x) for x in made.values()]
+    return pictures.draw_rows([
+        (name, 2 * data.pixels(x, model.preprocess) - 1, *predictions(z, dataset, y.tolist()))
+        for (name, x), z in zip(made.items(), logits, strict=True)
+    ])  # fmt: skip
 
 
 # ============ the command ============
@@ -277,12 +267,11 @@ def main():
     args = p.parse_args()
     s, asked, results = evaluate.Subject(args), set(args.probe), {}
     test, size, device = s.sets["test"], s.preprocess["size"], s.device
-    folder = s.folder(args.out, " and ".join(sorted(asked)) + " make") if asked != {"localisation"} else None
+    folder = s.folder(args.out, "the pictures") if asked != {"localisation"} else None
     if asked != {"neighbours"}:  # which are shown without labels, too
         s.need_labels(" ".join(args.probe))
     masks = object_masks(test, size, args.masks) if asked & {"localisation", "swap"} else None
-    labels = sets.labels_of(test)
-    rows = choose_queries(labels if (labels >= 0).any() else torch.zeros_like(labels), 8, args.seed)
+    rows = choose_queries(sets.labels_of(test), 8, args.seed)
     subjects = [s]
     for target in args.beside:
         other, px = copy.copy(s), args.size or (size if target.startswith("random:") else 0)
@@ -290,7 +279,7 @@ def main():
         other.backbone.to(device, memory_format=torch.channels_last)
         subjects.append(other)
     names = pictures.names_of([s.path or args.checkpoint, *args.beside])
-    models = [open_model(name, subject, args.seed) for name, subject in zip(names, subjects, strict=True)]
+    models = [Model(name, subject, args.seed) for name, subject in zip(names, subjects, strict=True)]
     model = models[0]
 
     if "neighbours" in asked:
@@ -305,9 +294,9 @@ def main():
         r = results["localisation"] = localisation(model, test, masks, device, workers=s.workers, seed=args.seed)
         print(f"localisation   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (uniform map: {r['area']:.2f})")
         print(f"  other image  energy {r['energy_other']:.2f}  pointing {r['pointing_other']:.2f}   (with its object)")
-        print(f"         gradient of the TRUE label's score, {r['images']} un-augmented test images at {size} px")
-        print("         energy: per cent of its squares inside the object; pointing: of images with its maximum inside")
-        print(f"         {model.protocol}")
+        print("         energy: per cent of the squared gradient of the TRUE label's score that lies inside the object")
+        print("         pointing: per cent of the images with the gradient's maximum inside the object")
+        print(f"         {r['images']} un-augmented test images at {size} px; {model.protocol}")
     if "swap" in asked:
         r = results["swap"] = swap(model, test, masks, device, args.seed, s.workers, s.amp)
         versions = [v for v in r if isinstance(r[v], dict)]
@@ -315,10 +304,9 @@ def main():
         for name in ("knn", "linear"):
             print(f"{name:<9}" + "".join(f"{r[v][name]:10.2f}" for v in versions))
         print(
-            f"         top-1 of {r['images']} test images. swapped: the object on another image's background; removed:"
+            f"         top-1 of {r['images']} test images: as they are, swapped to the background of another, removed"
         )
-        print("         the background alone; grey: the object on mid-gray. Objects in backgrounds are filled in")
-        print(f"         20-NN, cosine, weight exp(s / 0.1); {model.protocol}; of ordinary training images")
+        print(f"         from their own, on mid-gray; 20-NN, cosine, weight exp(s / 0.1); {model.protocol}")
         print(f"object   {r['object']:.2f} % of the swapped images are nearer to the object's image than to the other")
         runs.write_picture(folder / "swap.png", swap_picture(model, test, masks, device, rows, args.seed))
         print(f"{folder / 'swap.png'}: some of them, with the predicted class below")

@@ -83,34 +83,29 @@ def guesses(classifier):
 def perceptual(autoencoder, classifier, dataset, size, device, batch_size=256, workers=0, amp=False):
     """The perceptual test of SaGe (sec. 4.4): does a network trained with labels still recognize the recovered images?
 
-    autoencoder: [B, 3, size, size] in [-1, 1] to the same. Returns top-1 and top-5 in per cent of the recovered and of
-    the un-augmented images themselves, and the mean squared error of pixels: {"mse", "top1", "top5", "originals_top1",
-    "originals_top5"}.
-    """
-    plain = {"size": size, "interpolation": "bilinear", "mean": data.HALF, "std": data.HALF}
-    errors, logits, originals, labels = [], [], [], []
+    autoencoder: [B, 3, size, size] in [-1, 1] to the same. Returns {"mse", "top1", "top5", "originals_top1",
+    "originals_top5"}: the mean squared error of pixels; per cent of the recovered and of the un-augmented images."""
+    plain, found = {"size": size, "interpolation": "bilinear", "mean": data.HALF, "std": data.HALF}, []
     with evaluate.in_eval(autoencoder), torch.autocast(device.type, torch.bfloat16, enabled=amp):
         for x, y in data.batches(dataset, plain, batch_size, device, workers):
             recovered = autoencoder(x).float()
-            errors.append((recovered - x).square().mean((1, 2, 3)))
-            logits.append(classifier(recovered).float())
-            originals.append(classifier(x).float())
-            labels.append(y)
-    result = {"mse": torch.cat(errors).mean().item()}
+            errors = (recovered - x).square().mean((1, 2, 3))
+            found.append((errors, classifier(recovered).float(), classifier(x).float(), y))
+    errors, logits, originals, labels = map(torch.cat, zip(*found, strict=True))
+    result = {"mse": errors.mean().item()}
     for name, scores in (("", logits), ("originals_", originals)):
-        top1, top5 = evaluate.accuracy(*evaluate.with_labels(torch.cat(scores), torch.cat(labels)))
+        top1, top5 = evaluate.accuracy(*evaluate.with_labels(scores, labels))
         result |= {f"{name}top1": top1.item(), f"{name}top5": top5.item()}
     return result
 
 
 @torch.inference_mode()
 def draw_recoveries(autoencoders, dataset, views, device, classifier=None, n=8, seed=0, amp=False):
-    """Rows of pictures: `n` images and one crop of each per view, each row with what the autoencoders recover of it.
+    """Rows of pictures: `n` images and one crop of each per view, each row with what the autoencoders recover of it,
+    its mean squared error and, with a classifier, whether the right class is among its first `guesses`.
 
     autoencoders: {name: module}, each [B, 3, S, S] in [-1, 1] to the same; the name "" is not written. views: of
-    data.view, with mean = std = 0.5. Images and crops depend on `seed` alone. Under a recovered image stand its mean
-    squared error and, with a classifier, whether the right class is among its first `guesses`.
-    """
+    data.view, with mean = std = 0.5. Images and crops depend on `seed` alone."""
     some = sets.pick(dataset, torch.randperm(len(dataset), generator=data.generator(seed, "pictures"))[:n])
     plain = {"size": views[0]["size"], "interpolation": "bilinear", "mean": data.HALF, "std": data.HALF}
     whole, y = next(data.batches(some, plain, len(some), device))
@@ -157,29 +152,27 @@ def main():
         classifier = open_classifier(args.classifier).to(s.device)
         check_classifier(classifier, test)
     targets = [args.checkpoint, *args.beside]
-    opened = [open_autoencoder(target) for target in targets]
-    about = opened[0][1]
-    size, recipes = about["preprocess"]["size"], importlib.import_module(about["method"]).RECIPES
-    if any(its["preprocess"]["size"] != size for _, its in opened):
-        common.fail(f"--beside: all runs must be of images of {size} px, as {args.checkpoint} is")
+    opened, abouts = zip(*map(open_autoencoder, targets), strict=True)
+    about, size = abouts[0], abouts[0]["preprocess"]["size"]
+    recipes = importlib.import_module(about["method"]).RECIPES
+    if any(its["preprocess"]["size"] != size for its in abouts):
+        common.fail(f"--beside: all runs must be of images of {size} px")
     recipe = args.recipe or sets.recipe_for(about["data"], recipes)
     if recipe not in recipes:
         common.fail(f"--recipe {recipe}: {about['method']}.py has {', '.join(recipes)}")
     views = [data.view(size, **{**v, "mean": data.HALF, "std": data.HALF}) for v in recipes[recipe]["views"]]
     names = pictures.names_of(targets) if args.beside else [""]
-    autoencoders = {name: net.to(s.device) for name, (net, _) in zip(names, opened, strict=True)}
+    autoencoders = {name: net.to(s.device) for name, net in zip(names, opened, strict=True)}
     if classifier:
-        r = perceptual(opened[0][0], classifier, test, size, s.device, workers=s.workers, amp=s.amp)
+        r = perceptual(opened[0], classifier, test, size, s.device, workers=s.workers, amp=s.amp)
         print(f"perceptual {evaluate.tops(r)}  MSE {r['mse']:.4f}   (recovered images)")
         print(f"           top-1 {r['originals_top1']:.2f}  top-5 {r['originals_top5']:.2f}               (the images)")
-        print(f"         {len(test)} un-augmented test images at {size} px, classified by {args.classifier}")
-        print("         MSE of pixels in [-1, 1]")
+        print(f"         {len(test)} un-augmented test images at {size} px in [-1, 1]; classifier {args.classifier}")
         s.write({"perceptual": r | {"classifier": args.classifier}})
-    picture = draw_recoveries(autoencoders, test, views, s.device, classifier, seed=args.seed, amp=s.amp)
-    runs.write_picture(file, picture)
+    runs.write_picture(file, draw_recoveries(autoencoders, test, views, s.device, classifier, 8, args.seed, s.amp))
     print(f"{file}: images, their views, and what is recovered of each, with its MSE in [-1, 1]")
     if classifier:
-        print(f"         green: {args.classifier} has the right class among its first {guesses(classifier)}")
+        print(f"         green: the classifier has the right class among its first {guesses(classifier)}")
 
 
 if __name__ == "__main__":

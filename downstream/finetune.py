@@ -39,10 +39,10 @@ PROTOCOLS = {  # {per cent of the labels: (pairs of rates for trunk and head, we
 
 def published(protocol, percent):
     """(pairs of rates, weight decay) of a protocol for about `percent` per cent of the labels."""
-    near = [rates for share, rates in PROTOCOLS[protocol].items() if 0.8 < percent / share < 1.25]
-    return (
-        near[0] if near else common.fail(f"--protocol {protocol} is for 1 and 10 % of the labels, not {percent:.3g} %")
-    )
+    for share, rates in PROTOCOLS[protocol].items():
+        if 0.8 < percent / share < 1.25:
+            return rates
+    common.fail(f"--protocol {protocol} has rates for 1 and 10 % of the labels, not for {percent:.3g} %")
 
 
 def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs, batch_size, weight_decay=0.0,
@@ -77,9 +77,9 @@ def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs,
 
 def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_size=256, weight_decay=0.0, workers=0,
              amp=False, seed=0):  # fmt: skip
-    """Fine-tune a copy of `backbone` on `train`, all of it labelled, and classify `test`. Of several `pairs` of learning
-    rates (trunk, head) the best is chosen on a held-out tenth of `train`, then all of it is used. Returns (nn.Sequential
-    of trunk and head in eval mode, its accuracies and settings). Ends the program where training diverges."""
+    """Fine-tune a copy of `backbone` on `train`, all of it labelled, and classify `test`. Of several `pairs` of rates
+    (trunk, head) the best is chosen on a held-out tenth of `train`, then all of it is used. Returns (nn.Sequential of
+    trunk and head in eval mode, its accuracies and settings). Ends the program where training diverges."""
 
     def accuracy(net, images):
         logits = evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
@@ -115,14 +115,12 @@ def save_classifier(file, net, subject, arch):
     runs.write(file, found)
 
 
-def parse_args():
+def main():
     p = evaluate.flags(__doc__)
     evaluate.label_flags(p, "1 10")
     p.add_argument("--trunk-lr", type=float, nargs="+", help=f"(default: {TRUNK_LRS}, random:ARCH {SCRATCH_LRS[0]})")
     p.add_argument("--head-lr", type=float, nargs="+", help=f"(default: {HEAD_LRS}, random:ARCH {SCRATCH_LRS[1]})")
-    p.add_argument(
-        "--protocol", choices=PROTOCOLS, help="published rates and decay for 1 and 10 %% of ImageNet's labels"
-    )
+    p.add_argument("--protocol", choices=PROTOCOLS, help="rates and decay published for 1 and 10 %% of ImageNet")
     p.add_argument("--epochs", type=int, default=20, help="passes over the labelled images")
     p.add_argument("--batch-size", type=int, default=256, help="at most; smaller where there are few images")
     p.add_argument("--weight-decay", type=float, default=0.0, help="on all weights")
@@ -135,17 +133,12 @@ def parse_args():
         common.fail(f"--protocol {args.protocol} has its own --trunk-lr, --head-lr and --weight-decay")
     if args.save and not Path(args.save).parent.is_dir():
         common.fail(f"--save {args.save}: there is no folder {Path(args.save).parent}")
-    return args
-
-
-def main():
-    args = parse_args()
     s, results, scratch = evaluate.Subject(args), {}, args.checkpoint.startswith("random:")
     shares, train, how = s.label_shares(args, "fine-tuning", (1, 10)), s.sets["train"], "given"
     if args.protocol:
         how = f"{args.protocol}'s, published for ImageNet"
-        percent = {k: 100 * len(rows) / len(train) if args.label_list else float(k) for k, rows in shares.items()}
-        rates = {k: published(args.protocol, p) for k, p in percent.items()}
+        percent = lambda name, rows: 100 * len(rows) / len(train) if args.label_list else float(name)
+        rates = {name: published(args.protocol, percent(name, rows)) for name, rows in shares.items()}
     else:
         trunk_lrs, head_lrs = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
         pairs = [(a, b) for a in args.trunk_lr or trunk_lrs for b in args.head_lr or head_lrs]
@@ -157,12 +150,15 @@ def main():
         settings = pairs, args.epochs, args.batch_size, decay, s.workers, s.amp, args.seed
         net, r = finetune(s.backbone, sets.pick(train, rows), s.sets["test"], s.preprocess, s.device, *settings)
         results[name] = r
-        chosen = f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})"
-        print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   {chosen}")
-        start = "from random weights" if scratch else "all weights fine-tuned"
-        updates = f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}"
-        print(f"         {start}, {r['images']} labelled images, {updates}, random crops and flips")
-        print(f"         SGD 0.9, wd {decay:g}, rates x 0.2 at 60 % and 80 %, {how}; un-augmented test images")
+        chosen = f"trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g}; {how}"
+        print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   ({chosen})")
+        start, n = "from random weights" if scratch else "all weights fine-tuned", r["images"]
+        print(
+            f"         {start}, {n} labelled images, {r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}"
+        )
+        print(
+            f"         SGD 0.9, wd {decay:g}, rates x 0.2 at 60 % and 80 %, crops and flips; un-augmented test images"
+        )
         if r["grid"]:
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")
