@@ -59,6 +59,8 @@ def open_classifier(target):
     if found.get("kind") != "classifier":
         common.fail(f"--classifier {target} holds no classifier: downstream.finetune RUN --save FILE makes one")
     head = nn.Linear(trunk.dim, len(found["head"]["bias"]))
+    if found["head"]["weight"].shape != head.weight.shape:
+        common.fail(f"--classifier {target}: its head does not fit the architecture")
     head.load_state_dict(found["head"])
     return Classifier(nn.Sequential(trunk, head), head.out_features, own["mean"], own["std"], own["size"])
 
