@@ -201,7 +201,7 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
     """Yields ({version: images as the network gets them [b, 3, S, S]}, labels [b]) of the images at `rows`: "original";
     "swapped", the object on the background of its partner, whose own object is inpainted; "removed", the background
     alone; "grey", the object on mid-gray. They are made at the size of the masks, in 8 bits, and then cut."""
-    side = masks.shape[-1]
+    side, view = masks.shape[-1], (preprocess["size"], preprocess["interpolation"])
     pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
     margin = max(1, side // 16)  # edges are soft, so an object colors pixels outside its mask
     pairs = rows, partners(len(dataset), seed)[rows]
@@ -212,9 +212,7 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
         own, ground = inpaint(torch.cat([x, other]), wide).chunk(2)
         m = m[: len(x), None]
         made = {"original": x, "swapped": x.where(m, ground), "removed": own, "grey": x.where(m, 0.5)}
-        cut = lambda v: (
-            data.fit((255 * v).round().byte(), preprocess["size"], preprocess["interpolation"]).float() / 255
-        )
+        cut = lambda v: data.fit((255 * v).round().byte(), *view).float() / 255
         yield {name: data.normalise(cut(v), preprocess["mean"], preprocess["std"]) for name, v in made.items()}, y
 
 
@@ -224,21 +222,19 @@ def swap(model, dataset, masks, device, seed=0, workers=0, amp=False):
     `composites` of a set: {version: {"knn", "linear"}}; the number of "images"; and "object", the share of the swapped
     images whose feature is nearer (cosine) to the image of the object than to that of the background. Where backgrounds
     say nothing about the class, accuracies do not fall, and "object" alone shows how much of them a feature holds."""
-    rows, (backbone, head) = with_object(dataset, masks), model.net
-    features, answers, result = {}, [], {}
+    rows, (backbone, head), result = with_object(dataset, masks), model.net, {}
+    stream = composites(dataset, masks, model.preprocess, device, rows, seed, workers=workers)
     with evaluate.in_eval(backbone), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        for made, y in composites(dataset, masks, model.preprocess, device, rows, seed, workers=workers):
-            answers.append(y)
-            for name, x in made.items():
-                features.setdefault(name, []).append(backbone(x).float())
-    for name, parts in features.items():
-        x, y = evaluate.with_labels(torch.cat(parts), torch.cat(answers))
-        (votes,) = evaluate.knn(*evaluate.with_labels(*model.train), x, y, (20,)).values()
-        result[name] = {"knn": votes[0], "linear": evaluate.accuracy(head(x), y)[0].item()}
+        batches = [({name: backbone(x).float() for name, x in made.items()}, y) for made, y in stream]
+    features = {name: torch.cat([z[name] for z, _ in batches]) for name in batches[0][0]}
+    for name, z in features.items():
+        z, y = evaluate.with_labels(z, torch.cat([y for _, y in batches]))
+        (votes,) = evaluate.knn(*evaluate.with_labels(*model.train), z, y, (20,)).values()
+        result[name] = {"knn": votes[0], "linear": evaluate.accuracy(head(z), y)[0].item()}
     place = torch.full((len(dataset),), -1).scatter_(0, rows, torch.arange(len(rows)))
     partner = place[partners(len(dataset), seed)[rows]]
     kept = (partner >= 0).nonzero()[:, 0]  # whose partner is among the images, too
-    plain, swapped = (F.normalize(torch.cat(features[v]), dim=1) for v in ("original", "swapped"))
+    plain, swapped = (F.normalize(features[v], dim=1) for v in ("original", "swapped"))
     near_object, near_ground = ((swapped[kept] * plain[other]).sum(1) for other in (kept, partner[kept]))
     return result | {"images": len(y), "object": 100 * (near_object > near_ground).float().mean().item()}
 
@@ -247,12 +243,12 @@ def swap(model, dataset, masks, device, seed=0, workers=0, amp=False):
 def swap_picture(model, dataset, masks, device, rows, seed=0):
     """Rows of pictures: the composites of the images at `rows`, with what `model` predicts for each."""
     made, y = next(composites(dataset, masks, model.preprocess, device, rows, seed, len(rows)))
+    table = []
     with evaluate.in_eval(model.net):
-        logits = [model.net(x) for x in made.values()]
-    return pictures.draw_rows([
-        (name, 2 * data.pixels(x, model.preprocess) - 1, *predictions(z, dataset, y.tolist()))
-        for (name, x), z in zip(made.items(), logits, strict=True)
-    ])  # fmt: skip
+        for name, x in made.items():
+            answers = predictions(model.net(x), dataset, y.tolist())
+            table.append((name, 2 * data.pixels(x, model.preprocess) - 1, *answers))
+    return pictures.draw_rows(table)
 
 
 # ============ the command ============
