@@ -150,15 +150,12 @@ def main():
         settings = pairs, args.epochs, args.batch_size, decay, s.workers, s.amp, args.seed
         net, r = finetune(s.backbone, sets.pick(train, rows), s.sets["test"], s.preprocess, s.device, *settings)
         results[name] = r
-        chosen = f"trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g}; {how}"
+        chosen = f"trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g}"
         print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   ({chosen})")
-        start, n = "from random weights" if scratch else "all weights fine-tuned", r["images"]
-        print(
-            f"         {start}, {n} labelled images, {r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}"
-        )
-        print(
-            f"         SGD 0.9, wd {decay:g}, rates x 0.2 at 60 % and 80 %, crops and flips; un-augmented test images"
-        )
+        start = "from random weights" if scratch else "all weights fine-tuned"
+        updates = f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}"
+        print(f"         {start}, {r['images']} labelled images, {updates}, random crops and flips")
+        print(f"         SGD 0.9, wd {decay:g}, rates x 0.2 at 60 % and 80 %; un-augmented test images; rates: {how}")
         if r["grid"]:
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")
