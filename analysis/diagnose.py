@@ -4,18 +4,16 @@
     python -m analysis.diagnose RUN --probe localisation swap         the same as numbers, where objects have masks
     python -m analysis.diagnose resnet50.pth --arch resnet50 --data DIR --probe localisation --masks DIR2
 
-neighbours: the nearest training images of some test images. gradients: of the true class, pixel by pixel. localisation:
-how much of the gradients lies on the object. swap: what happens to k-NN and linear probe with another image's
-background.
+neighbours: test images and their nearest training images. gradients: of the true class's score, pixel by pixel.
+localisation: how much of these gradients lies on the object. swap: k-NN and linear probe on objects that are pasted
+onto other images' backgrounds.
 """
 
-import math
-import re
-import typing
+import contextlib
+import copy
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import nn
 from torchvision.transforms.v2 import functional as tvf
 
@@ -29,34 +27,31 @@ import sets
 from analysis import pictures
 
 PROBES = ("neighbours", "gradients", "localisation", "swap")
-PICTURES = {"neighbours", "gradients"}  # those that show other checkpoints, too
 
 
-def fit_head(train, test, seed):
-    """(the linear probe of (features, labels) pairs as an nn.Linear from features as they are to logits, how it was
-    chosen), for all classes that either has; (None, "") where there are too few labels."""
-    (x, y), (_, test_y) = evaluate.with_labels(*train), evaluate.with_labels(*test)
-    if len(x) < evaluate.FEWEST or not len(test_y):
-        return None, ""
-    scale, w, b, chosen = evaluate.fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed)
-    head = nn.Linear(w.shape[2], w.shape[1], device=w.device)
-    head.load_state_dict({"weight": w[0] / scale, "bias": b[0, :, 0]})
-    return head, f"; lr {chosen['lr']:g}, wd {chosen['weight_decay']:g}"
+class Model:
+    """The frozen backbone of an `evaluate.Subject`: `train` and `test` are its (features, labels), `net` is it with the
+    linear probe on top, for all classes that either set has (None without labels), `protocol` how that was fitted."""
+
+    def __init__(self, name, subject, seed):
+        self.name, self.preprocess, self.net, self.protocol = name, subject.preprocess, None, ""
+        self.train, self.test = subject.features()
+        (x, y), (_, test_y) = evaluate.with_labels(*self.train), evaluate.with_labels(*self.test)
+        if len(x) >= evaluate.FEWEST and len(test_y):
+            scale, w, b, fit = evaluate.fit_linear(x, y, int(max(y.max(), test_y.max())) + 1, seed=seed)
+            head = nn.Linear(w.shape[2], w.shape[1], device=w.device)
+            head.load_state_dict({"weight": w[0] / scale, "bias": b[0, :, 0]})  # on features as they are
+            self.net = nn.Sequential(subject.backbone, head)
+            self.protocol = f"linear probe of frozen features, lr {fit['lr']:g}, wd {fit['weight_decay']:g}"
 
 
-class Model(typing.NamedTuple):
-    """What the pictures need of a backbone: `net` is it with a linear head on top (None without labels), `keys` and
-    `queries` are its features of the training and of the test images, [N, d]."""
-
-    name: str
-    net: nn.Sequential | None
-    preprocess: dict
-    keys: torch.Tensor
-    queries: torch.Tensor
+# ============ pictures ============
 
 
-def choose(labels, n, seed):
-    """Places of `n` labelled images, drawn by `seed`, as evenly of all classes as can be, sorted by class."""
+def choose_queries(labels, n, seed):
+    """Indices of `n` labelled images (of a set without labels: of any), drawn by `seed`, evenly of all classes, sorted
+    by class."""
+    labels = labels if (labels >= 0).any() else torch.zeros_like(labels)
     g = data.generator(seed, "queries")
     order = torch.randperm(len(labels), generator=g)
     order = order[labels[order] >= 0]
@@ -67,64 +62,62 @@ def choose(labels, n, seed):
 
 
 def title(dataset, label):
-    """The name of a class, without the WordNet number that folders of ImageNet's classes may begin with."""
-    name = "" if label < 0 else str(dataset.classes[label] if dataset.classes else label)
-    return re.sub(r"^n\d{8}_", "", name)
+    return "" if label < 0 else str(dataset.classes[label] if dataset.classes else label)
 
 
-def images_at(model, dataset, rows, device, size):
-    """The images at `rows` as the model sees them, [B, 3, size, size] in [-1, 1] for `pictures.draw_rows`."""
-    x, _ = next(
-        data.batches(dataset, model.preprocess | {"mean": data.HALF, "std": data.HALF}, len(rows), device, 0, rows)
-    )
-    return F.interpolate(x, (size, size))
+def predictions(logits, dataset, labels):
+    """Captions and marks for `pictures.draw_rows`: the class with the largest logit, and whether it is the label."""
+    best = logits.argmax(1).tolist()
+    return [title(dataset, i) for i in best], [i == label for i, label in zip(best, labels, strict=True)]
 
 
-def attention(model, dataset, rows, device, size):
-    """The same in grey under black-red-yellow-white heat: the class gradients of each image for its true label. The
-    hottest hundredth of an image's pixels is white, so that one of them does not leave all others dark."""
-    maps = saliency.class_gradients(
-        model.net, *next(data.batches(dataset, model.preprocess, len(rows), device, 0, rows))
-    )
-    heat = (maps / maps.flatten(1).quantile(0.99, 1).clamp(min=1e-30)[:, None, None]).clamp(0, 1)[:, None]
-    heat = F.interpolate(heat, (size, size))
-    hot = (3 * heat - torch.arange(3, device=device).view(3, 1, 1)).clamp(0, 1)
-    return 2 * torch.lerp(0.6 * data.grey(images_at(model, dataset, rows, device, size) / 2 + 0.5), hot, heat) - 1
+def images_at(rows, dataset, model, device, size, heat=False):
+    """The images at `rows` as the model sees them, [B, 3, size, size] in [-1, 1]. With `heat` in gray, under the class
+    gradients for the true label from black over red and yellow to white, which an image's largest hundredth is."""
+    x, y = next(data.batches(dataset, model.preprocess, len(rows), device, 0, rows))
+    images = data.pixels(x, model.preprocess)
+    if heat:
+        maps = saliency.class_gradients(model.net, x, y)[:, None]
+        maps = (maps / maps.flatten(1).quantile(0.99, 1).clamp(min=1e-30)[:, None, None, None]).clamp(0, 1)
+        hot = (3 * maps - torch.arange(3, device=device).view(3, 1, 1)).clamp(0, 1)
+        images = torch.lerp(0.6 * data.grey(images), hot, maps)
+    return 2 * F.interpolate(images, (size, size)) - 1
 
 
 def neighbours(models, train, test, rows, device, k=3):
     """A row of pictures for each test image of `rows`: for every model the class gradients and the k nearest training
     images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without
-    labels no gradients (a model's `net` is None), no frames and no captions."""
-    size, labels, y = max(m.preprocess["size"] for m in models), sets.labels_of(train), sets.labels_of(test)[rows]
-    none = [None] * len(rows)
-    columns = [(images_at(models[0], test, rows, device, size), [f"# {i}" for i in rows.tolist()], none)]
-    headings = {0: "query"}
+    labels there are no gradients, frames or captions."""
+    labels, y, none = sets.labels_of(train), sets.labels_of(test)[rows].tolist(), [None] * len(rows)
+    size, headings = max(m.preprocess["size"] for m in models), {0: "query"}
+    columns = [(images_at(rows, test, models[0], device, size), [f"# {i}" for i in rows.tolist()], none)]
     for m in models:
         headings[len(columns)] = m.name
-        if m.net is not None:
-            columns.append((attention(m, test, rows, device, size), ["gradient"] * len(rows), none))
-        for places in evaluate.nearest(m.keys, m.queries[rows.to(m.queries.device)], k, device)[1].T.cpu():
-            theirs = labels[places].tolist()
-            marks = [None if a < 0 else a == b for a, b in zip(theirs, y.tolist(), strict=True)]
-            columns.append((images_at(m, train, places, device, size), [title(train, a) for a in theirs], marks))
-    table = []
-    for i, label in enumerate(y.tolist()):
-        images, captions, marks = zip(*([part[i] for part in column] for column in columns), strict=True)
-        table.append((title(test, label), torch.stack(images), captions, marks))
+        if m.net:
+            columns.append((images_at(rows, test, m, device, size, heat=True), ["gradient"] * len(rows), none))
+        queries = m.test[0][rows.to(m.test[0].device)]
+        for found in evaluate.nearest(m.train[0], queries, k, device)[1].T.cpu():
+            theirs = labels[found].tolist()
+            marks = [None if a < 0 else a == b for a, b in zip(theirs, y, strict=True)]
+            columns.append((images_at(found, train, m, device, size), [title(train, a) for a in theirs], marks))
+    images, captions, marks = zip(*columns, strict=True)
+    names = [title(test, label) for label in y]
+    table = list(zip(names, torch.stack(images, 1), zip(*captions, strict=True), zip(*marks, strict=True), strict=True))
     return pictures.draw_rows(table, headings, frames=True)
 
 
 def gradients(models, test, rows, device):
     """Rows of pictures: the test images at `rows` and, for every model, their class gradients for the true label; below
-    them the class that the model's linear classifier names, and whether it is right."""
+    them the class that the model's head predicts, and whether it is right."""
     size, y = max(m.preprocess["size"] for m in models), sets.labels_of(test)[rows].tolist()
-    table = [("image", images_at(models[0], test, rows, device, size), [title(test, label) for label in y], None)]
+    table = [("image", images_at(rows, test, models[0], device, size), [title(test, label) for label in y], None)]
     for m in models:
-        best = m.net[1](m.queries[rows.to(m.queries.device)].to(device, torch.float32)).argmax(1).tolist()
-        marks = [a == b for a, b in zip(best, y, strict=True)]
-        table.append((m.name, attention(m, test, rows, device, size), [title(test, label) for label in best], marks))
+        logits = m.net[1](m.test[0][rows.to(m.test[0].device)].to(device, torch.float32))
+        table.append((m.name, images_at(rows, test, m, device, size, heat=True), *predictions(logits, test, y)))
     return pictures.draw_rows(table)
+
+
+# ============ localisation ============
 
 
 def object_masks(dataset, size, folder=None):
@@ -136,79 +129,67 @@ def object_masks(dataset, size, folder=None):
         return dataset.masks > 0
     if isinstance(dataset, sets.Images):
         return sets.read_masks(folder, dataset, dataset.images.shape[-1]) > 128
-
-    def shape(i):
-        try:
-            if isinstance(dataset.items, list):
-                with Image.open(dataset.path(i)) as image:  # reads no pixel
-                    return image.size[::-1]
-            return dataset.read(i)[0].shape[1:]
-        except OSError:
-            return size, size  # without a label from `data.batches`, and so left out
-
-    masks = sets.read_masks(
-        folder, dataset, size
-    )  # squashed to a square: back to each image's shape, then cut as it is
-    whole = (tvf.resize(mask[None], list(shape(i))) for i, mask in enumerate(masks))
-    return torch.cat([data.fit(mask, size, "nearest-exact") for mask in whole]) > 128
+    masks = sets.read_masks(folder, dataset, size)[:, None]  # squashed to squares
+    for i, mask in enumerate(masks):
+        with contextlib.suppress(OSError):  # an image that does not decode is left out later
+            masks[i] = data.fit(tvf.resize(mask, list(dataset.read(i)[0].shape[1:])), size, "nearest-exact")
+    return masks[:, 0] > 128
 
 
 def with_object(dataset, masks):
-    """Places of the labelled images with an object in their mask."""
-    return ((sets.labels_of(dataset) >= 0) & masks.flatten(1).any(1).cpu()).nonzero()[:, 0]
+    """Indices of the labelled images with an object in their mask. Fewer than two: exit code 2."""
+    rows = ((sets.labels_of(dataset) >= 0) & masks.flatten(1).any(1).cpu()).nonzero()[:, 0]
+    if len(rows) < 2:
+        common.fail(f"2 test images with labels and objects are needed; {dataset.name} has {len(rows)}")
+    return rows
 
 
 def partners(n, seed):
-    """A random image for each of n, int64 [n]: a permutation in which none keeps its place."""
+    """A random other image for each of n, int64 [n]: a permutation without fixed points."""
     order = torch.randperm(n, generator=data.generator(seed, "swap"))
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
-def localisation(backbone, head, dataset, masks, preprocess, device, batch_size=64, workers=0, seed=0):
+def localisation(model, dataset, masks, device, batch_size=64, workers=0, seed=0):
     """How much of the gradients for the true labels lies on the objects, where masks [N, H, W] are True. Per cent:
 
     energy: the share of their squares, summed over channels, that lies inside the object, mean over the images.
     pointing: the images whose map (`saliency.class_gradients`) has its maximum inside (Zhang et al. 2016).
     area: the share of pixels that are inside, mean over the images: the energy of a uniform map.
-    energy_other, pointing_other: with the object of another image: the score of a bias to places.
-    Returns these and the number of "images"; images without a label or an object are left out.
+    energy_other, pointing_other: with another image's object, which a preference for places in the image scores, too.
     """
-    rows, net, found = with_object(dataset, masks), nn.Sequential(backbone, head), []
-    if len(rows) < 2:
-        common.fail(f"localisation needs 2 test images with labels and objects; {dataset.name} has {len(rows)}")
+    rows, found = with_object(dataset, masks), []
     pairs = rows.split(batch_size), rows[partners(len(rows), seed)].split(batch_size)
-    plain = data.batches(dataset, preprocess, batch_size, device, workers, rows)
-    for (x, y), *places in zip(plain, *pairs, strict=True):
-        m = masks[torch.cat(places).to(masks.device)].byte()
-        m = data.fit(m, preprocess["size"], "nearest-exact").to(device).flatten(1).view(2, len(x), -1) > 0  # own, other
+    plain = data.batches(dataset, model.preprocess, batch_size, device, workers, rows)
+    for (x, y), *both in zip(plain, *pairs, strict=True):
+        m = data.fit(masks[torch.cat(both).to(masks.device)].byte(), x.shape[-1], "nearest-exact").to(device)
+        m = m.reshape(2, len(x), -1) > 0  # [2, b, S * S]: of the image's own object and of the other image's
         keep = ((y >= 0).to(device) & m[0].any(1)).nonzero()[:, 0]  # an image that does not decode has no label
-        m, g = (
-            m[:, keep],
-            saliency.pixel_gradients(net, x[keep], y[keep.cpu()]).flatten(2),
-        )  # [2, b, S * S], [b, 3, S * S]
+        m, g = m[:, keep], saliency.pixel_gradients(model.net, x[keep], y[keep.cpu()]).flatten(2)  # g: [b, 3, S * S]
         g = g / g.abs().amax((1, 2), keepdim=True).clamp(min=1e-30)  # squares of small numbers would vanish
         energy, top = g.square().sum(1), g.abs().amax(1).argmax(1)
         share = (energy * m).sum(2) / energy.sum(1).clamp(min=1e-30)  # [2, b]
         hit = m[:, torch.arange(len(keep), device=device), top]  # [2, b]
         found.append(torch.cat([share, hit, m[:1].float().mean(2)]).cpu().double())
-    means = (100 * torch.cat(found, 1).mean(1)).tolist()
-    names = ("energy", "energy_other", "pointing", "pointing_other", "area")
-    return dict(zip(names, means, strict=True)) | {"images": sum(f.shape[1] for f in found)}
+    found, names = torch.cat(found, 1), ("energy", "energy_other", "pointing", "pointing_other", "area")
+    return dict(zip(names, (100 * found.mean(1)).tolist(), strict=True)) | {"images": found.shape[1]}
 
 
-def fill(images, masks):
-    """Images [B, C, H, W] in which what masks [B, H, W] cover (True) is made up from the pixels around it.
+# ============ swap ============
 
-    A normalised convolution, the mean of x (1 - m) over the mean of 1 - m, as wide as each hole needs: an image of half
-    the size is filled first, and gives the start for some steps of diffusion, in which a slope keeps its slope. Other
-    pixels stay as they are; an image that is covered whole becomes 0.5.
+
+def inpaint(images, masks):
+    """Images [B, C, H, W] with what masks [B, H, W] cover (True) filled in from the pixels around it.
+
+    The image at half the size, of the means of known pixels, is inpainted first. Enlarged it is the start of some steps
+    of diffusion, in which a slope keeps its slope. An image that is covered whole becomes 0.5.
     """
     hole, known = masks[:, None], (~masks[:, None]).to(images.dtype)
     guess = torch.full_like(images, 0.5)
     if max(images.shape[2:]) > 1:
         weight = F.avg_pool2d(known, 2, ceil_mode=True)
         half = F.avg_pool2d(images * known, 2, ceil_mode=True) / weight.clamp(min=1e-6)
-        guess = F.interpolate(fill(half, weight[:, 0] == 0), scale_factor=2, mode="bilinear")
+        guess = F.interpolate(inpaint(half, weight[:, 0] == 0), scale_factor=2, mode="bilinear")
         guess = guess[:, :, : images.shape[2], : images.shape[3]]
     x = torch.where(hole, guess, images)
     for _ in range(10):
@@ -217,176 +198,114 @@ def fill(images, masks):
 
 
 def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250, workers=0):
-    """Yields ({version: uint8 [b, 3, S, S]}, labels [b]) of the images at `rows`: the "original"; "swapped", the object
-    on the ground of its partner, whose own object is filled in; "removed", its own ground without it; "grey", the
-    object on mid-grey. All are made at the size of the data (of a folder: at the network's) and then cut as any image
-    is."""
-    size = preprocess["size"]
-    side = dataset.images.shape[-1] if isinstance(dataset, sets.Images) else size
+    """Yields ({version: images as the network gets them [b, 3, S, S]}, labels [b]) of the images at `rows`: "original";
+    "swapped", the object on the background of its partner, whose own object is inpainted; "removed", the background
+    alone; "grey", the object on mid-gray. They are made at the size of the masks, in 8 bits, and then cut."""
+    side, view = masks.shape[-1], (preprocess["size"], preprocess["interpolation"])
     pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
-    # Edges are soft, so an object colours pixels outside its mask: what is filled in is wider by a margin.
-    masks, margin = data.fit(masks.byte(), side, "nearest-exact"), max(1, side // 16)
+    margin = max(1, side // 16)  # edges are soft, so an object colors pixels outside its mask
     pairs = rows, partners(len(dataset), seed)[rows]
     streams = [data.batches(dataset, pixels, batch_size, device, workers, part) for part in pairs]
-    for (x, y), (other, _), *places in zip(*streams, *(part.split(batch_size) for part in pairs), strict=True):
-        m = masks[torch.cat(places).to(masks.device)].to(device)
+    for (x, y), (other, _), *both in zip(*streams, *(part.split(batch_size) for part in pairs), strict=True):
+        m = masks[torch.cat(both).to(masks.device)].to(device)
         wide = F.max_pool2d(m[:, None].float(), 2 * margin + 1, 1, margin)[:, 0] > 0
-        own, ground = fill(torch.cat([x, other]), wide).chunk(2)
-        m = m[: len(x), None] > 0
+        own, ground = inpaint(torch.cat([x, other]), wide).chunk(2)
+        m = m[: len(x), None]
         made = {"original": x, "swapped": x.where(m, ground), "removed": own, "grey": x.where(m, 0.5)}
-        cut = lambda v: data.fit((255 * v).round().byte(), size, preprocess["interpolation"])
-        yield {name: cut(v) for name, v in made.items()}, y
+        cut = lambda v: data.fit((255 * v).round().byte(), *view).float() / 255
+        yield {name: data.normalise(cut(v), preprocess["mean"], preprocess["std"]) for name, v in made.items()}, y
 
 
 @torch.inference_mode()
-def swap(backbone, head, keys, labels, dataset, masks, preprocess, device, k=20, temperature=0.1, seed=0, workers=0,
-         amp=False):  # fmt: skip
-    """Top-1 in per cent of weighted k-NN and of `head` on the `composites` of a set, both made with ordinary training
-    images: `keys` [N, d] with `labels`, and a linear layer fitted on them. {version: {"knn", "linear"}}, the number of
-    "images", and "object": of the swapped images, the share in per cent whose feature is nearer (cosine) to the image
-    that the object is from than to the one that the ground is from. Where grounds tell nothing about the class,
-    accuracies stay as they are, and only this figure shows how much of the ground a feature holds."""
-    rows = with_object(dataset, masks)
-    if len(dataset) < 2 or not len(rows):
-        common.fail(
-            f"swap needs 2 test images with labels and objects; {dataset.name} has {len(rows)} of {len(dataset)}"
-        )
-    features, answers = {}, []
+def swap(model, dataset, masks, device, seed=0, workers=0, amp=False):
+    """Top-1 in per cent of 20-NN (weighted, T 0.1) and of the head, both made with ordinary training images, on the
+    `composites` of a set: {version: {"knn", "linear"}}; the number of "images"; and "object", the share of the swapped
+    images whose feature is nearer (cosine) to the image of the object than to that of the background. Where backgrounds
+    say nothing about the class, accuracies do not fall, and "object" alone shows how much of them a feature holds."""
+    rows, (backbone, head), result = with_object(dataset, masks), model.net, {}
+    stream = composites(dataset, masks, model.preprocess, device, rows, seed, workers=workers)
     with evaluate.in_eval(backbone), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-        for made, y in composites(dataset, masks, preprocess, device, rows, seed, workers=workers):
-            answers.append(y)
-            for name, v in made.items():
-                x = data.normalise(v.float() / 255, preprocess["mean"], preprocess["std"])
-                features.setdefault(name, []).append(backbone(x).float())
-    result = {}
-    for name, parts in features.items():
-        x, y = evaluate.with_labels(torch.cat(parts), torch.cat(answers))
-        (votes,) = evaluate.knn(keys, labels, x, y, (k,), temperature).values()
-        result[name] = {"knn": votes[0], "linear": evaluate.accuracy(head(x), y)[0].item()}
+        batches = [({name: backbone(x).float() for name, x in made.items()}, y) for made, y in stream]
+    features = {name: torch.cat([z[name] for z, _ in batches]) for name in batches[0][0]}
+    for name, z in features.items():
+        z, y = evaluate.with_labels(z, torch.cat([y for _, y in batches]))
+        (votes,) = evaluate.knn(*evaluate.with_labels(*model.train), z, y, (20,)).values()
+        result[name] = {"knn": votes[0], "linear": evaluate.accuracy(head(z), y)[0].item()}
     place = torch.full((len(dataset),), -1).scatter_(0, rows, torch.arange(len(rows)))
     partner = place[partners(len(dataset), seed)[rows]]
     kept = (partner >= 0).nonzero()[:, 0]  # whose partner is among the images, too
-    plain, swapped = (F.normalize(torch.cat(features[v]), dim=1) for v in ("original", "swapped"))
-    object_, ground = ((swapped[kept] * plain[other]).sum(1) for other in (kept, partner[kept]))
-    return result | {"images": len(y), "object": 100 * (object_ > ground).float().mean().item()}
+    plain, swapped = (F.normalize(features[v], dim=1) for v in ("original", "swapped"))
+    near_object, near_ground = ((swapped[kept] * plain[other]).sum(1) for other in (kept, partner[kept]))
+    return result | {"images": len(y), "object": 100 * (near_object > near_ground).float().mean().item()}
 
 
 @torch.inference_mode()
-def swap_picture(net, dataset, masks, preprocess, device, rows, seed=0):
-    """Rows of pictures: the composites of the images at `rows`, with what `net` takes each for."""
-    made, y = next(composites(dataset, masks, preprocess, device, rows, seed, len(rows)))
+def swap_picture(model, dataset, masks, device, rows, seed=0):
+    """Rows of pictures: the composites of the images at `rows`, with what `model` predicts for each."""
+    made, y = next(composites(dataset, masks, model.preprocess, device, rows, seed, len(rows)))
     table = []
-    with evaluate.in_eval(net):
-        for name, v in made.items():
-            best = net(data.normalise(v.float() / 255, preprocess["mean"], preprocess["std"])).argmax(1).tolist()
-            marks = [a == b for a, b in zip(best, y.tolist(), strict=True)]
-            table.append((name, v.float() / 127.5 - 1, [title(dataset, label) for label in best], marks))
+    with evaluate.in_eval(model.net):
+        for name, x in made.items():
+            answers = predictions(model.net(x), dataset, y.tolist())
+            table.append((name, 2 * data.pixels(x, model.preprocess) - 1, *answers))
     return pictures.draw_rows(table)
 
 
 # ============ the command ============
 
 
-def open_models(s, args, beside, head, pairs):
-    """The Model of the checkpoint and those of `beside`, which are opened backbones, each with a head of its own."""
-    names = pictures.names_of([s.path or args.checkpoint, *args.beside])
-    models = [Model(names[0], head and nn.Sequential(s.backbone, head), s.preprocess, pairs[0][0], pairs[1][0])]
-    for name, (net, its, _, file) in zip(names[1:], beside, strict=True):
-        net.to(s.device, memory_format=torch.channels_last)
-        both = [
-            evaluate.cached(net, file, images, split, its, s.device, s.workers, s.amp)
-            for split, images in s.sets.items()
-        ]
-        net = head and nn.Sequential(net, fit_head(*both, args.seed)[0])
-        models.append(Model(name, net, its, both[0][0], both[1][0]))
-    return models
-
-
-def parse_args():
+def main():
     p = evaluate.flags(__doc__)
     p.add_argument("--probe", nargs="+", choices=PROBES, default=["neighbours", "gradients"], help="what to look at")
     p.add_argument("--beside", nargs="+", default=[], help="other checkpoints that neighbours and gradients show, too")
-    p.add_argument("--queries", type=int, nargs="+", help="places of test images to show (default: 8, of all classes)")
-    p.add_argument("--top", type=int, default=3, help="nearest neighbours to show")
     p.add_argument("--masks", help="folder with the masks of the TEST images, named like them (default: the set's own)")
-    p.add_argument("--temperature", type=float, default=0.1, help="T of swap's weighted k-NN vote")
     p.add_argument("--out", help="folder for pictures (default: the checkpoint's; for random:ARCH the current one)")
     args = p.parse_args()
-    evaluate.within(1, math.inf, args, "top")
-    evaluate.within(1e-4, 1e4, args, "temperature")
-    return args
+    s, asked, results = evaluate.Subject(args), set(args.probe), {}
+    test, size, device = s.sets["test"], s.preprocess["size"], s.device
+    folder = s.folder(args.out, "the pictures") if asked != {"localisation"} else None
+    if asked != {"neighbours"}:  # which are shown without labels, too
+        s.need_labels(" ".join(args.probe))
+    masks = object_masks(test, size, args.masks) if asked & {"localisation", "swap"} else None
+    rows = choose_queries(sets.labels_of(test), 8, args.seed)
+    subjects = [s]
+    for target in args.beside:
+        other, px = copy.copy(s), args.size or (size if target.startswith("random:") else 0)
+        other.backbone, other.preprocess, _, other.path = checkpoints.open_backbone(target, args.arch, px, args.seed)
+        other.backbone.to(device, memory_format=torch.channels_last)
+        subjects.append(other)
+    names = pictures.names_of([s.path or args.checkpoint, *args.beside])
+    models = [Model(name, subject, args.seed) for name, subject in zip(names, subjects, strict=True)]
+    model = models[0]
 
-
-def main():
-    args = parse_args()
-    s, asked, results, beside, masks = evaluate.Subject(args), set(args.probe), {}, [], None
-    test, size = s.sets["test"], s.preprocess["size"]
-    folder = s.folder(args.out, " and ".join(sorted(asked)) + " make") if asked != {"localisation"} else None
-    if numbers := [probe for probe in PROBES[1:] if probe in asked]:
-        s.need_labels(" ".join(numbers))
-    labels = sets.labels_of(test)
-    labels = labels if (labels >= 0).any() else torch.zeros_like(labels)  # neighbours are shown without, too
-    for i in args.queries or []:
-        if not 0 <= i < len(test) or labels[i] < 0:
-            common.fail(f"--queries {i}: the test images of {test.name} with a label are among 0 to {len(test) - 1}")
-    rows = torch.tensor(args.queries) if args.queries else choose(labels, 8, args.seed)
-    if asked - PICTURES:
-        masks = object_masks(test, size, args.masks)
-    if "swap" in asked and len(test) < 2:
-        common.fail(f"swap needs another image's background: {test.name} has {len(test)} test image")
-    for target in args.beside if asked & PICTURES else ():
-        px = args.size or (size if target.startswith("random:") else 0)
-        beside.append(checkpoints.open_backbone(target, args.arch, px, args.seed))
-
-    pairs = s.features()
-    head, chosen = fit_head(*pairs, args.seed)
-    how = f"linear classifier on frozen features (that of the linear probe{chosen})"
-    if asked & PICTURES:
-        models = open_models(s, args, beside, head, pairs)
     if "neighbours" in asked:
-        runs.write_picture(
-            folder / "neighbours.png", neighbours(models, s.sets["train"], test, rows, s.device, args.top)
-        )
-        print(f"{folder / 'neighbours.png'}: test images, {args.top} nearest training images by cosine")
-        print(
-            "         class gradients; green frame: the image's class, red: another"
-            + "; no labels: left out" * (not head)
-        )
+        runs.write_picture(folder / "neighbours.png", neighbours(models, s.sets["train"], test, rows, device))
+        print(f"{folder / 'neighbours.png'}: test images, class gradients, 3 nearest training images by cosine")
+        print("         green frame: the image's class, red: another" + "; no labels: left out" * (not model.net))
     if "gradients" in asked:
-        runs.write_picture(folder / "gradients.png", gradients(models, test, rows, s.device))
-        print(f"{folder / 'gradients.png'}: |d score / d pixel| for the TRUE label, through a {how}")
-        print("         below: the class that it names; green: right, red: wrong")
+        runs.write_picture(folder / "gradients.png", gradients(models, test, rows, device))
+        print(f"{folder / 'gradients.png'}: |d score / d pixel| for the TRUE label; {model.protocol}")
+        print("         below: the class that it predicts; green: right, red: wrong")
     if "localisation" in asked:
-        r = localisation(s.backbone, head, test, masks, s.preprocess, s.device, workers=s.workers, seed=args.seed)
-        results["localisation"] = r
-        energy, other, area = r["energy"], r["energy_other"], r["area"]
-        print(f"localisation   energy {energy:.2f}  pointing {r['pointing']:.2f}   (a uniform map: {area:.2f})")
-        print(f"  other image  energy {other:.2f}  pointing {r['pointing_other']:.2f}   (a bias to places scores this)")
-        print(f"         gradient of the TRUE label's score, {r['images']} un-augmented test images at {size} px")
-        print("         energy: per cent of its squares inside the object; pointing: of images with its maximum inside")
-        print("         other image: the same with the object of another image")
-        print(f"         {how}")
+        r = results["localisation"] = localisation(model, test, masks, device, workers=s.workers, seed=args.seed)
+        print(f"localisation   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (uniform map: {r['area']:.2f})")
+        print(f"  other image  energy {r['energy_other']:.2f}  pointing {r['pointing_other']:.2f}   (with its object)")
+        print("         energy: per cent of the squared gradient of the TRUE label's score that lies inside the object")
+        print("         pointing: per cent of the images with the gradient's maximum inside the object")
+        print(f"         {r['images']} un-augmented test images at {size} px; {model.protocol}")
     if "swap" in asked:
-        how_knn = 20, args.temperature, args.seed, s.workers, s.amp
-        labelled = evaluate.with_labels(*pairs[0])
-        r = swap(s.backbone, head, *labelled, test, masks, s.preprocess, s.device, *how_knn)
-        results["swap"] = r
+        r = results["swap"] = swap(model, test, masks, device, args.seed, s.workers, s.amp)
         versions = [v for v in r if isinstance(r[v], dict)]
         print("swap     " + "".join(f"{v:>10}" for v in versions))
         for name in ("knn", "linear"):
             print(f"{name:<9}" + "".join(f"{r[v][name]:10.2f}" for v in versions))
         print(
-            f"         top-1 of {r['images']} test images: as they are; the object on another's ground, whose object is"
+            f"         top-1 of {r['images']} test images: as they are, swapped to the background of another, removed"
         )
-        print("         filled in; the ground alone, the object filled in; the object on mid-grey")
-        print(f"         20-NN, cosine, weight exp(s / {args.temperature:g}); {how}")
-        print("         both made with ordinary training images")
-        print(
-            f"object   {r['object']:.2f} % of the swapped images are nearer to the object's image than to the ground's"
-        )
-        picture = swap_picture(nn.Sequential(s.backbone, head), test, masks, s.preprocess, s.device, rows, args.seed)
-        runs.write_picture(folder / "swap.png", picture)
-        print(f"{folder / 'swap.png'}: some of them, with what the linear classifier takes them for")
+        print(f"         from their own, on mid-gray; 20-NN, cosine, weight exp(s / 0.1); {model.protocol}")
+        print(f"object   {r['object']:.2f} % of the swapped images are nearer to the object's image than to the other")
+        runs.write_picture(folder / "swap.png", swap_picture(model, test, masks, device, rows, args.seed))
+        print(f"{folder / 'swap.png'}: some of them, with the predicted class below")
     s.write(results)
 
 

@@ -8,9 +8,8 @@
 
 The semi-supervised protocol of SwAV (eval_semisup.py) and SaGe (configs/benchmarks/semi_classification): SGD with
 momentum 0.9, 20 epochs, rates x 0.2 at 60 % and 80 %, batch 256, random crops and flips, one rate for the trunk and one
-for the head. Their rates are for ImageNet, and SaGe does not say which of its grid won. What fits the head depends on
-the scale of the features, which differs by method, and few images need other rates: hence a small grid of our own
-(measured: results/README.md).
+for the head. The default rates are a small grid of our own: what fits the head depends on the scale of the features,
+which differs by method, and few images need other rates than ImageNet (measured: results/README.md).
 """
 
 import copy
@@ -38,17 +37,22 @@ PROTOCOLS = {  # {per cent of the labels: (pairs of rates for trunk and head, we
 }
 
 
+def published(protocol, percent):
+    """(pairs of rates, weight decay) of a protocol for about `percent` per cent of the labels."""
+    for share, rates in PROTOCOLS[protocol].items():
+        if 0.8 < percent / share < 1.25:
+            return rates
+    common.fail(f"--protocol {protocol} has rates for 1 and 10 % of the labels, not for {percent:.3g} %")
+
+
 def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs, batch_size, weight_decay=0.0,
                  workers=0, amp=False, seed=0):  # fmt: skip
-    """A copy of `backbone` and a linear head on top, trained together: (nn.Sequential, mean loss of the last epoch).
-
-    BatchNorm is in train mode, the head starts at zero. The loss is NaN or infinite, and training stops, if it
-    diverges.
-    """
+    """A copy of `backbone` with a linear head, which starts at zero, trained together with BatchNorm in train mode:
+    (nn.Sequential, mean loss of the last epoch). A loss that is not finite ends the training."""
     y = sets.labels_of(train).to(device)
     net = nn.Sequential(copy.deepcopy(backbone), nn.Linear(backbone.dim, evaluate.classes_of(train))).to(device).train()
-    for p in net[1].parameters():
-        nn.init.zeros_(p)
+    nn.init.zeros_(net[1].weight)
+    nn.init.zeros_(net[1].bias)
     groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip(net, (trunk_lr, head_lr), strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
     drops = [math.ceil(0.6 * epochs), math.ceil(0.8 * epochs)]
@@ -66,67 +70,57 @@ def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs,
             optimizer.step()
             total += loss.detach()
         schedule.step()
-        mean = float(total) / loader.steps
-        if not math.isfinite(mean):
+        if not math.isfinite(mean := float(total) / loader.steps):
             break
     return net, mean
 
 
 def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_size=256, weight_decay=0.0, workers=0,
              amp=False, seed=0):  # fmt: skip
-    """Fine-tune `backbone`, which stays as it is, on `train`, all of it labelled, and classify `test`.
-
-    Of several `pairs` of learning rates (trunk, head) the best is chosen on a held-out tenth of `train`, then fitted on
-    all. Returns (nn.Sequential of trunk and head in eval mode, {"top1", "top5", "images", "trunk_lr", "head_lr",
-    "weight_decay", "epochs", "batch_size", "updates", "grid"}). Ends the program where training diverges.
-    """
+    """Fine-tune a copy of `backbone` on `train`, all of it labelled, and classify `test`. Of several `pairs` of rates
+    (trunk, head) the best is chosen on a held-out tenth of `train`, then all of it is used. Returns (nn.Sequential of
+    trunk and head in eval mode, its accuracies and settings). Ends the program where training diverges."""
 
     def accuracy(net, images):
         logits = evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
         return evaluate.accuracy_of(nn.Identity(), *evaluate.with_labels(*logits))
 
     # Of few images smaller batches, so that an epoch still has updates; BatchNorm needs some images in each.
-    batch_size = min(batch_size, max(32, len(train) // 16))
+    batch_size = min(batch_size, max(32, len(train) // 16), len(train))
     settings, grid = (epochs, batch_size, weight_decay, workers, amp, seed), {}
     if len(pairs) > 1:
         rows, val = (sets.pick(train, part) for part in evaluate.held_out(len(train), seed))
         for pair in pairs:
             net, loss = fit_finetune(backbone, rows, preprocess, device, *pair, *settings)
-            top1, _ = accuracy(net, val)
-            grid[pair] = round(top1.item(), 2) if math.isfinite(loss) else -1.0
-    pair = max(pairs, key=lambda pair: grid.get(pair, 0.0))  # the first of the best
+            grid[pair] = round(accuracy(net, val)[0].item(), 2) if math.isfinite(loss) else -1.0
+    trunk_lr, head_lr = pair = max(pairs, key=lambda pair: grid.get(pair, 0.0))  # the first of the best
     net, loss = fit_finetune(backbone, train, preprocess, device, *pair, *settings)
     if not math.isfinite(loss):
-        common.fail(f"fine-tuning diverged at --trunk-lr {pair[0]:g} --head-lr {pair[1]:g}: try lower ones")
+        common.fail(f"fine-tuning diverged at --trunk-lr {trunk_lr:g} --head-lr {head_lr:g}: try lower ones")
     top1, top5 = accuracy(net, test)
-    updates = epochs * (len(train) // min(batch_size, len(train)))
-    result = {"top1": top1.item(), "top5": top5.item(), "images": len(train), "trunk_lr": pair[0], "head_lr": pair[1]}
+    updates = epochs * (len(train) // batch_size)
+    result = {"top1": top1.item(), "top5": top5.item(), "images": len(train), "trunk_lr": trunk_lr, "head_lr": head_lr}
     result |= {"weight_decay": weight_decay, "epochs": epochs, "batch_size": batch_size, "updates": updates}
     return net.eval(), result | {"grid": {f"trunk {a:g} head {b:g}": score for (a, b), score in grid.items()}}
 
 
 def save_classifier(file, net, subject, arch):
     """Write trunk and head of `net`, which `finetune` returns, as `analysis.reconstruct.open_classifier` reads them."""
-    adapted = isinstance(net[0], checkpoints.InputAdapter)  # what it adapts is in `preprocess`
-    weights = [{k: v.cpu() for k, v in part.state_dict().items()} for part in (net[0].f if adapted else net[0], net[1])]
-    # The stem was chosen by the size of the pretraining, which --size may since have changed.
-    built_for = subject.about.get("built_for", subject.about.get("preprocess", subject.preprocess)["size"])
-    train = subject.sets["train"]
-    runs.write(file, {
-        "kind": "classifier", "arch": subject.about.get("arch") or arch, "state_dict": weights[0], "head": weights[1],
-        "preprocess": subject.preprocess, "built_for": built_for, "classes": list(train.classes or []),
-        "data": train.name,
-    })  # fmt: skip
+    trunk = net[0].f if isinstance(net[0], checkpoints.InputAdapter) else net[0]  # what it adapts is in `preprocess`
+    about, train = {"arch": arch, "preprocess": subject.preprocess} | subject.about, subject.sets["train"]
+    built_for = about.get("built_for", about["preprocess"]["size"])  # it chose the stem; --size may differ
+    weights, head = ({k: v.cpu() for k, v in part.state_dict().items()} for part in (trunk, net[1]))
+    found = {"kind": "classifier", "arch": about["arch"], "state_dict": weights, "head": head, "built_for": built_for}
+    found |= {"preprocess": subject.preprocess, "classes": list(train.classes or []), "data": train.name}
+    runs.write(file, found)
 
 
-def parse_args():
+def main():
     p = evaluate.flags(__doc__)
     evaluate.label_flags(p, "1 10")
     p.add_argument("--trunk-lr", type=float, nargs="+", help=f"(default: {TRUNK_LRS}, random:ARCH {SCRATCH_LRS[0]})")
     p.add_argument("--head-lr", type=float, nargs="+", help=f"(default: {HEAD_LRS}, random:ARCH {SCRATCH_LRS[1]})")
-    p.add_argument(
-        "--protocol", choices=PROTOCOLS, help="rates and decay as published for 1 and 10 %% of ImageNet's labels"
-    )
+    p.add_argument("--protocol", choices=PROTOCOLS, help="rates and decay published for 1 and 10 %% of ImageNet")
     p.add_argument("--epochs", type=int, default=20, help="passes over the labelled images")
     p.add_argument("--batch-size", type=int, default=256, help="at most; smaller where there are few images")
     p.add_argument("--weight-decay", type=float, default=0.0, help="on all weights")
@@ -137,42 +131,31 @@ def parse_args():
     evaluate.within(0, 1e6, args, "trunk_lr", "head_lr", "weight_decay")
     if args.protocol and (args.trunk_lr or args.head_lr or args.weight_decay):
         common.fail(f"--protocol {args.protocol} has its own --trunk-lr, --head-lr and --weight-decay")
-    if args.protocol and not set(args.labels or ()) <= set(PROTOCOLS[args.protocol]):
-        common.fail(f"--protocol {args.protocol} has rates for 1 and 10 % of the labels only")
-    if args.save and not Path(args.save).absolute().parent.is_dir():
-        common.fail(f"--save {args.save}: there is no folder {Path(args.save).absolute().parent}")
-    return args
-
-
-def main():
-    args = parse_args()
+    if args.save and not Path(args.save).parent.is_dir():
+        common.fail(f"--save {args.save}: there is no folder {Path(args.save).parent}")
     s, results, scratch = evaluate.Subject(args), {}, args.checkpoint.startswith("random:")
-    train = s.sets["train"]
-    trunk, head = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
-    pairs, decay = [(a, b) for a in args.trunk_lr or trunk for b in args.head_lr or head], args.weight_decay
-    how = (
-        "given"
-        if args.trunk_lr or args.head_lr
-        else "a small grid of our own, for small data (published ones: --protocol)"
-    )
-    how = f"{args.protocol}'s, published for ImageNet" if args.protocol else how
-    for name, rows in s.label_shares(args, "fine-tuning", (1, 10)).items():
-        if args.protocol:
-            share = 100 * len(rows) / len(train) if args.label_list else float(name)
-            near = [found for p, found in PROTOCOLS[args.protocol].items() if 0.8 < share / p < 1.25]
-            has = f"rates for 1 and 10 % of the labels; {args.label_list} has {share:.3g} %"
-            pairs, decay = near[0] if near else common.fail(f"--protocol {args.protocol} has {has}")
+    shares, train, how = s.label_shares(args, "fine-tuning", (1, 10)), s.sets["train"], "given"
+    if args.protocol:
+        how = f"{args.protocol}'s, published for ImageNet"
+        percent = lambda name, rows: 100 * len(rows) / len(train) if args.label_list else float(name)
+        rates = {name: published(args.protocol, percent(name, rows)) for name, rows in shares.items()}
+    else:
+        trunk_lrs, head_lrs = SCRATCH_LRS if scratch else (TRUNK_LRS, HEAD_LRS)
+        pairs = [(a, b) for a in args.trunk_lr or trunk_lrs for b in args.head_lr or head_lrs]
+        rates = dict.fromkeys(shares, (pairs, args.weight_decay))
+        if not (args.trunk_lr or args.head_lr):
+            how = "a small grid of our own, for small data (published ones: --protocol)"
+    for name, rows in shares.items():
+        pairs, decay = rates[name]
         settings = pairs, args.epochs, args.batch_size, decay, s.workers, s.amp, args.seed
         net, r = finetune(s.backbone, sets.pick(train, rows), s.sets["test"], s.preprocess, s.device, *settings)
         results[name] = r
-        rates = f"(trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g})"
-        print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   {rates}")
+        chosen = f"trunk lr {r['trunk_lr']:g}, head lr {r['head_lr']:g}"
+        print(f"finetune {name}{'' if args.label_list else ' %'}   {evaluate.tops(r)}   ({chosen})")
         start = "from random weights" if scratch else "all weights fine-tuned"
         updates = f"{r['epochs']} epochs = {r['updates']} updates of {r['batch_size']}"
         print(f"         {start}, {r['images']} labelled images, {updates}, random crops and flips")
-        print(
-            f"         SGD 0.9, wd {r['weight_decay']:g}, rates x 0.2 at 60 % and 80 %, {how}; un-augmented test images"
-        )
+        print(f"         SGD 0.9, wd {decay:g}, rates x 0.2 at 60 % and 80 %; un-augmented test images; rates: {how}")
         if r["grid"]:
             grid = ", ".join(f"{k}: {v if v >= 0 else 'diverged'}" for k, v in r["grid"].items())
             print(f"         rates chosen on a tenth of these images, then all of them; held-out top-1: {grid}")

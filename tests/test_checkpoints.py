@@ -128,7 +128,6 @@ def test_plain_torchvision_state_dict(tmp_path, monkeypatch, capsys, refused):
     for broken in ({5: torch.ones(3)}, {"fc.bias": 5}, {**weights, "bn1.bias": weights["bn1.bias"] / 0}):
         torch.save(broken, file)
         assert "resnet18.pth" in refused("evaluate", file, "--arch", "resnet18", "--data", folder)
-        assert "resnet18.pth" in refused(lambda: reconstruct.open_classifier(str(file), "resnet18"))
 
 
 BROKEN = {  # what is changed in a backbone.pt, and what the sentence names

@@ -22,7 +22,8 @@ def by_hand(net, name, most, train, test):
     features = []
     for s in (train, test):
         with torch.no_grad():
-            features.append(checkpoints.shrink(net.taps(data.normalise(s.images / 255, data.HALF, data.HALF))[name], most))
+            taps = net.taps(data.normalise(s.images / 255, data.HALF, data.HALF))
+            features.append(checkpoints.shrink(taps[name], most))
     (x, tx), y, ty = (f.flatten(1) for f in features), train.labels, test.labels
     return evaluate.linear_sgd(x, y, tx, ty, decays=(0.0,))
 
@@ -30,9 +31,8 @@ def by_hand(net, name, most, train, test):
 @pytest.mark.parametrize("useful", ["block1", "pre_logits"])
 def test_the_layer_that_tells_the_class_is_found(useful):
     train, test, net, seen = colours(size=12), colours(60, seed=1, size=12), Maps(useful), SEEN
-    depths = depth.Depths(net, [], 12, most=100)
-    assert list(depths.shapes) == ["root", "block1", "pre_logits"] and depths.shapes["pre_logits"] == (4,)
-    results = depth.depth(depths, train, test, seen, CPU)
+    results = depth.depth(net, train, test, seen, CPU, most=100)
+    assert list(results) == ["root", "block1", "pre_logits"] and results["pre_logits"]["shape"] == [4]
     assert max(results, key=lambda name: results[name]["top1"]) == useful and results[useful]["top1"] > 95
     for name, r in results.items():
         alone = by_hand(net, name, 100, train, test)
@@ -40,27 +40,21 @@ def test_the_layer_that_tells_the_class_is_found(useful):
         assert r["grid"] == pytest.approx(alone["grid"]) and r["top1"] == pytest.approx(alone["top1"])
 
 
-def test_only_layers_that_exist_and_were_asked_for(refused):
-    depths = depth.Depths(Maps(), ["pre_logits", "root"], 12)
-    assert list(depths.shapes) == ["root", "pre_logits"]  # in order of depth
-    assert depths(torch.rand(2, 3, 12, 12)).shape == (2, 5 * 144 + 4)
-    err = refused(lambda: depth.Depths(Maps(), ["blok1"], 12))
-    assert "'block1'" in err and "root, block1, pre_logits" in err
+def test_a_backbone_without_layers_by_name_is_refused(refused):
     plain = nn.Linear(2, 2)
     plain.dim = 2
-    assert "taps" in refused(lambda: depth.Depths(plain, [], 12))
+    assert "taps" in refused(lambda: depth.depth(plain, colours(size=12), colours(60, size=12), SEEN, CPU))
 
 
 # ============ the command ============
 
 
-def test_command_keeps_the_layers_of_other_calls(patches_run, monkeypatch, capsys):
-    for layer in ("pre_logits", "block1"):
-        command(monkeypatch, "analysis.depth", patches_run, "--layers", layer, "--most-features", 60)
+def test_command_probes_every_layer(patches_run, monkeypatch, capsys):
+    command(monkeypatch, "analysis.depth", patches_run, "--most-features", 60)
     out = capsys.readouterr().out
     assert "block1" in out and "best" in out
     found = json.loads((patches_run / "evaluate.json").read_text()).popitem()[1]["depth"]
-    assert set(found) == {"pre_logits", "block1"} and found["block1"]["features"] <= 60  # of two calls
+    assert {"root", "block1", "pre_logits"} <= set(found) and found["block1"]["features"] <= 60
     assert found["pre_logits"]["shape"] == [128] and 0 <= found["block1"]["top1"] <= 100
 
 
@@ -70,13 +64,6 @@ def test_command_on_a_random_network(tmp_path, monkeypatch, capsys):
     assert "pre_logits" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--layers", "block9"], "network has root, block1"),
-        (["--most-features", "0"], "at least 1"),
-    ],
-)
-def test_bad_input_is_one_sentence(patches_run, monkeypatch, refused, args, words):
+def test_bad_input_is_one_sentence(patches_run, monkeypatch, refused):
     monkeypatch.setattr(evaluate, "extract", lambda *_, **__: pytest.fail("nothing may be extracted before"))
-    assert words in refused("analysis.depth", patches_run, *args)
+    assert "at least 1" in refused("analysis.depth", patches_run, "--most-features", "0")

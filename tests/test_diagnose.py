@@ -1,6 +1,8 @@
 """What a network looks at: neighbours, gradients, localisation, swap."""
 
+import functools
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -34,14 +36,18 @@ class Reads(nn.Module):
         return self.what(x)
 
 
-def identity():
+def model(backbone, train=None, test=None, size=16, name=""):
+    """What the probes get of a backbone whose three features are the scores of the three classes."""
     head = nn.Linear(3, 3)
     head.load_state_dict({"weight": torch.eye(3), "bias": torch.zeros(3)})
-    return head
+    preprocess = PLAIN | {"size": size}
+    pairs = [s and evaluate.extract(backbone, s, preprocess, CPU) for s in (train, test)]
+    net = nn.Sequential(backbone, head)
+    return SimpleNamespace(name=name, net=net, preprocess=preprocess, train=pairs[0], test=pairs[1])
 
 
 def two_colours(n=90, seed=0):
-    """Class c has a square object in channel c, at a random place, on a ground in channel c + 1, and the masks say where."""
+    """Class c has a square object in channel c, at a random place, on a ground in channel c + 1; masks say where."""
     g = torch.Generator().manual_seed(seed)
     y, masks = torch.arange(n) % 3, torch.zeros(n, 16, 16, dtype=torch.uint8)
     images = torch.full((n, 3, 16, 16), 20, dtype=torch.uint8)
@@ -94,9 +100,11 @@ def test_a_fitted_head_is_the_linear_probe():
     y, test_y = torch.arange(200) % 4, torch.arange(60) % 4
     x, test_x = (3 * torch.eye(4)[t] + torch.randn(len(t), 4, generator=g) for t in (y, test_y))
     result = evaluate.linear_sgd(x, y, test_x, test_y)
-    head, how = diagnose.fit_head((x, y), (test_x, test_y), 0)
+    subject = SimpleNamespace(preprocess=PLAIN, backbone=nn.Identity(), features=lambda: [(x, y), (test_x, test_y)])
+    fitted = diagnose.Model("", subject, 0)
+    head = fitted.net[1]
     assert evaluate.accuracy(head(test_x), test_y)[0].item() == result["top1"] < 100
-    assert f"lr {result['lr']:g}, wd {result['weight_decay']:g}" in how
+    assert f"lr {result['lr']:g}, wd {result['weight_decay']:g}" in fitted.protocol
     scale, w, b, _ = evaluate.fit_linear(x, y, 4)
     assert torch.allclose(head(test_x), test_x / scale @ w[0].T + b[0, :, 0], atol=1e-5)
 
@@ -107,7 +115,7 @@ def test_a_fitted_head_is_the_linear_probe():
 def test_localisation_of_networks_that_see_only_the_object_the_ground_or_everything():
     test = two_colours()
     masks = test.masks > 0
-    score = lambda what, preprocess=PLAIN, m=masks: diagnose.localisation(Reads(what), identity(), test, m, preprocess, CPU)
+    score = lambda what: diagnose.localisation(model(Reads(what)), test, masks, CPU)
     on_object = lambda x: (x > 0.9).any(1, keepdim=True)  # objects are brighter than grounds
     r = score(lambda x: (x * on_object(x)).mean((2, 3)))
     assert r["energy"] == pytest.approx(100) and r["pointing"] == 100 and r["images"] == 90
@@ -134,11 +142,11 @@ def test_localisation_asks_for_the_true_label_and_skips_images_without_label_or_
     masks = test.masks > 0
     left = torch.zeros(3, 16, 16)
     left[0, 0, 0], left[1, 8, 8], left[2, 8, 8] = 1, 1, 1  # class 0 looks into the corner, the others at the centre
-    net = Reads(lambda x: (x * left).sum((2, 3)))
-    assert diagnose.localisation(net, identity(), test, masks, PLAIN, CPU)["pointing"] == pytest.approx(200 / 3)
+    net = model(Reads(lambda x: (x * left).sum((2, 3))))
+    assert diagnose.localisation(net, test, masks, CPU)["pointing"] == pytest.approx(200 / 3)
     test.labels[0] = -1
     masks[1] = False
-    r = diagnose.localisation(net, identity(), test, masks, PLAIN, CPU, batch_size=3)
+    r = diagnose.localisation(net, test, masks, CPU, batch_size=3)
     assert r["images"] == 4 and r["pointing"] == 75  # of images 2 to 5, only the fourth is of class 0
 
 
@@ -170,19 +178,19 @@ def tvf_resize(image, size):
 # ============ swap ============
 
 
-def test_fill_keeps_constants_and_slopes_and_everything_outside_the_hole():
+def test_inpainting_keeps_constants_and_slopes_and_everything_outside_the_hole():
     y, x = torch.meshgrid(torch.linspace(0, 1, 30), torch.linspace(0, 1, 45), indexing="ij")
     images = torch.stack([torch.stack([x, y, (x + y) / 2]), torch.full((3, 30, 45), 0.3), torch.rand(3, 30, 45)])
     masks = torch.zeros(3, 30, 45, dtype=torch.bool)
     masks[:, 5:22, 12:30] = True
     holed = images.where(~masks[:, None], 7.0)  # what is in the hole must not matter
-    filled = diagnose.fill(holed, masks)
+    filled = diagnose.inpaint(holed, masks)
     assert torch.equal(filled.where(~masks[:, None], 0.0), images.where(~masks[:, None], 0.0))
     assert (filled[0] - images[0]).abs().max() < 0.05  # of a slope of 0.6 across the hole
     assert torch.allclose(filled[1], images[1], atol=1e-5)
     assert filled[2].max() <= 1 and filled[2].std() > 0
-    assert torch.equal(diagnose.fill(images, torch.zeros_like(masks)), images)
-    whole = diagnose.fill(images[:2], torch.ones(2, 30, 45, dtype=torch.bool))
+    assert torch.equal(diagnose.inpaint(images, torch.zeros_like(masks)), images)
+    whole = diagnose.inpaint(images[:2], torch.ones(2, 30, 45, dtype=torch.bool))
     assert torch.allclose(whole, torch.tensor(0.5))
 
 
@@ -200,7 +208,7 @@ def test_composites_show_what_their_names_say():
     test.images[around[:, None].expand(-1, 3, -1, -1) > 0] = 99  # a soft edge, outside the mask
     (made, y), (more, _) = diagnose.composites(test, test.masks > 0, PLAIN, CPU, torch.arange(6), batch_size=3)
     assert y.tolist() == [0, 1, 2]
-    v = {name: torch.cat([made[name], more[name]]) for name in made}
+    v = {name: (255 * torch.cat([made[name], more[name]])).round().byte() for name in made}
     m = test.masks[:, None] > 0
     assert torch.equal(v["original"], test.images)
     for name in ("swapped", "grey"):
@@ -216,8 +224,7 @@ def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
     train, test = two_colours(120, seed=1), two_colours()
     scores = {}
     for reader in (object_reader, ground_reader):
-        keys, y = evaluate.extract(reader, train, PLAIN, CPU)
-        scores[reader] = diagnose.swap(reader, identity(), keys, y, test, test.masks > 0, PLAIN, CPU)
+        scores[reader] = diagnose.swap(model(reader, train), test, test.masks > 0, CPU)
     same = 100 * (test.labels == test.labels[diagnose.partners(90, 0)]).float().mean().item()  # by chance
     assert 20 < same < 45
     r = scores[object_reader]
@@ -236,18 +243,12 @@ def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
 def test_queries_are_of_all_classes_labelled_and_chosen_by_the_seed():
     labels = torch.arange(100) % 5
     labels[::7] = -1
-    some = diagnose.choose(labels, 10, 0)
+    some = diagnose.choose_queries(labels, 10, 0)
     assert sorted(labels[some].tolist()) == labels[some].tolist() == [c for c in range(5) for _ in range(2)]
-    assert len(set(some.tolist())) == 10 and torch.equal(some, diagnose.choose(labels, 10, 0))
-    assert not torch.equal(some, diagnose.choose(labels, 10, 1))
-    assert len(set(labels[diagnose.choose(labels, 3, 0)].tolist())) == 3
-    assert len(diagnose.choose(labels[:8], 20, 0)) == (labels[:8] >= 0).sum()
-
-
-def model(name, reader, train, test, size=16):
-    preprocess = PLAIN | {"size": size}
-    features = [evaluate.extract(reader, s, preprocess, CPU)[0] for s in (train, test)]
-    return diagnose.Model(name, nn.Sequential(reader, identity()), preprocess, *features)
+    assert len(set(some.tolist())) == 10 and torch.equal(some, diagnose.choose_queries(labels, 10, 0))
+    assert not torch.equal(some, diagnose.choose_queries(labels, 10, 1))
+    assert len(set(labels[diagnose.choose_queries(labels, 3, 0)].tolist())) == 3
+    assert len(diagnose.choose_queries(labels[:8], 20, 0)) == (labels[:8] >= 0).sum()
 
 
 def test_neighbours_of_several_models_side_by_side(monkeypatch):
@@ -257,8 +258,10 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
         g = torch.Generator().manual_seed(len(s))
         s.images = s.images // 4 * 3 + torch.randint(40, s.images.shape, dtype=torch.uint8, generator=g)
     some = torch.randn(3, 16 * 16 * 3, generator=torch.Generator().manual_seed(0))
-    models = [model("a", Reads(lambda x: x.flatten(1) @ some.T), train, test), model("b", object_reader, train, test, size=32)]
-    cosines, _ = evaluate.nearest(models[0].keys, models[0].queries[rows], 21)
+    models = [model(Reads(lambda x: x.flatten(1) @ some.T), train, test, name="a")]
+    models.append(model(object_reader, train, test, size=32, name="b"))
+    keys, queries = models[0].train[0], models[0].test[0]
+    cosines, _ = evaluate.nearest(keys, queries[rows], 21)
     assert -cosines.diff().max() > 1e-5  # so the order is no matter of rounding
     with monkeypatch.context() as patch:
         patch.setattr(pictures, "draw_rows", lambda *args, **kwargs: (args, kwargs))
@@ -266,10 +269,11 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
     assert headings == {0: "query", 1: "a", 22: "b"} and frames == {"frames": True}
     size = (3, 32, 32)  # of the larger of them
     for (name, images, captions, marks), row in zip(table, rows.tolist(), strict=True):
-        assert name == test.classes[test.labels[row]] and images.shape == (43, *size) and len(captions) == len(marks) == 43
+        assert name == test.classes[test.labels[row]]
+        assert images.shape == (43, *size) and len(captions) == len(marks) == 43
         large = lambda image: tvf_resize(image / 127.5 - 1, (32, 32))
         assert torch.allclose(images[0], large(test.images[row]), atol=1e-6) and captions[0] == f"# {row}"
-        found = evaluate.nearest(models[0].keys, models[0].queries[[row]], 20)[1][0]
+        found = evaluate.nearest(keys, queries[[row]], 20)[1][0]
         for k, i in enumerate(found.tolist(), 2):
             assert torch.allclose(images[k], large(train.images[i]), atol=1e-6)
             label = train.labels[i].item()
@@ -281,7 +285,7 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
 
 def test_gradients_picture_has_a_row_for_each_model_and_heat_where_it_looks(monkeypatch):
     train, test, rows = two_colours(30, seed=1), two_colours(9), torch.tensor([4, 2])
-    models = [model("sees", object_reader, train, test), model("wrong", ground_reader, train, test)]
+    models = [model(object_reader, train, test, name="sees"), model(ground_reader, train, test, name="wrong")]
     models[1].net[1].weight.data = models[1].net[1].weight.data.roll(1, 0)
     monkeypatch.setattr(pictures, "draw_rows", lambda table: table)
     plain, first, second = diagnose.gradients(models, test, rows, CPU)
@@ -314,8 +318,7 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     run, other = make_run(tmp_path / "run", "shapes"), make_run(tmp_path / "other", "elsewhere")
     fits, fit = [], evaluate.fit_linear
     monkeypatch.setattr(evaluate, "fit_linear", lambda *args, **kwargs: fits.append(args) or fit(*args, **kwargs))
-    flags = ("--limit", 200, "--queries", 3, 1999, 7, "--top", 2)
-    command(monkeypatch, "analysis.diagnose", run, *ALL, "--beside", other, *flags)
+    command(monkeypatch, "analysis.diagnose", run, *ALL, "--beside", other, "--limit", 200)
     out = capsys.readouterr().out
     assert len(fits) == 2  # one for each checkpoint
     words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "green frame", "20-NN")
@@ -323,15 +326,16 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
     r = results["localisation"]
     masks = sets.load("shapes", split="test").masks
-    assert r["images"] == 2000 and 0 < r["energy"] < 100 and r["area"] == pytest.approx(100 * masks.float().mean().item())
+    assert r["images"] == 2000 and 0 < r["energy"] < 100
+    assert r["area"] == pytest.approx(100 * masks.float().mean().item())
     r = results["swap"]
     command(monkeypatch, "evaluate", run, "--probe", "linear", "--limit", 200)
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
     assert set(r) == {"original", "swapped", "removed", "grey", "images", "object"} and r["images"] == 2000
     assert r["original"]["linear"] == pytest.approx(results["linear"]["top1"], abs=0.11)  # the batches differ
     cell, gap, strip = 96, pictures.GAP, pictures.STRIP
-    sizes = {"neighbours": (strip + gap + 3 * (cell + gap + strip), 1 + 2 * 3),
-             "gradients": (gap + 3 * (cell + gap + strip), 3), "swap": (gap + 4 * (cell + gap + strip), 3)}  # fmt: skip
+    sizes = {"neighbours": (strip + gap + 8 * (cell + gap + strip), 1 + 2 * 4),
+             "gradients": (gap + 3 * (cell + gap + strip), 8), "swap": (gap + 4 * (cell + gap + strip), 8)}  # fmt: skip
     for name, (height, columns) in sizes.items():
         with Image.open(run / f"{name}.png") as image:
             assert image.height == height and 20 < image.width - columns * (cell + gap) < 120
@@ -365,26 +369,22 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
 
 
 def test_neighbours_need_no_labels(tmp_path, monkeypatch, capsys):
-    run, other = (make_run(tmp_path / name, write_images(tmp_path / "flat", 30, classes=1)) for name in ("run", "other"))
+    folder = write_images(tmp_path / "flat", 30, classes=1)
+    run, other = (make_run(tmp_path / name, folder) for name in ("run", "other"))
     seen = []
     monkeypatch.setattr(pictures, "draw_rows", lambda rows, *_, **__: seen.append(rows) or torch.zeros(3, 8, 8))
     monkeypatch.setattr(evaluate, "fit_linear", lambda *_, **__: pytest.fail("nothing to fit without labels"))
-    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbours", "--beside", other, "--top", 2)
+    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbours", "--beside", other)
     out = capsys.readouterr().out
     assert "no labels: left out" in out and (run / "neighbours.png").exists() and len(seen[0]) == 8
     for name, images, captions, marks in seen[0]:
-        assert name == "" and len(images) == 1 + 2 + 2  # the query, and two neighbours for each network: no gradients
-        assert captions[1:] == ("",) * 4 and marks == (None,) * 5
-    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbours", "--queries", 4)
-    assert [captions[0] for _, _, captions, _ in seen[1]] == ["# 4"]
+        assert name == "" and len(images) == 1 + 3 + 3  # the query, and three neighbours for each network: no gradients
+        assert captions[1:] == ("",) * 6 and marks == (None,) * 7
 
 
 @pytest.mark.parametrize(
     ("probe", "flags", "words"),
     [
-        ("neighbours", ("--queries", "2000"), "--queries 2000"),
-        ("gradients", ("--queries", "-1"), "--queries -1"),
-        ("neighbours", ("--top", "0"), "--top 0"),
         ("gradients", ("--beside", "nowhere"), "nowhere"),
         ("gradients", ("--out", "nowhere"), "--out nowhere"),
         ("localisation", ("--masks", "nowhere"), "--masks nowhere"),
@@ -407,13 +407,8 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, probe, flags, 
     assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1
 
 
-def test_swap_needs_two_images_and_objects(capsys):
-    test = two_colours(1)
-    keys, y = evaluate.extract(object_reader, two_colours(30), PLAIN, CPU)
-    for dataset, masks in ((test, test.masks > 0), (two_colours(4), torch.zeros(4, 16, 16, dtype=torch.bool))):
-        with pytest.raises(SystemExit) as stop:
-            diagnose.swap(object_reader, identity(), keys, y, dataset, masks, PLAIN, CPU)
-        assert stop.value.code == 2 and "swap needs 2 test images" in capsys.readouterr().err
-        with pytest.raises(SystemExit) as stop:
-            diagnose.localisation(object_reader, identity(), dataset, masks, PLAIN, CPU)
-        assert stop.value.code == 2 and "localisation needs 2 test images" in capsys.readouterr().err
+def test_two_images_with_objects_are_needed(refused):
+    seeing, none = model(object_reader, two_colours(30)), torch.zeros(4, 16, 16, dtype=torch.bool)
+    for dataset, masks in ((two_colours(1), two_colours(1).masks > 0), (two_colours(4), none)):
+        for probe in (diagnose.swap, diagnose.localisation):
+            assert "2 test images with labels" in refused(functools.partial(probe, seeing, dataset, masks, CPU))

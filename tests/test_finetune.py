@@ -81,7 +81,7 @@ def test_published_rates_by_protocol_and_share(tiny_run, monkeypatch, capsys, re
             calls.clear(), command(monkeypatch, "downstream.finetune", tiny_run, *flags)
             assert calls == [(tuning.SAGE_LRS, decay)]
         else:
-            assert "few.txt has 46.3 %" in refused("downstream.finetune", tiny_run, *flags)
+            assert "not for 46.3 %" in refused("downstream.finetune", tiny_run, *flags)
 
 
 def test_rates_drop_at_60_and_80_per_cent(monkeypatch):
@@ -169,7 +169,7 @@ def test_a_fine_tuned_trunk_is_kept_as_it_sees(patches_run, tmp_path, monkeypatc
         (["--trunk-lr", "0.1", "1e308"], "--trunk-lr"),
         (["--head-lr", "inf"], "--head-lr"),
         (["--weight-decay", "1e308"], "--weight-decay"),
-        (["--protocol", "sage", "--labels", "5"], "1 and 10 %"),
+        (["--protocol", "sage", "--labels", "50"], "1 and 10 %"),
         (["--protocol", "swav", "--head-lr", "1"], "its own"),
         (["--save", "nowhere/file.pt"], "there is no folder"),
     ],

@@ -20,20 +20,13 @@ CPU = torch.device("cpu")
 # ============ classifiers ============
 
 
-def test_classifier_from_torchvision_sees_imagenets_normalisation(tmp_path, monkeypatch, capsys):
-    net = torchvision.models.resnet18(num_classes=7).eval()
-    torch.save(net.state_dict(), tmp_path / "net.pth")
-    classifier = reconstruct.open_classifier(str(tmp_path / "net.pth"), "resnet18", 64)
-    x = torch.rand(2, 3, 64, 64)
-    with torch.inference_mode():
-        assert torch.allclose(classifier(2 * x - 1), net(data.normalise(x)), atol=1e-5)
-    assert classifier.classes == 7 and reconstruct.open_classifier(str(tmp_path / "net.pth"), "resnet18").size == 224
-
-    net = torchvision.models.resnet18().eval()
+def test_classifier_from_torchvision_sees_imagenets_normalization(monkeypatch, capsys):
+    net, x = torchvision.models.resnet18().eval(), torch.rand(2, 3, 64, 64)
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: net.state_dict())
-    classifier = reconstruct.open_classifier("torchvision:resnet18", size=64)
+    classifier = reconstruct.open_classifier("torchvision:resnet18")
     with torch.inference_mode():
-        assert torch.allclose(classifier(2 * x - 1), net(data.normalise(x)), atol=1e-5)
+        seen = nn.functional.interpolate(data.normalise(x), (224, 224), mode="bilinear", antialias=True)
+        assert torch.allclose(classifier(2 * x - 1), net(seen), atol=1e-5)
     assert classifier.classes == 1000
 
     def offline(*_, **__):
@@ -47,20 +40,17 @@ def test_classifier_from_torchvision_sees_imagenets_normalisation(tmp_path, monk
 
 def test_what_is_no_classifier_is_refused_in_one_sentence(tiny_run, tmp_path, capsys):
     torch.save(torchvision.models.resnet18(num_classes=7).state_dict(), tmp_path / "net.pth")
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
     (tmp_path / "broken.pth").write_bytes(b"no torch file")
-    for target, arch, words in [
-        (tmp_path / "none.pt", None, "no such file"),
-        (tmp_path / "broken.pth", None, "broken.pth"),
-        (tiny_run / "backbone.pt", None, "downstream.finetune RUN --save"),
-        (tmp_path / "net.pth", None, "--classifier-arch"),
-        (tmp_path / "net.pth", "resnet50", "does not fit"),
-        (tmp_path / "net.pth", "resnet5O", "resnet5o"),
-        (tmp_path / "empty.pth", "resnet18", "weights by name"),
-        ("torchvision:resnet5O", None, "resnet5o"),
+    for target, words in [
+        (tmp_path / "none.pt", "no such checkpoint"),
+        (tmp_path / "broken.pth", "broken.pth"),
+        (tiny_run / "backbone.pt", "downstream.finetune RUN --save"),
+        ("random:resnet10_16", "downstream.finetune RUN --save"),
+        (tmp_path / "net.pth", "plain state dict"),
+        ("torchvision:resnet5O", "resnet5o"),
     ]:
         with pytest.raises(SystemExit) as stop:
-            reconstruct.open_classifier(str(target), arch)
+            reconstruct.open_classifier(str(target))
         err = capsys.readouterr().err
         assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1
 
@@ -103,13 +93,12 @@ def test_perceptual_test_of_a_perfect_and_of_a_blind_autoencoder():
     assert r["top1"] == pytest.approx(100 / 3) and r["originals_top1"] == 100 and r["top5"] == 100
     by_hand = (test.images.double() / 127.5 - 1 - 0.25).square().mean().item()
     assert r["mse"] == pytest.approx(by_hand, rel=1e-5)
-    assert reconstruct.perceptual(Constant(), None, test, 16, CPU) == {"mse": pytest.approx(by_hand, rel=1e-5)}
     twelve = colours(60, classes=12)
     r = reconstruct.perceptual(Constant(), Ranked(12), twelve, 16, CPU)
     assert r["top1"] == pytest.approx(100 / 12) and r["top5"] == pytest.approx(500 / 12)
     for classifier, dataset in ((Ranked(4), test), (Ranked(3), sets.Images("plain", test.images))):
         with pytest.raises(SystemExit):
-            reconstruct.perceptual(Constant(), classifier, dataset, 16, CPU)
+            reconstruct.check_classifier(classifier, dataset)
 
 
 def rows_of(monkeypatch, *args, **kwargs):
@@ -173,8 +162,7 @@ def test_command_tests_and_pictures_the_autoencoder_of_a_run(tiny_run, tmp_path,
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--classifier", "nowhere.pt"], "no such file"),
-        (["--classifier-size", "1"], "at least 2 and at most 4096"),
+        (["--classifier", "nowhere.pt"], "no such checkpoint"),
         ([], "byol does not make images"),
     ],
 )
