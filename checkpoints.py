@@ -39,7 +39,7 @@ class InputAdapter(nn.Module):
         if self.lightness:
             x = backbones.lightness(backbones.to_lab(x / 2 + 0.5))
         if self.grey:
-            x = data.grey(x).expand(-1, 3, -1, -1)
+            x = data.gray(x).expand(-1, 3, -1, -1)
         if self.stride:
             x = x.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)  # [B, 3, G, G, patch, patch]
             x = x.permute(0, 2, 3, 1, 4, 5).flatten(0, 2)
@@ -49,7 +49,7 @@ class InputAdapter(nn.Module):
             )  # [B, 3, 3, c, 3, c]
             inside = slice(start := (self.cell - self.patch) // 2, start + self.patch)
             x = x[:, :, :, inside, :, inside].permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        return data.standardise(x) if self.standardise else x
+        return data.standardize(x) if self.standardise else x
 
     def mean(self, features, images):
         """Over the patches of each image: [B * n, ...] to [B, ...]."""

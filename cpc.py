@@ -288,7 +288,7 @@ class CPC(nn.Module):
         shift = torch.randint(2 * border + 1, (len(x), n, 2), generator=g).to(x.device, non_blocking=True)
         x = cut_grid(x, shift, self.patch, self.stride, border)
         if not self.training:
-            return data.normalise(x, data.HALF, data.HALF)
+            return data.normalize(x, data.HALF, data.HALF)
         return F.pad(data.augment(x, self.augmentation, g), [border] * 4)
 
     def predictions(self, z):

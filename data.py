@@ -4,17 +4,16 @@
     python data.py check DIR                    lists the images that do not decode
 
 Two paths, one augmentation code. Small sets live in memory as one uint8 tensor on the training device and a batch is
-an index: no workers, no Python per image. Folders are decoded by workers, which also cut the random crops (uint8, at
-the output size); everything after the crop runs batched on the device in both paths.
+an index. Folders are decoded by workers, which also cut the random crops (uint8, at the output size); everything after
+the crop runs batched on the device in both paths.
 
-Randomness comes from generators seeded by a key such as (seed, epoch, step, rank): nothing needs saving, a run resumes
-exactly at any step, and no two ranks or views see the same numbers. The parameters are drawn on the CPU, one per image,
-and copied to the device, so that no step waits for the device to learn how many images an operation concerns.
+Random numbers come from generators seeded by a key such as (seed, epoch, step, rank), so that a run resumes exactly at
+any step, and are drawn on the CPU, one per image, so that no step waits for the device.
 """
 
 import argparse
 import collections
-import importlib.util
+import importlib
 import math
 import os
 import signal
@@ -41,9 +40,9 @@ HALF = (0.5, 0.5, 0.5)  # as mean and std they take [0, 1] to [-1, 1]
 
 def sample_boxes(n, height, width, scale, ratio, g):
     """`n` crops (top, left, height, width) [n, 4], distributed as torchvision's RandomResizedCrop: area U(scale) of the
-    image, log-uniform aspect ratio (None: the image's own, so that the resize squashes it; "square": 1, and the area is a
-    share of the largest square's, so that it always fits); of ten tries the first that fits, else the largest central crop
-    of allowed ratio."""
+    image, log-uniform aspect ratio (None: the image's own, so that the resize squashes it; "square": 1, and the area is
+    a share of the largest square's, so that it always fits); of ten tries the first that fits, else the largest central
+    crop of allowed ratio."""
     whole = min(height, width) ** 2 if ratio == "square" else height * width
     ratio = (1.0, 1.0) if ratio == "square" else ratio or (width / height, width / height)
     area = whole * (scale[0] + (scale[1] - scale[0]) * torch.rand(n, 10, generator=g))
@@ -65,9 +64,9 @@ def resize_weights(start, length, inputs, outputs, interpolation):
     """Weights [B, outputs, inputs] that resize `length` pixels from `start` on to `outputs` pixels, antialiased: the
     kernel is stretched by the reduction and cut off at the crop's edge, as in torchvision's resized_crop."""
     reduction = (length / outputs)[:, None, None]
-    centre = start[:, None, None] + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * reduction
+    center = start[:, None, None] + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * reduction
     pixel = torch.arange(inputs, device=start.device) + 0.5  # [inputs]
-    d = ((pixel - centre) / reduction.clamp(min=1)).abs()  # [B, outputs, inputs]
+    d = ((pixel - center) / reduction.clamp(min=1)).abs()  # [B, outputs, inputs]
     q, p = (1 - d).clamp_(min=0), (2 - d).clamp_(min=0)
     # Bicubic with a = -0.5: p^2 (p - 1) / 2 is its outer piece, and the second term what the inner one has on top.
     weight = q if interpolation == "bilinear" else 0.5 * p * p * (p - 1) + q * q * (1 - 2 * q)
@@ -77,11 +76,8 @@ def resize_weights(start, length, inputs, outputs, interpolation):
 
 
 def crop_resize(images, boxes, flip, size, interpolation):
-    """Crops of a batch in memory: uint8 [B, C, H, W], boxes [B, 4], flip [B] bool -> float [B, C, size, size] in [0, 1].
-
-    A crop and resize is linear and separable, so it is two batched matrix products, exact for reduction and
-    enlargement alike; the flip reverses the rows of one matrix and costs nothing.
-    """
+    """Crops of a batch in memory: uint8 [B, C, H, W], boxes [B, 4], flip bool [B] -> float [B, C, size, size] in [0, 1].
+    Crop and resize are linear and separable: two batched matrix products. A flip reverses the rows of one matrix."""
     (b, c, height, width), device = images.shape, images.device
     boxes, flip = boxes.to(device, non_blocking=True), flip.to(device, non_blocking=True)
     down = resize_weights(boxes[:, 0], boxes[:, 2], height, size, interpolation)  # [B, size, H]
@@ -110,7 +106,7 @@ def random_crop(image, view, g):
 
 def fit(image, size, interpolation="bilinear"):
     """An image [..., H, W] as a network sees it in evaluation: an image of the right size as it is; others with the
-    short side at 256/224 of `size` (below 64 px at `size`) and the centre cut out."""
+    short side at 256/224 of `size` (below 64 px at `size`) and the center cut out."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
     short = size if size < 64 else round(size * 256 / 224)
@@ -118,11 +114,11 @@ def fit(image, size, interpolation="bilinear"):
     return tvf.center_crop(image, [size, size])
 
 
-# ============ colour: operations on batches in [0, 1], one parameter per image ============
+# ============ color: operations on batches in [0, 1], one parameter per image ============
 # Each equals torchvision's operation of that name on a float image (tests/test_data.py compares them).
 
 
-def grey(x):
+def gray(x):
     """[B, 3, H, W] -> luma [B, 1, H, W] (ITU-R 601)."""
     return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
@@ -132,11 +128,11 @@ def brightness(x, f):
 
 
 def contrast(x, f):
-    return (x * f).add_((1 - f) * grey(x).mean((1, 2, 3), keepdim=True)).clamp_(0, 1)
+    return (x * f).add_((1 - f) * gray(x).mean((1, 2, 3), keepdim=True)).clamp_(0, 1)
 
 
 def saturation(x, f):
-    return (x * f).add_((1 - f) * grey(x)).clamp_(0, 1)
+    return (x * f).add_((1 - f) * gray(x)).clamp_(0, 1)
 
 
 def hue(x, shift):
@@ -158,7 +154,7 @@ JITTER = (brightness, contrast, saturation, hue)
 
 
 def jitter(x, factors, order):
-    """Colour jitter in place. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the CPU: which
+    """Color jitter in place. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the CPU: which
     operation an image meets first, second, third, fourth; 4 stands for none."""
     counts = [torch.bincount(order[:, slot], minlength=5).tolist() for slot in range(4)]
     rows = order.argsort(0).to(x.device, non_blocking=True)  # [B, 4]: in each slot the images grouped by operation
@@ -184,14 +180,14 @@ def solarize(x):
     return torch.minimum(x, 1 - x)
 
 
-def normalise(x, mean=MEAN, std=STD):
+def normalize(x, mean=MEAN, std=STD):
     mean, std = (torch.tensor(t).to(x.device, non_blocking=True).view(3, 1, 1) for t in (mean, std))
     return (x - mean).div_(std)
 
 
-def standardise(x):
-    """Each image [B, C, H, W] to mean 0 and standard deviation 1 over all its pixels and channels; the deviation counts as
-    1 / sqrt(C H W) at least (TensorFlow's per_image_standardization)."""
+def standardize(x):
+    """Each image [B, C, H, W] to mean 0 and standard deviation 1 over all its pixels and channels; the deviation counts
+    as 1 / sqrt(C H W) at least (TensorFlow's per_image_standardization)."""
     x = x - x.mean((1, 2, 3), keepdim=True)
     return x / x.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=x[0].numel() ** -0.5)
 
@@ -201,51 +197,14 @@ def uniform(n, low, high, g):
 
 
 def chosen(n, p, g, device):
-    """The images, each with probability `p`, that an operation concerns; known to the host without asking the device."""
+    """Rows of the images that an operation concerns, each with probability `p`."""
     return (torch.rand(n, generator=g) < p).nonzero()[:, 0].to(device, non_blocking=True)
 
 
-def masks_at(alpha, size, cut=None):
-    """Masks or saliency maps uint8 [N, h, w] at another `size`; with `cut` (uint8 [N]) hard: 255 where a map reaches its cut,
-    else 0. The map is enlarged first, as an edge that is enlarged is a ramp."""
-    alpha = tvf.resize(alpha, list(size), antialias=True)
-    return alpha if cut is None else (alpha >= cut[:, None, None]).to(torch.uint8) * 255
-
-
-BLENDS = {"none": 0.0, "gaussian": 1.0, "mix": 0.5}  # how many masks are blurred before the paste
-
-
-def copy_paste(x, alpha, view, grounds, g):
-    """Some objects on other grounds, I <- M I + (1 - M) B (Distilling Localization, sec. 5.2), x [B, 3, S, S] in place.
-
-    alpha [B, 1, S, S] is M in [0, 1]; the others, and images whose M is 1 everywhere, stay as they are. B is a level of
-    grey, drawn for each image, or one of `grounds` (uint8 [G, 3, H, W]) in a crop and flip of its own. Image and mask have
-    been cut alike before, which costs less than after; with grey it is the same up to the interpolation along the edge.
-    """
-    rows = chosen(len(x), view["paste"], g, x.device)
-    if grounds is None:
-        ground = torch.randint(256, (len(rows), 1, 1, 1), generator=g).to(x.device, non_blocking=True) / 255
-    else:
-        pick = torch.randint(len(grounds), (len(rows),), generator=g).to(grounds.device, non_blocking=True)
-        ground = random_crops(grounds[pick], view, g)
-    alpha = alpha[rows]
-    if BLENDS[view["blend"]]:
-        soft = chosen(len(rows), BLENDS[view["blend"]], g, x.device)
-        if len(soft):  # 5 taps, sigma 2: the kernel of the cut-and-paste generator that the paper cites (its ref. 14)
-            alpha[soft] = blur(alpha[soft], torch.full((len(soft),), 2.0, device=x.device), 5)
-    x[rows] = torch.lerp(ground, x[rows], alpha)
-    return x
-
-
-def augment(x, view, g, grounds=None):
-    """The part of a view after the crop: float [B, 3, S, S] in [0, 1] (overwritten) -> normalised. With copy-paste the
-    fourth of four channels is the object's mask, and `grounds` are what it may be pasted on (None: levels of grey).
-
-    Paste, jitter, grey, blur, solarize, in the order of BYOL's appendix B; an operation of probability 0 costs nothing.
-    """
+def augment(x, view, g):
+    """A view from its crop: float [B, 3, S, S] in [0, 1] (overwritten) -> normalized. Jitter, gray, blur, solarize, in
+    the order of BYOL's appendix B; an operation of probability 0 costs nothing."""
     n, device = len(x), x.device
-    if view["paste"]:
-        x = copy_paste(x[:, :3].contiguous(), x[:, 3:], view, grounds, g)
     if view["jitter_p"]:
         b, c, s, h = view["jitter"]
         bounds = [(max(0, 1 - b), 1 + b), (max(0, 1 - c), 1 + c), (max(0, 1 - s), 1 + s), (-h, h)]
@@ -255,7 +214,7 @@ def augment(x, view, g, grounds=None):
         x = jitter(x, factors, order)
     if view["grey"]:
         rows = chosen(n, view["grey"], g, device)
-        x[rows] = grey(x[rows]).expand(-1, 3, -1, -1)
+        x[rows] = gray(x[rows]).expand(-1, 3, -1, -1)
     if view["blur"]:
         rows = chosen(n, view["blur"], g, device)
         sigma = uniform(len(rows), *view["sigma"], g).to(device, non_blocking=True)
@@ -264,71 +223,62 @@ def augment(x, view, g, grounds=None):
     if view["solarize"]:
         rows = chosen(n, view["solarize"], g, device)
         x[rows] = solarize(x[rows])
-    return normalise(x, view["mean"], view["std"])
+    return normalize(x, view["mean"], view["std"])
 
 
 def view(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", flip=0.5, jitter=(0, 0, 0, 0),
-         jitter_p=0.0, grey=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD, paste=0.0,
-         blend="none"):  # fmt: skip
+         jitter_p=0.0, grey=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD):  # fmt: skip
     """The numbers of one view; the scripts spell out those that their paper sets.
 
-    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop (ratio None: the image's own; "square": 1,
-    with scale as a share of the largest square). jitter: strengths of brightness, contrast, saturation, hue. sigma: range of
-    the blur's standard deviation in px. flip, jitter_p, grey, blur, solarize, paste: probabilities. blend: of the pasted
-    object's edge, a key of BLENDS.
+    size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop (more in `sample_boxes`). jitter:
+    strengths of brightness, contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip,
+    jitter_p, grey, blur, solarize: probabilities.
     """
-    return dict(size=size, scale=scale, ratio=ratio, interpolation=interpolation, flip=flip, jitter=jitter,
-                jitter_p=jitter_p, grey=grey, blur=blur, sigma=sigma, solarize=solarize, mean=mean, std=std,
-                paste=paste, blend=blend)  # fmt: skip
+    return dict(locals())
 
 
 # ============ batches ============
 
 
 class Loader:
-    """Batches of views for training. `epoch(e)` yields (index [b], [view_1, ..., view_V]), each view a normalised float
+    """Batches of views for training. `epoch(e)` yields (index [b], [view_1, ..., view_V]), each view a normalized float
     [b, 3, S, S] on the device and `index` the images' places in the set, which memory banks key on.
 
-    Every process draws the same permutation of the set per epoch and takes its own slice of each batch; a ragged tail
-    is dropped, so that all processes make the same `steps`. Views that paste need `alpha` and `cut`, the objects' masks as
-    `masks_at` takes them, and take `grounds` as `augment` does.
+    Every rank draws the same permutation of the set per epoch and takes its own slice of each batch; a ragged tail is
+    dropped, so that all ranks make the same `steps`. Crops have the channels of the set's images, and
+    `augment(crops, view, g)` makes views of them.
     """
 
-    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu", alpha=None, grounds=None,
-                 cut=None):  # fmt: skip
-        self.data, self.views, self.batch_size, self.seed, self.grounds = data, views, batch_size, seed, grounds
+    def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu", augment=augment):
+        self.data, self.views, self.batch_size, self.seed, self.augment = data, views, batch_size, seed, augment
         self.rank, self.world, self.device = rank, world, torch.device(device)
         self.steps = len(data) // (batch_size * world)
         if isinstance(data, sets.Files):
-            self.batches = _Batches()
-            check_shared_memory(workers, batch_size * sum((3 + (v["paste"] > 0)) * v["size"] ** 2 for v in views))
+            check_shared_memory(workers, batch_size * data.channels * sum(v["size"] ** 2 for v in views))
+            self.keys = []  # the batches of an epoch; the list stays the same, so that workers can live for all epochs
             self.loader = DataLoader(
-                Crops(data, views, seed, alpha, cut), batch_sampler=self.batches, collate_fn=Crops.collate, num_workers=workers,
+                Crops(data, views, seed), batch_sampler=self.keys, collate_fn=Crops.collate, num_workers=workers,
                 persistent_workers=workers > 0, pin_memory=self.device.type == "cuda", worker_init_fn=outlive_signals,
             )  # fmt: skip
-        else:
-            self.alpha = None
-            if alpha is not None:
-                self.alpha = masks_at(alpha, data.images.shape[2:], cut)[:, None].to(data.images.device)
 
     def epoch(self, epoch, start=0):
         """The batches of epoch `epoch` from step `start` on; the same ones whenever they are asked for."""
         order = torch.randperm(len(self.data), generator=generator(self.seed, "order", epoch))
         order = order[: self.steps * self.batch_size * self.world].view(self.steps, self.world, self.batch_size)
-        order = order[:, self.rank]  # [steps, b]
-        for step, (index, crops) in enumerate(self.crops(order, epoch, start), start):
+        order = order[start:, self.rank]  # [steps, b]
+        in_memory = isinstance(self.data, sets.Images)
+        for step, batch in enumerate(order.to(self.device) if in_memory else self.decode(order, epoch), start):
             g = generator(self.seed, epoch, step, self.rank)
-            if crops is None:
-                images = self.data.images[index]
-                with_masks = None if self.alpha is None else torch.cat([images, self.alpha[index]], 1)
-                crops = [random_crops(with_masks if view["paste"] else images, view, g) for view in self.views]
-            yield index, [augment(crop, view, g, self.grounds) for crop, view in zip(crops, self.views, strict=True)]
+            if in_memory:
+                images = self.data.images[batch]
+                index, crops = batch, [random_crops(images, view, g) for view in self.views]
+            else:
+                index, crops = batch
+            yield index, [self.augment(crop, view, g) for crop, view in zip(crops, self.views, strict=True)]
 
-    def crops(self, order, epoch, start):
-        if isinstance(self.data, sets.Images):
-            yield from ((index, None) for index in order[start:].to(self.device))
-            return
-        self.batches.keys = [[(epoch, i) for i in batch] for batch in order[start:].tolist()]
+    def decode(self, order, epoch):
+        """(index, crops in [0, 1]) of each batch, as the workers cut them."""
+        self.keys[:] = [[(epoch, i) for i in batch] for batch in order.tolist()]
         for index, crops, said in self.loader:
             self.data.report(said, "another image takes its place")
             crops = [c.to(self.device, non_blocking=True).float().div_(255) for c in crops]
@@ -336,21 +286,20 @@ class Loader:
 
 
 def check_shared_memory(workers, batch):
-    """Workers hand their batches, of `batch` bytes, over in /dev/shm, two each ahead of the one that is used. Where these do
-    not fit torch waits for ever, so that is refused."""
-    try:
-        found = os.statvfs("/dev/shm")
-    except (OSError, AttributeError):  # not on Windows and macOS, which have other ways
+    """Workers hand their batches, of `batch` bytes, over in /dev/shm, two each ahead of the one that is used. Where
+    these do not fit, torch would wait for ever."""
+    if not workers or not os.path.isdir("/dev/shm"):  # Windows and macOS have other ways
         return
-    needed = (2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as much for each process beside this one
-    if workers and needed > found.f_bavail * found.f_frsize:
-        fail(f"/dev/shm is too small for the batches of {workers} workers, {needed / 1e6:.1f} MB: lower --workers (0 needs "
-             "none), or give it more (docker run --shm-size 8g)")  # fmt: skip
+    found = os.statvfs("/dev/shm")
+    needed = (2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if needed > found.f_bavail * found.f_frsize:
+        fail(f"/dev/shm is too small for the batches of {workers} workers, {needed / 1e6:.1f} MB: lower --workers "
+             "(0 needs none), or give it more (docker run --shm-size 8g)")  # fmt: skip
 
 
 def outlive_signals(_):
-    """In workers: a signal to stop may reach every process, but it is for the one that trains, which still needs its next
-    batch to finish the step and save. SIGTERM, which is also how Python ends workers at exit, works after five seconds."""
+    """In workers: a signal to stop may reach every process, but it is for the one that trains, which still needs its
+    next batch to finish the step and save. SIGTERM, by which Python ends workers at exit, works after five seconds."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGALRM"):  # not on Windows, where processes are not stopped by signals
         signal.signal(signal.SIGTERM, lambda *_: signal.alarm(5))
@@ -358,26 +307,20 @@ def outlive_signals(_):
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
-class _Batches:
-    """A batch sampler that hands out whatever `keys` it holds when an epoch begins, batches of (epoch, index), so that workers
-    can live for all epochs. It knows no Loader: in a circle of references workers would outlive it, until Python kills them."""
-
-    def __init__(self):
-        self.keys = []
-
-    def __iter__(self):
-        return iter(self.keys)
-
-    def __len__(self):
-        return len(self.keys)
+def read(files, i, said):
+    """(image, label); or None, and the reason in said[i], where the file does not decode."""
+    try:
+        return files.read(i, said)
+    except OSError as error:
+        said[i] = str(error)
 
 
 class Crops(Dataset):
     """What a worker does: decode one image and cut its views. The key (epoch, index) decides all randomness, so it does
     not matter which worker does it."""
 
-    def __init__(self, files, views, seed, alpha=None, cut=None):
-        self.files, self.views, self.seed, self.alpha, self.cut = files, views, seed, alpha, cut
+    def __init__(self, files, views, seed):
+        self.files, self.views, self.seed = files, views, seed
 
     def __len__(self):
         return len(self.files)
@@ -385,18 +328,12 @@ class Crops(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         g, at, said = generator(self.seed, "crop", epoch, index), index, {}
-        image = torch.zeros(3, 8, 8, dtype=torch.uint8)  # only if twenty images in a row are broken
         for _ in range(20):
-            try:
-                image, _ = self.files.read(at, said)
+            if found := read(self.files, at, said):
                 break
-            except OSError as error:
-                said[at] = str(error)
-                at = int(torch.randint(len(self.files), (), generator=g))
-        if self.alpha is not None:
-            mask = masks_at(self.alpha[at, None], image.shape[1:], None if self.cut is None else self.cut[at, None])
-        crops = [random_crop(torch.cat([image, mask]) if view["paste"] else image, view, g) for view in self.views]
-        return index, crops, said
+            at = int(torch.randint(len(self.files), (), generator=g))
+        image = found[0] if found else torch.zeros(self.files.channels, 8, 8, dtype=torch.uint8)
+        return index, [random_crop(image, view, g) for view in self.views], said
 
     @staticmethod
     def collate(samples):
@@ -406,7 +343,7 @@ class Crops(Dataset):
 
 
 class Plain(Dataset):
-    """Images of a folder without augmentation, for the probes; a broken one is black, has no label and keeps its place."""
+    """Images of a folder without augmentation; a broken one is black, has no label and keeps its place."""
 
     def __init__(self, files, size, interpolation):
         self.files, self.size, self.interpolation = files, size, interpolation
@@ -415,50 +352,45 @@ class Plain(Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
-        said = {}
-        try:
-            image, label = self.files.read(index, said)
-        except OSError as error:
-            said[index] = str(error)
-            return -1, [torch.zeros(3, self.size, self.size, dtype=torch.uint8)], said
+        said, black = {}, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        image, label = read(self.files, index, said) or (black, -1)
         return label, [fit(image, self.size, self.interpolation)], said
 
 
 def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=None):
-    """Plain images in order: yields (x normalised [b, 3, S, S] on the device, labels [b] on the CPU, -1 for none). Files that do
-    not decode are black, are named, and above 1 % end the program, as in training."""
+    """Plain images in order, for the probes: yields (x normalized [b, 3, S, S] on the device, labels [b] on the CPU, -1
+    for none). Files that do not decode are black, are named, and above 1 % end the program, as in training."""
     size, interpolation = preprocess["size"], preprocess["interpolation"]
     indices = torch.arange(len(data)) if indices is None else indices
     if isinstance(data, sets.Images):
         for index in indices.split(batch_size):
             x = fit(data.images[index.to(data.images.device)].to(device), size, interpolation)
             labels = torch.full((len(index),), -1) if data.labels is None else data.labels[index]
-            yield normalise(x.float() / 255, preprocess["mean"], preprocess["std"]), labels
+            yield normalize(x.float() / 255, preprocess["mean"], preprocess["std"]), labels
         return
     check_shared_memory(workers, min(batch_size, len(indices)) * 3 * size**2)
-    plain = Subset(Plain(data, size, interpolation), indices.tolist())
-    pin = torch.device(device).type == "cuda"
     loader = DataLoader(
-        plain, batch_size, collate_fn=Crops.collate, num_workers=workers, pin_memory=pin, worker_init_fn=outlive_signals
-    )
+        Subset(Plain(data, size, interpolation), indices.tolist()), batch_size, collate_fn=Crops.collate,
+        num_workers=workers, pin_memory=torch.device(device).type == "cuda", worker_init_fn=outlive_signals,
+    )  # fmt: skip
     for labels, (x,), said in loader:
         data.report(said, "a black one without a label takes its place")
         x = x.to(device, non_blocking=True).float().div_(255)
-        yield normalise(x, preprocess["mean"], preprocess["std"]), labels
+        yield normalize(x, preprocess["mean"], preprocess["std"]), labels
 
 
 # ============ pictures and checks ============
 
 
 def pixels(x, view):
-    """Images [B, 3, H, W] of a view with the normalisation undone: in [0, 1]."""
+    """Images [B, 3, H, W] of a view with the normalization undone: in [0, 1]."""
     mean, std = (torch.tensor(view[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
     return x.float() * std + mean
 
 
 def picture(batches_, views, n=8):
-    """The first `n` images of each batch, one row per batch: float [3, H, W] in [0, 1]. Views of different sizes are enlarged
-    to the largest."""
+    """The first `n` images of each batch, one row per batch: float [3, H, W] in [0, 1]. Views of different sizes are
+    enlarged to the largest."""
     size = [max(v["size"] for v in views)] * 2
     rows = [F.interpolate(pixels(x[:n], v), size, mode="nearest") for x, v in zip(batches_, views, strict=True)]
     return make_grid(torch.cat(rows).clamp(0, 1).cpu(), nrow=n, padding=2, pad_value=1)
@@ -471,8 +403,9 @@ def tiles(x, n):
 
 
 def show(args, rest):
-    """Write a picture of images, their views and their masks. A script whose views are not those of its recipe as they stand has
-    views_of(args), and one whose network sees something else has seen(args, xs, views, g) -> {caption: [n, 3, s, s]}."""
+    """Write a picture of images, their views and their masks. What a script may have where it differs from its recipe's
+    views: views_of(args); prepare(args, set, device, say), which gives the set that its Loader reads, and `augment`;
+    seen(args, xs, views, g), which gives what its network gets, {caption: [n, 3, s, s]}."""
     methods = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nRECIPES = " in path.read_text())
     if args.method not in methods:
         fail(f"--method {args.method}: it must be one of {', '.join(methods)}")
@@ -480,45 +413,38 @@ def show(args, rest):
     flags = script.parse_args(["--data", args.data, *rest])
     at_least(1, args, "n", most=64)
     at_least(8, flags, "size", most=1024)
-    views_of = getattr(script, "views_of", lambda flags: [view(flags.size, **v) for v in script.RECIPES[flags.recipe]["views"]])
-    dataset, views = sets.load(flags.data, flags.root, limit=flags.limit, seed=flags.seed), views_of(flags)
-    n = min(args.n, len(dataset))
-    masks = script.objects(flags, dataset, "cpu", print) if views[0]["paste"] else ()
-    index, xs = next(Loader(dataset, views, n, flags.seed, 0, 1, 0, "cpu", *masks).epoch(0))
+    dataset = sets.load(flags.data, flags.root, limit=flags.limit, seed=flags.seed)
+    n, recipe = min(args.n, len(dataset)), script.RECIPES[flags.recipe]
+    own_views = hasattr(script, "views_of")
+    views = script.views_of(flags) if own_views else [view(flags.size, **v) for v in recipe["views"]]
+    source, how = script.prepare(flags, dataset, "cpu", print) if hasattr(script, "prepare") else (dataset, augment)
+    index, xs = next(Loader(source, views, n, flags.seed, augment=how).epoch(0))
     plain, _ = next(batches(dataset, view(flags.size, mean=(0, 0, 0), std=(1, 1, 1)), n, indices=index))
     rows = {f"view {i}": pixels(x, v) for i, (x, v) in enumerate(zip(xs, views, strict=True), 1)}
-    if hasattr(script, "seen"):
-        rows = script.seen(flags, xs, views, generator(flags.seed, "show"))
+    rows = script.seen(flags, xs, views, generator(flags.seed, "show")) if hasattr(script, "seen") else rows
     rows = {"image": plain, **rows}
     if dataset.masks is not None:
         rows["mask"] = tvf.resize(dataset.masks[index][:, None].float(), [flags.size] * 2).expand(-1, 3, -1, -1)
-    runs.write_picture(args.out, pictures.draw_rows([(name, 2 * x.clamp(0, 1) - 1, None, None) for name, x in rows.items()]))
+    drawn = pictures.draw_rows([(name, 2 * x.clamp(0, 1) - 1, None, None) for name, x in rows.items()])
+    runs.write_picture(args.out, drawn)
     print(f"{args.out}: {n} images of {dataset.name} and what the network of {args.method}.py sees: {', '.join(rows)}")
 
 
 def check(args):
+    """List the images of a folder that do not decode; returns the exit code."""
     if not os.path.isdir(args.folder):
         fail(f"{args.folder}: no such folder")
     items, _ = sets.list_folder(args.folder)
     if not items:
         fail(f"no images in {args.folder} (looked for {' '.join(sorted(sets.SUFFIXES))})")
-    files = sets.Files(args.folder, items)
-
-    def problem(i):
-        said = {}
-        try:
-            files.read(i, said)
-        except OSError as error:
-            said[i] = str(error)
-        return said
-
+    files, found = sets.Files(args.folder, items), [{} for _ in items]
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
-        found = list(tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None))
-    bad = [sentence for said in found for key, sentence in said.items() if key != sets.WARNING]
-    odd = [said[sets.WARNING] for said in found if sets.WARNING in said]
-    for sentence in bad + odd:
+        reads = pool.map(lambda i: read(files, i, found[i]) is None, range(len(files)))
+        bad = sum(tqdm(reads, "check", len(files), disable=None))
+    odd = [said.pop(sets.WARNING) for said in found if sets.WARNING in said]
+    for sentence in [sentence for said in found for sentence in said.values()] + odd:
         print(sentence)
-    print(f"{len(files)} images, {len(bad)} do not decode" + (f", {len(odd)} are of 16 bits but flat" if odd else ""))
+    print(f"{len(files)} images, {bad} do not decode" + (f", {len(odd)} are of 16 bits but flat" if odd else ""))
     return 1 if bad else 0
 
 
@@ -528,16 +454,14 @@ def main(argv=None):
     commands = p.add_subparsers(required=True)
     s = commands.add_parser(
         "show", help="write a PNG of images and of what a network sees of them", allow_abbrev=False,
-        epilog="All other flags are the script's: --recipe, --size, --seed, --root; of pretext.py --task, of cmc.py --split, ...",
+        epilog="All other flags are the script's: --recipe, --size, --seed, --root; --task, --split, ...",
     )  # fmt: skip
     s.add_argument("data", help=f"a folder, or one of {', '.join(sets.NAMES)}")
     s.add_argument("--method", default="byol", help="the script whose views to show")
     s.add_argument("--n", type=int, default=10, help="how many images")
     s.add_argument("--out", default="show.png", help="the file to write")
     s.set_defaults(run=show)
-    c = commands.add_parser(
-        "check", help="list the images of a folder that do not decode; exit code 1 if there are any"
-    )
+    c = commands.add_parser("check", help="list the images of a folder that do not decode; exit code 1 if any")
     c.add_argument("folder")
     c.set_defaults(run=check)
     args, rest = p.parse_known_args(argv)

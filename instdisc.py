@@ -44,24 +44,19 @@ Measured with this file (k-NN: 20 neighbors; protocols, tables 1 and 2 and curve
     python -m experiments.ablate instdisc                                    tables 1 and 2
 """
 
-import contextlib
-import hashlib
 import math
-import os
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.transforms.v2 import functional as tvf
 
 import backbones
 import common
+import copy_paste
 import data
 import evaluate
 import optim
-import runs
 import saliency
 import sets
 import training
@@ -114,8 +109,8 @@ def parse_args(argv=None):
     p.add_argument("--copy-paste", type=float, default=0.0, help="probability that a view is pasted; 0.5 in the paper")
     p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks or maps")
     p.add_argument("--soft-masks", action="store_true", help="alpha is the saliency, not a mask at twice its mean")
-    p.add_argument("--background", default="grey", choices=("grey", "textures", "images"), help="backgrounds")
-    p.add_argument("--blend", default="none", choices=data.BLENDS, help="of the mask's edge; mix: in half of the views")
+    p.add_argument("--background", default="grey", choices=copy_paste.BACKGROUNDS, help="what is pasted on")
+    p.add_argument("--blend", default="none", choices=copy_paste.BLENDS, help="of the mask's edge; mix: half of the masks")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "dim", "negatives")
     common.at_least(0, args, "copy_paste", "bank_momentum", most=1)
@@ -266,109 +261,13 @@ def probe_bank(model, train, y, test, preprocess, device, workers, amp, recomput
     return numbers
 
 
-# ============ copy-and-paste: masks and backgrounds ============
+# ============ views and schedule ============
 
 
-def open_maps(args, train, device):
-    """Saliency of every training image, uint8 [n, h, w]: computed for a set in memory and kept in --root, read from a
-    folder, or the exact masks of a set that has them. Collective."""
-    if args.masks == "exact":
-        if train.masks is None:
-            common.fail(f"--masks exact: {train.name} has no masks of its own")
-        return train.masks * 255
-    if args.masks not in saliency.METHODS:
-        if not Path(args.masks).is_dir():
-            common.fail(f"--masks {args.masks}: neither {', '.join(saliency.METHODS)} or exact, nor a folder")
-        return sets.read_masks(args.masks, train)
-    if isinstance(train, sets.Files):
-        common.fail(
-            f"--masks {args.masks}: of a folder they are made beforehand, python saliency.py {args.data} --method "
-            f"{args.masks} --out MASKS, and used with --masks MASKS"
-        )
-    key = hashlib.sha1(train.fingerprint().encode() + Path(saliency.__file__).read_bytes()).hexdigest()[:12]
-    file = Path(args.root) / f"saliency-{args.masks}-{Path(train.name).name}-{key}.pt"
-    maps = None
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-        with contextlib.suppress(EOFError):  # a damaged file is made again
-            maps = runs.load(file).get("maps") if file.exists() else None
-        if not torch.is_tensor(maps) or maps.shape[:1] != (len(train),):
-            saliency.make_folder(file.parent)
-            maps = saliency.of(train, args.masks, device).cpu()
-            runs.write(file, {"maps": maps})
-    common.any_rank(False)  # the others wait here
-    return runs.load(file)["maps"] if maps is None else maps
-
-
-def textures(n, size, seed):
-    """Drawn textures, uint8 [n, 3, size, size], in place of VisTex's photographs: noise, filtered in the frequency domain by
-    a power law (rough to smooth) and a preferred direction (fabric to wood), in a mix of two colours."""
-    g = data.generator(seed, "textures")
-    u = lambda low, high: low + (high - low) * torch.rand(n, 1, 1, generator=g)
-    fy, fx = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)[None]
-    angle, stretch = u(0, math.pi), u(1, 6)
-    across, along = angle.cos() * fx + angle.sin() * fy, angle.cos() * fy - angle.sin() * fx  # [n, size, size / 2 + 1]
-    gain = ((stretch * along) ** 2 + across**2).add(size**-2).pow(-u(0.3, 1.2))
-    t = torch.fft.irfft2(torch.fft.rfft2(torch.randn(n, size, size, generator=g)) * gain, s=(size, size))
-    t = ((t - t.mean((1, 2), keepdim=True)) / t.std((1, 2), keepdim=True) / 4 + 0.5).clamp(0, 1)[:, None]
-    one, other = torch.rand(2, n, 3, 1, 1, generator=g)
-    return (torch.lerp(one, other, t) * 255).to(torch.uint8)
-
-
-def quiet_crops(train, maps, usable, n, size, device):
-    """Backgrounds from the images themselves: in each of the `usable` the window of half its height and width with the least
-    saliency, of the `n` images where that is lowest, uint8 [n, 3, size, size]."""
-    whole = torch.tensor(maps.shape[1:])
-    h, w = (max(1, s // 2) for s in maps.shape[1:])
-    least, place = [], []
-    for part in maps.split(4096):
-        area = F.pad(part.float().cumsum(1).cumsum(2), (1, 0, 1, 0))  # sums of all windows from four corners
-        windows = area[:, h:, w:] - area[:, :-h, w:] - area[:, h:, :-w] + area[:, :-h, :-w]
-        low = windows.flatten(1).min(1)
-        least.append(low.values), place.append(low.indices)
-    least, place = torch.cat(least).masked_fill(~usable, math.inf), torch.cat(place)
-    chosen = least.argsort(stable=True)[: min(n, int(usable.sum()))]
-    columns = maps.shape[2] - w + 1
-    corner = (
-        torch.stack([place[chosen] // columns, place[chosen] % columns], 1) / whole
-    )  # [n, 2], as shares of the side
-    share = torch.tensor([h, w]) / whole
-    if isinstance(train, sets.Images):
-        images = train.images[chosen.to(train.images.device)]
-        side = torch.tensor(images.shape[2:])
-        boxes = torch.cat([corner * side, (share * side).expand(len(chosen), 2)], 1)
-        crops = data.crop_resize(images, boxes, torch.zeros(len(chosen), dtype=torch.bool), size, "bilinear")
-        return (crops * 255).round().to(torch.uint8)
-    crops = []
-    for i, (top, left) in zip(chosen.tolist(), corner.tolist(), strict=True):
-        try:
-            image, _ = train.read(i)
-        except OSError:  # named when training meets it
-            continue
-        high, wide = image.shape[1:]
-        box = int(top * high), int(left * wide), max(1, int(share[0] * high)), max(1, int(share[1] * wide))
-        crops.append(tvf.resized_crop(image, *box, [size, size], antialias=True))
-    return torch.stack(crops).to(device)
-
-
-def objects(args, train, device, say):
-    """(alpha uint8 [n, h, w] on the CPU, grounds uint8 [G, 3, S, S] on the device or None, cut uint8 [n] on the CPU or None)
-    for data.Loader."""
-    maps = open_maps(args, train, device).cpu()
-    alpha, cut, area, unusable = saliency.pasteable(maps, soft=args.soft_masks)
-    if unusable.all():
-        common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
-    share = 100 * area[~unusable].mean()
-    say(
-        f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover {share:.0f} % of their "
-        f"images; {int(unusable.sum())} of {len(alpha)} masks are nearly empty or full, their images are not pasted; "
-        f"{alpha.numel() / 1e6:.0f} MB a process"
-    )
-    grounds = None
-    if args.background == "textures":
-        grounds = textures(1000, args.size, args.seed).to(device)
-    elif args.background == "images":
-        grounds = quiet_crops(train, maps, ~unusable, 1000, args.size, device)
-    return alpha, grounds, cut
+def prepare(args, train, device, say):
+    """(the training set, the augmentation) for data.Loader: with --copy-paste, images with masks, and the paste. Also
+    for `data.py show`. Collective."""
+    return copy_paste.prepare(args, train, device, say) if args.copy_paste else (train, data.augment)
 
 
 def learning_rate(step, total, lr, warmup, schedule):
@@ -389,8 +288,7 @@ def augmented(view, upto):
 
 
 def views_of(args):
-    views = [data.view(args.size, **augmented(v, args.augment)) for v in RECIPES[args.recipe]["views"]]
-    return [v | {"paste": args.copy_paste, "blend": args.blend} for v in views]
+    return [data.view(args.size, **augmented(v, args.augment)) for v in RECIPES[args.recipe]["views"]]
 
 
 # ============ the run ============
@@ -454,8 +352,8 @@ def main(argv=None):
     if run.resume():
         return
     if args.copy_paste:  # the same loader, with masks
-        masks = objects(args, train, device, run.say)
-        run.loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device, *masks)
+        masked, augment = prepare(args, train, device, run.say)
+        run.loader = data.Loader(masked, views, per_pass, args.seed, rank, world, args.workers, device, augment)
 
     # ============ training ============
     while run.is_training():

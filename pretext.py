@@ -242,7 +242,7 @@ class Exemplar(nn.Module):
     def inputs(self, views, gray):
         x = torch.stack(views, 1)  # [B, copies, 3, S, S]
         x = torch.where(gray[:, None, None, None, None], x.mean(2, keepdim=True), x)
-        return data.standardise(x.flatten(0, 1))
+        return data.standardize(x.flatten(0, 1))
 
     def forward(self, f, views, gray):
         z = self.head(f(self.inputs(views, gray)))
@@ -320,7 +320,7 @@ def cut(x, where, mode, cell, patch):
     patches = windows[image, :, corner[..., 0], corner[..., 1]]  # [B, 9, 3, patch, patch]
     with torch.autocast(x.device.type, enabled=False):
         patches = color_matrices(x.device)[mode] @ patches.flatten(3)
-    return data.standardise(patches.view(b * 9, 3, patch, patch))
+    return data.standardize(patches.view(b * 9, 3, patch, patch))
 
 
 def patch_head(width, hidden, classes):

@@ -442,6 +442,11 @@ def resized(x, height, width):
     return F.interpolate(x, (height, width), mode="bilinear", antialias=True)
 
 
+def to_bytes(m):
+    """[0, 1] to uint8."""
+    return (m * 255).round().to(torch.uint8)
+
+
 def scaled(m):
     """[B, H, W] to 0..1 in each image; 0 where an image has one value."""
     low, high = m.amin((1, 2), keepdim=True), m.amax((1, 2), keepdim=True)
@@ -475,28 +480,6 @@ def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None
             m = m * (x.amax((2, 3)) > x.amin((2, 3))).any(1)[:, None, None]
             out.append(resized(m[:, None], height, width)[:, 0].clamp_(0, 1))
     return torch.cat(out)
-
-
-def pasteable(maps, soft=False, chunk=1024):
-    """What to paste images by, from maps uint8 [N, h, w]: (alpha uint8 [N, h, w], cut uint8 [N], area [N], unusable [N]).
-
-    Hard: alpha are the maps, and the object is where a map reaches its cut (`data.masks_at`): twice its own mean, the usual
-    threshold of saliency maps, but no more than half its maximum, as large objects would be lost. It covers the share
-    `area` of the image. Soft: cut is None, alpha the map stretched to 0..255. Unusable (bool): the object covers less than
-    5 % or more than 90 % of the image, or the map has one value; it is then all of the image, which a paste keeps as it is.
-    """
-    level, alphas, cuts, areas, unusables = torch.arange(256) / 255, torch.empty_like(maps) if soft else maps, [], [], []
-    for part, alpha in zip(maps.split(chunk), alphas.split(chunk), strict=True):
-        m = part.float() / 255
-        high = m.amax((1, 2))
-        cut = torch.minimum(2 * m.mean((1, 2)), high / 2)
-        area = (m >= cut[:, None, None]).float().mean((1, 2))
-        unusable = (area < 0.05) | (area > 0.9) | (high == m.amin((1, 2)))
-        if soft:
-            alpha.copy_(scaled(m).mul_(255).round_()).masked_fill_(unusable[:, None, None], 255)
-        cuts.append(torch.searchsorted(level.to(cut.device), cut).to(torch.uint8).masked_fill_(unusable, 0))
-        areas.append(area), unusables.append(unusable)
-    return alphas, None if soft else torch.cat(cuts), torch.cat(areas), torch.cat(unusables)
 
 
 class Squashed(Dataset):
@@ -537,26 +520,7 @@ def walk(dataset, indices, method, device, classifier=None, size=64, batch_size=
         rows, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=data.outlive_signals
     ):
         m = maps(x.to(device, non_blocking=True), method, classifier, size)
-        yield index.tolist(), x, (m * 255).round().to(torch.uint8).cpu(), errors
-
-
-def of(dataset, method, device, classifier=None, size=None, batch_size=256, workers=0):
-    """Maps of a whole set, in order, for `pasteable`: uint8 [N, h, w]. Of a set in memory on the images' device and by
-    default of their size; of files on the CPU and by default 64 x 64, and empty where a file does not decode."""
-    bar = tqdm(total=len(dataset), desc=method, unit="img", leave=False, disable=None)
-    parts = []
-    if isinstance(dataset, sets.Images):
-        for x in dataset.images.split(batch_size):
-            m = maps(x.to(device), method, classifier, size)
-            parts.append((m * 255).round().to(torch.uint8).to(dataset.images.device))
-            bar.update(len(x))
-    else:
-        every = range(len(dataset))
-        for index, _, m, _ in walk(dataset, every, method, device, classifier, size or 64, batch_size, workers):
-            parts.append(m)
-            bar.update(len(index))
-    bar.close()
-    return torch.cat(parts)
+        yield index.tolist(), x, to_bytes(m).cpu(), errors
 
 
 # ============ masks in files ============
@@ -653,9 +617,6 @@ def main(argv=None):
     if stop:
         print(f"stopped by a signal with {len(todo) - done - broken} images left; the same command goes on from here")
         sys.exit(common.STOPPED)
-
-
-# ============ against masks drawn by hand ============
 
 
 if __name__ == "__main__":

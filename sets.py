@@ -108,7 +108,7 @@ class Files:
     not decode; in a dictionary `said` it leaves what else there is to say (`report`).
     """
 
-    masks = None
+    masks, channels = None, 3  # masks of the set, and channels of what read() gives
 
     def __init__(self, name, items, classes=None, base="/"):
         self.name, self.items, self.classes, self.base = name, items, classes, base

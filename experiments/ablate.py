@@ -24,8 +24,8 @@ import torch
 
 import byol
 import common
+import copy_paste
 import evaluate
-import instdisc
 import runs
 import saliency
 import sets
@@ -257,7 +257,7 @@ def mask_quality(own, args, flags):
     if "--masks" not in flags or (train.masks is None and not own.true_masks):
         return {}
     truths = sets.read_masks(own.true_masks, train) > 127 if own.true_masks else train.masks > 0
-    maps = instdisc.open_maps(own.parse([*own.flags, *flags]), train, torch.device(args.device or "cpu"))
+    maps = copy_paste.open_maps(own.parse([*own.flags, *flags]), train, torch.device(args.device or "cpu"))
     resized = (saliency.resized(m[None, None] / 255, *truths.shape[1:])[0, 0] for m in maps.cpu())
     score = score_saliency.score(resized, truths)
     return {"F_beta": [score["max_f"]], "MAE": [score["mae"]]}

@@ -94,7 +94,7 @@ def test_each_patch_is_changed_by_itself_in_training_only():
     assert torch.equal(colours(0), colours(0)) and not torch.equal(colours(0), colours(1))
     share = lambda p: (tiny("--patch-jitter", "0", "--patch-grey", p).patches(x, (0,)).std(1).amax((1, 2)) < 1e-5).float().mean()
     assert share("1") == 1 and share("0") == 0 and 0.1 < share("0.25") < 0.4
-    assert torch.equal(model.eval().patches(x, (0,)), data.normalise(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [data.HALF]))
+    assert torch.equal(model.eval().patches(x, (0,)), data.normalize(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [data.HALF]))
 
 
 # ============ the loss ============

@@ -63,9 +63,9 @@ def test_colour_operation_equals_torchvision(ours, theirs, factors):
 
 def test_grey_solarize_normalise_equal_torchvision():
     x = images()
-    assert torch.allclose(data.grey(x), tvf.rgb_to_grayscale(x), atol=1e-6)
+    assert torch.allclose(data.gray(x), tvf.rgb_to_grayscale(x), atol=1e-6)
     assert torch.allclose(data.solarize(x), tvf.solarize(x, 0.5), atol=1e-6)
-    assert torch.allclose(data.normalise(x), tvf.normalize(x, list(data.MEAN), list(data.STD)), atol=1e-6)
+    assert torch.allclose(data.normalize(x), tvf.normalize(x, list(data.MEAN), list(data.STD)), atol=1e-6)
 
 
 @pytest.mark.parametrize("size", [3, 23])
@@ -127,97 +127,6 @@ def test_operations_happen_as_often_as_asked():
     jittered = data.augment(x.clone(), plain | {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8}, g)
     assert abs((jittered != x).flatten(1).any(1).float().mean() - 0.8) < 0.03
     assert torch.equal(data.augment(x.clone(), plain, g), x)
-
-
-# ============ copy-and-paste, and masks ============
-
-
-def test_paste_is_the_papers_formula_for_the_chosen_and_nothing_for_the_rest():
-    x, alpha = images(400, 8), images(400, 8, seed=1)[:, :1]
-    alpha[::2] = alpha[::2].round()  # hard masks and soft ones
-    view, g = data.view(8, paste=0.5), torch.Generator().manual_seed(0)
-    out = data.copy_paste(x.clone(), alpha, view, None, g)
-    pasted = (out != x).flatten(1).any(1)
-    assert 150 < pasted.sum() < 250
-    ground = ((out - alpha * x) / (1 - alpha))[pasted]  # I' = M I + (1 - M) B
-    away = (alpha[pasted] < 0.9).expand_as(ground)
-    level = torch.stack([b[m].median() for b, m in zip(ground, away, strict=True)])
-    assert (ground - level.view(-1, 1, 1, 1))[away].abs().max() < 1e-4  # one grey an image, the same in every channel
-    assert level.min() < 0.1 and level.max() > 0.9 and ((level * 255) - (level * 255).round()).abs().max() < 1e-2
-    whole = torch.ones_like(alpha)
-    assert torch.equal(data.copy_paste(x.clone(), whole, data.view(8, paste=1.0), None, g), x)
-
-
-def test_grounds_are_crops_of_those_given():
-    grounds = torch.arange(1, 4, dtype=torch.uint8)[:, None, None, None].expand(3, 3, 20, 20) * 50
-    x, alpha = images(60, 8), torch.zeros(60, 1, 8, 8)
-    out = data.copy_paste(x, alpha, data.view(8, paste=1.0), grounds, torch.Generator().manual_seed(0)) * 255
-    assert torch.allclose(out, out[:, :1, :1, :1].expand_as(out), atol=1e-3)
-    assert set(out[:, 0, 0, 0].round().tolist()) == {50.0, 100.0, 150.0}
-
-
-def test_blending_blurs_all_masks_or_half_of_them():
-    x, alpha = torch.ones(200, 3, 16, 16), torch.zeros(200, 1, 16, 16)
-    alpha[:, :, :, :8] = 1
-    soft = {}
-    for blend in data.BLENDS:
-        black = torch.zeros(1, 3, 16, 16, dtype=torch.uint8)
-        out = data.copy_paste(x.clone(), alpha, data.view(16, paste=1.0, blend=blend), black, torch.Generator().manual_seed(0))
-        between = (out > 0.01) & (out < 0.99)
-        soft[blend] = between.flatten(1).any(1).float().mean().item()
-        assert not between[:, :, :, :6].any() and not between[:, :, :, 10:].any()  # 5 taps reach two pixels
-    assert soft["none"] == 0 and soft["gaussian"] == 1 and 0.35 < soft["mix"] < 0.65
-    for seed in range(40):  # also where none of a small batch is pasted or blurred
-        g = torch.Generator().manual_seed(seed)
-        data.copy_paste(x[:2].clone(), alpha[:2], data.view(16, paste=0.3, blend="mix"), None, g)
-
-
-def test_masks_are_where_the_images_are():
-    images = sets.Images("x", torch.zeros(6, 3, 8, 8, dtype=torch.uint8, device="meta"))
-    made = data.Loader(images, [data.view(8, paste=1.0)], 2, 0, alpha=torch.zeros(6, 4, 4, dtype=torch.uint8))
-    assert made.alpha.device.type == "meta" and made.alpha.shape == (6, 1, 8, 8)
-
-
-def test_an_image_that_takes_anothers_place_brings_its_own_mask(folder):
-    files = sets.load(str(folder))
-    with open(files.items[2][0], "wb") as f:
-        f.write(b"broken")
-    alpha = torch.arange(64, dtype=torch.uint8)[:, None, None].expand(64, 4, 4).contiguous()
-    index, (crop,), said = data.Crops(files, [data.view(16, paste=1.0)], 0, alpha)[0, 2]
-    assert index == 2 and list(said) == [2] and crop.shape == (4, 16, 16)
-    assert (crop[3] == crop[3, 0, 0]).all() and crop[3, 0, 0] != 2
-
-
-@pytest.mark.parametrize("memory", [True, False])
-def test_masks_are_cut_as_their_images(folder, memory):
-    """The mask of each image is made its own first channel: after any crop and flip the two must still agree."""
-    dataset = sets.load(str(folder), memory=False)
-    pixels = torch.stack([tvf.resize(dataset.read(i)[0], [40, 40], antialias=True) for i in range(len(dataset))])
-    for i in range(len(pixels)):
-        pixels[i, 0] = tvf.resize(pixels[i, :1], [8, 8]).repeat_interleave(5, 1).repeat_interleave(5, 2)[0]
-    if memory:
-        dataset = sets.Images("x", pixels)
-    else:
-        for i, (path, _) in enumerate(dataset.items):
-            write_png(pixels[i], path.replace(".jpg", ".png"))
-            os.unlink(path)
-        sets.list_folder.cache_clear(), sets._load.cache_clear()
-        dataset = sets.load(str(folder))
-    black = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
-    view = data.view(24, interpolation="bilinear", paste=1.0, mean=(0, 0, 0), std=(1, 1, 1))
-    made = data.Loader(dataset, [view], 8, 0, workers=0, alpha=pixels[:, 0], grounds=black)
-    plain = data.Loader(dataset, [view | {"paste": 0.0}], 8, 0, workers=0)
-    for (index, (x,)), (same, (y,)) in zip(made.epoch(0), plain.epoch(0), strict=True):
-        assert torch.equal(index, same)
-        assert torch.allclose(x, y * y[:, :1], atol=0.012)  # M I on black, with M the first channel
-
-
-def test_views_without_a_paste_are_what_they_were_beside_one_that_pastes(shapes):
-    alpha = shapes.masks * 255
-    plain, paste = data.view(32, jitter=(0.4,) * 4, jitter_p=1.0), data.view(32, paste=1.0)
-    _, (alone, _) = next(data.Loader(shapes, [plain, plain], 8, 0).epoch(0))
-    _, (beside, _) = next(data.Loader(shapes, [plain, paste], 8, 0, alpha=alpha).epoch(0))
-    assert torch.equal(alone, beside)
 
 
 def test_keys_decide_randomness_and_differ():

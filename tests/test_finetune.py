@@ -137,11 +137,11 @@ def test_a_saved_classifier_is_the_fine_tuned_network(tiny_run, monkeypatch):
     assert not any(p.requires_grad for p in classifier.parameters())
     x = torch.rand(4, 3, 64, 64)
     with torch.inference_mode():
-        expected = nets[-1][0](data.normalise(x))
+        expected = nets[-1][0](data.normalize(x))
         assert torch.allclose(classifier(2 * x - 1), expected, atol=1e-5) and expected.std() > 0
         large = torch.rand(4, 3, 100, 100)
         resized = F.interpolate(large, (64, 64), mode="bilinear", antialias=True)
-        assert torch.allclose(classifier(2 * large - 1), nets[-1][0](data.normalise(resized)), atol=1e-5)
+        assert torch.allclose(classifier(2 * large - 1), nets[-1][0](data.normalize(resized)), atol=1e-5)
     command(monkeypatch, "evaluate", file, "--probe", "knn")  # its trunk is a backbone as any other
 
 

@@ -10,6 +10,7 @@ from helpers import TINY, check_accumulation, run
 from torchvision.io import write_png
 
 import backbones
+import copy_paste
 import data
 import evaluate
 import instdisc
@@ -185,7 +186,7 @@ def test_the_bank_probe_ignores_images_without_labels_for_probes(tmp_path):
     assert figures(labels)["bank_knn200"] == pytest.approx(100 / 3)  # one class is left in the bank
 
 
-# ============ views, schedule, masks, backgrounds ============
+# ============ views, schedule ============
 
 
 def test_table_1_is_cumulative():
@@ -209,80 +210,6 @@ def test_learning_rate_drops_at_120_and_160_of_200_epochs():
     assert [at(e) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx([0.03, 0.03, 3e-3, 3e-3, 3e-4, 3e-4])
     assert instdisc.learning_rate(5, 100, 1.0, 10, "steps") == 0.5
     assert instdisc.learning_rate(55, 100, 1.0, 10, "cosine") == pytest.approx(0.5)
-
-
-def test_textures_are_many_and_the_same_for_a_seed():
-    a = instdisc.textures(20, 32, 0)
-    assert a.shape == (20, 3, 32, 32) and a.dtype == torch.uint8
-    assert torch.equal(a, instdisc.textures(20, 32, 0)) and not torch.equal(a, instdisc.textures(20, 32, 1))
-    assert (a.float().std((2, 3)).amax(1) > 5).all()  # none is plain
-    assert torch.corrcoef(a.float().mean(1).flatten(1)).fill_diagonal_(0).abs().max() < 0.9
-
-
-@pytest.mark.parametrize("in_memory", [True, False])
-def test_quiet_crops_come_from_where_nothing_is_salient(tmp_path, in_memory):
-    images = torch.full((12, 3, 32, 32), 50, dtype=torch.uint8)
-    images[:, :, 16:, 16:] = 200  # the only quarter without response
-    maps = torch.full((12, 16, 16), 90, dtype=torch.uint8)
-    maps[:, 8:, 8:] = 0
-    maps[5:] += 20  # what is taken first is where the response is least
-    if in_memory:
-        train = sets.Images("x", images)
-    else:
-        for i, image in enumerate(images):
-            write_png(image, str(tmp_path / f"{i:02d}.png"))
-        train = sets.load(str(tmp_path))
-    usable = torch.ones(12, dtype=torch.bool)
-    got = instdisc.quiet_crops(train, maps, usable, 5, 8, "cpu")
-    assert got.shape == (5, 3, 8, 8) and (got == 200).all()
-    maps[7], usable[7] = 0, False  # an image without a mask is no background
-    assert (instdisc.quiet_crops(train, maps, usable, 12, 8, "cpu") == 200).all()
-    assert len(instdisc.quiet_crops(train, maps, usable, 12, 8, "cpu")) == 11
-    odd = torch.zeros(12, 5, 5, dtype=torch.uint8)
-    odd[:, :3, :] = odd[:, :, :3] = 90
-    assert (instdisc.quiet_crops(train, odd, usable, 5, 8, "cpu") == 200).all()
-
-
-def options(*flags):
-    return instdisc.parse_args(["--device", "cpu", *flags])
-
-
-def test_maps_of_a_set_in_memory_are_made_once(tmp_path, monkeypatch):
-    train, calls = sets.load("shapes", limit=20), []
-
-    def of(*_):
-        calls.append(1)
-        return torch.zeros(20, 32, 32, dtype=torch.uint8)
-
-    monkeypatch.setattr(instdisc.saliency, "of", of)
-    args = options("--masks", "gs", "--root", str(tmp_path / "new"))
-    for _ in range(2):
-        assert instdisc.open_maps(args, train, torch.device("cpu")).shape == (20, 32, 32)
-    assert len(calls) == 1
-    (file,) = (tmp_path / "new").iterdir()
-    file.write_bytes(file.read_bytes()[:100])  # damaged: made again
-    assert instdisc.open_maps(args, train, torch.device("cpu")).shape == (20, 32, 32) and len(calls) == 2
-    exact = instdisc.open_maps(options("--masks", "exact"), train, torch.device("cpu"))
-    assert torch.equal(exact > 0, train.masks > 0) and exact.max() == 255
-
-
-def test_images_whose_mask_is_empty_or_full_are_counted_and_not_pasted(capsys):
-    train = sets.load("shapes", limit=6)
-    train.masks[0], train.masks[1] = 0, 1
-    args = options("--masks", "exact", "--copy-paste", "1")
-    alpha, grounds, cut = instdisc.objects(args, train, torch.device("cpu"), print)
-    assert "2 of 6 masks are nearly empty or full" in capsys.readouterr().out and grounds is None
-    view = data.view(32, scale=(1, 1), ratio=(1, 1), flip=0, paste=1.0)
-    index, (x,) = next(data.Loader(train, [view], 6, 0, alpha=alpha, cut=cut).epoch(0))
-    _, (plain,) = next(data.Loader(train, [view | {"paste": 0.0}], 6, 0).epoch(0))
-    for row, image in enumerate(index.tolist()):
-        background = (train.masks[image] == 0) & (image != 1)
-        assert torch.allclose(x[row], plain[row], atol=1e-5) == (image < 2)
-        if image > 1:
-            outside = x[row][:, background] * torch.tensor(data.STD)[:, None] + torch.tensor(data.MEAN)[:, None]
-            assert outside.std() < 1e-3  # one grey
-            inside = train.masks[image] == 1
-            assert torch.allclose(x[row][:, inside], plain[row][:, inside], atol=1e-5)
 
 
 # ============ whole runs ============
@@ -345,9 +272,13 @@ def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
     flags = ["--augment", "flip", "--copy-paste", "0.3", "--masks", "exact", "--background", "textures", "--blend", "mix"]
     with pytest.raises(Stop):
         instdisc.main([*SMALL[1:], *flags, "--soft-masks", "--out", str(tmp_path / "run")])
-    _, (view,), *_, alpha, grounds, cut = calls[1]
-    assert view["scale"] == (1, 1) and view["flip"] == 0.5 and view["paste"] == 0.3 and view["blend"] == "mix"
-    assert alpha.shape == (48, 32, 32) and cut is None and grounds.shape == (1000, 3, 32, 32)
+    masked, (view,), *_, augment = calls[1]
+    assert view["scale"] == (1, 1) and view["flip"] == 0.5 and masked.images.shape == (48, 4, 32, 32)
+    given = []
+    monkeypatch.setattr(copy_paste, "paste", lambda *a: given.append(a) or a[0][:, :3])
+    augment(masked.images[:2] / 255, view, data.generator(0))
+    share, blurred, backgrounds = given[0][3:]
+    assert (share, blurred) == (0.3, 0.5) and backgrounds.shape == (1000, 3, 32, 32)
 
 
 def test_negatives_are_drawn_anew_and_test_images_have_no_label_in_the_bank(folder, tmp_path, monkeypatch):

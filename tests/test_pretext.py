@@ -57,7 +57,7 @@ def batch(task, n, seed=0):
 def test_patches_come_from_where_they_should(size, cell, patch, stride, monkeypatch):
     assert pretext.geometry(size) == (cell, patch, stride)
     assert (cell - patch) / cell == pytest.approx(21 / 85, abs=0.06)
-    monkeypatch.setattr(data, "standardise", lambda x: x)
+    monkeypatch.setattr(data, "standardize", lambda x: x)
     row, column = torch.meshgrid(2 * [torch.arange(3.0 * cell)], indexing="ij")
     image = torch.arange(5.0)[:, None, None].expand(5, 3 * cell, 3 * cell)
     x = torch.stack([row.expand_as(image), column.expand_as(image), image], 1)  # a pixel says where it stands
@@ -88,7 +88,7 @@ def test_colours_of_patches_are_mixed_and_then_standardised():
                                 lambda p: p.mean(0, keepdim=True).expand(3, -1, -1), *[lambda p: p] * 5]):  # fmt: skip
         p = wanted(x[0, :, k // 3 * 10 :][:, :8, k % 3 * 10 :][:, :, :8])
         assert torch.allclose(got[k], (p - p.mean()) / p.std(correction=0), atol=1e-5)
-    flat = data.standardise(torch.full((1, 3, 4, 4), 0.3))
+    flat = data.standardize(torch.full((1, 3, 4, 4), 0.3))
     assert flat.abs().max() < 1e-5  # the least deviation is 1 / sqrt(numel), not 0
 
 
@@ -450,9 +450,9 @@ def test_the_export_sees_what_the_task_saw(task, finished):
     f = backbone.f
     if task in pretext.PATCHES:
         patches = [x[:, :, r : r + 8, c : c + 8] for r in (0, 8, 16) for c in (0, 8, 16)]
-        wanted = torch.stack([f(data.standardise(p)) for p in patches]).mean(0)
+        wanted = torch.stack([f(data.standardize(p)) for p in patches]).mean(0)
     else:
-        wanted = f(data.standardise(x) if task == "exemplar" else backbones.lightness(backbones.to_lab(x / 2 + 0.5)))
+        wanted = f(data.standardize(x) if task == "exemplar" else backbones.lightness(backbones.to_lab(x / 2 + 0.5)))
     assert torch.allclose(backbone(x), wanted, atol=1e-5)
 
 

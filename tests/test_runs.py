@@ -146,13 +146,12 @@ class Loop:
         self.model.seen.clear()
         return [everyone(kind, d) for kind, d in zip(kinds, dims, strict=True)]
 
-    def masks(self):
-        return ()
+    def inputs(self):
+        return self.train, data.augment
 
     def run(self, optimizers):
-        loader = data.Loader(
-            self.train, self.views, self.n, self.args.seed, self.rank, self.world, 0, "cpu", *self.masks()
-        )
+        train, augment = self.inputs()
+        loader = data.Loader(train, self.views, self.n, self.args.seed, self.rank, self.world, 0, "cpu", augment)
         self.losses = torch.zeros(self.total)
         for step in range(self.total):
             if step % STEPS == 0:
@@ -274,11 +273,8 @@ class SwAV(Loop):
 
 
 class InstDisc(Loop):
-    def prepare(self):
-        self.views = [self.views[0] | {"paste": 0.5}]
-
-    def masks(self):
-        return self.script.objects(self.args, self.train, torch.device("cpu"), print)
+    def inputs(self):
+        return self.script.prepare(self.args, self.train, torch.device("cpu"), print)
 
     def build(self, f):
         a = self.args

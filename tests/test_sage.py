@@ -86,7 +86,7 @@ def test_the_evaluator_sees_what_it_was_trained_on():
     h = tiny_evaluator(preprocess=imagenet)
     x = torch.rand(4, 3, SIZE, SIZE)
     maps, semantic = h(x * 2 - 1)
-    expected = h.net.stages(data.normalise(x))
+    expected = h.net.stages(data.normalize(x))
     assert torch.allclose(semantic, expected[-1].mean((2, 3)), atol=1e-4)
     assert [m.shape[-1] for m in maps] == [16, 8, 4]
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(maps, expected, strict=False))

@@ -422,62 +422,6 @@ def test_unknown_method_and_missing_classifier():
         saliency.maps(torch.rand(1, 3, 32, 32), "cam")
 
 
-def hard(m, **flags):
-    """(what a paste by float maps takes, bool; which of them are unusable)"""
-    alpha, cut, area, unusable = saliency.pasteable((m * 255).round().to(torch.uint8), **flags)
-    at = data.masks_at(alpha, m.shape[1:], cut)
-    assert set(at.unique().tolist()) <= {0, 255}
-    assert torch.allclose(area[~unusable], at[~unusable].float().mean((1, 2)) / 255)
-    return at == 255, unusable
-
-
-def test_pasteable():
-    m = torch.zeros(6, 10, 10)
-    m[0, 2:6, 2:6] = 0.5  # 16 % of the image
-    m[1] = 0.4  # one value
-    m[2, 0, 0] = 1.0  # 1 %
-    m[3] = 1.0
-    m[3, 0, 0] = 0.0  # 99 %, above twice the mean only because the threshold stays within the map
-    m[4, :5] = 0.3
-    m[4, :2] = 1.0  # mean .29: only the two brightest rows
-    large = torch.full((1, 10, 10), 0.8)
-    large[0, :3], large[0, 9, 9] = 0.0, 1.0  # mean .56: the whole object, not the one pixel that reaches twice that
-    assert hard(large)[0].equal(large > 0)
-    objects, unusable = hard(m, chunk=2)
-    assert unusable.tolist() == [False, True, True, True, False, True]
-    assert objects[unusable].all() and objects[0].equal(m[0] > 0) and objects[4].equal(m[4] == 1)
-    soft, cut, _, unusable = saliency.pasteable((m * 255).round().to(torch.uint8), soft=True)
-    assert cut is None and unusable.tolist() == [False, True, True, True, False, True] and (soft[unusable] == 255).all()
-    assert soft[0].max() == 255 and soft[4, 3, 0] == round(0.3 * 255)
-
-
-def test_a_map_of_its_images_size_is_thresholded_at_twice_its_mean():
-    m = torch.rand(200, 12, 12, generator=torch.Generator().manual_seed(0)).pow(3).mul(255).round()
-    cut = torch.minimum(2 * m.mean((1, 2)), m.amax((1, 2)) / 2)
-    objects, unusable = hard(m / 255)
-    assert objects[~unusable].equal((m >= cut[:, None, None])[~unusable]) and not unusable.any()
-
-
-@pytest.mark.parametrize("soft", [False, True])
-def test_hard_masks_of_larger_images_have_an_edge_of_one_pixel(tmp_path, soft):
-    """A map of 64 x 64 is enlarged, then thresholded: what a worker cuts has no ramp, and what it keeps stays small."""
-    y, x = torch.meshgrid(torch.arange(64) - 31.5, torch.arange(64) - 31.5, indexing="ij")
-    maps = (255 * (1.3 - (x.square() + y.square()).sqrt() / 16).clamp(0, 1)).to(torch.uint8)[None]  # soft at its border
-    alpha, cut, *_ = saliency.pasteable(maps, soft=soft)
-    assert alpha.shape == (1, 64, 64) and alpha.dtype == torch.uint8 and (cut is None or cut.dtype == torch.uint8)
-    write_png(torch.zeros(3, 320, 320, dtype=torch.uint8), str(tmp_path / "0.png"))
-    files = sets.load(str(tmp_path))
-    for size, scale in ((320, (1.0, 1.0)), (224, (1.0, 1.0)), (224, (0.3, 0.3))):  # as it is, reduced, cropped and enlarged
-        view = data.view(size, scale=scale, ratio=(1, 1), interpolation="bilinear", flip=0, paste=1.0)
-        _, (crop,), _ = data.Crops(files, [view], 0, alpha, cut)[0, 0]
-        mask = crop[3]
-        assert (mask == 255).any() and (mask == 0).any()
-        inside = mask > 127
-        edges = (inside[1:] != inside[:-1]).sum() + (inside[:, 1:] != inside[:, :-1]).sum()  # between an inside and an outside
-        between = ((mask > 0) & (mask < 255)).sum()
-        assert between > 4 * edges if soft else between <= (0 if size == 320 else 2 * edges)
-
-
 # ============ from a network trained with labels ============
 
 
@@ -559,19 +503,6 @@ def test_score_equals_loops_and_known_values():
 
 
 # ============ sets and files ============
-
-
-def test_of_a_set_in_memory_and_of_files(tmp_path):
-    images = torch.stack([disc(224, radius=0.1 + 0.05 * i)[0] for i in range(4)])  # of the working size
-    in_memory = saliency.of(sets.Images("four", images), "gs", torch.device("cpu"), size=32, batch_size=3)
-    assert in_memory.shape == (4, 32, 32) and in_memory.dtype == torch.uint8
-    assert in_memory.equal((saliency.maps(images, "gs", size=32) * 255).round().to(torch.uint8))
-    assert saliency.of(sets.Images("four", images[:1]), "gs", torch.device("cpu")).shape == (1, 224, 224)
-    for i, image in enumerate(images):
-        write_png(image, str(tmp_path / f"{i}.png"))
-    (tmp_path / "2.png").write_bytes(b"no image")
-    files = saliency.of(sets.load(str(tmp_path)), "gs", torch.device("cpu"), size=32)
-    assert (files[2] == 0).all() and files[[0, 1, 3]].equal(in_memory[[0, 1, 3]])
 
 
 def here(capsys, *argv, code=0):

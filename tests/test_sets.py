@@ -404,7 +404,7 @@ def test_odd_files_are_named_and_counted_everywhere(tmp_path, monkeypatch, capsy
     x, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
     bad = [i for i in range(303) if files.path(i) in map(str, odd)]
     assert (labels == -1).nonzero()[:, 0].tolist() == bad
-    black = data.normalise(torch.zeros(3, 3, 8, 8))
+    black = data.normalize(torch.zeros(3, 3, 8, 8))
     assert torch.equal(x[bad], black)
     memory = read_anew("images", memory=True)
     out = capsys.readouterr().out

@@ -194,4 +194,4 @@ def test_recipes_are_those_of_the_codes_commands():
             assert view["jitter"] == pytest.approx([0.8 * strength] * 3 + [0.2 * strength]) and view["jitter_p"] == 0.8
             assert (view["grey"], view["blur"], view["scale"], view["interpolation"]) == (0.2, blur, (0.08, 1.0), "bicubic")
             x = torch.rand(2, 3, 4, 4)
-            assert torch.equal(data.normalise(x, view["mean"], view["std"]), x)
+            assert torch.equal(data.normalize(x, view["mean"], view["std"]), x)

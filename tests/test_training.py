@@ -33,7 +33,7 @@ def no_work(monkeypatch):
         raise AssertionError("--dry-run must not do that")
 
     for owner, name in ((torch.Tensor, "backward"), (data.Loader, "epoch"), (evaluate, "extract"), (runs, "put"),
-                        (runs, "lock"), (saliency, "of")):  # fmt: skip
+                        (runs, "lock"), (saliency, "maps")):  # fmt: skip
         monkeypatch.setattr(owner, name, work)
 
 
