@@ -4,25 +4,20 @@
     MC   absorbing Markov chain       Jiang et al., ICCV 2013       a walk from here takes long to reach the border
     RBD  robust background detection  Zhu et al., CVPR 2014         not like regions that touch the border much
 
-and from a network trained with labels: `cam` (Zhou et al. 2016) and `gradient` (Simonyan et al. 2014), made into a mask
-by a segmentation.
+and from a network trained with labels: `cam` (Zhou et al. 2016) and `gradient` (Simonyan et al. 2014).
 
-    image -> superpixels -> graph of ~200 regions -> distances, or a linear system -> a value a region -> map
-             SLIC           colour, place, border     of [B, K, K] matrices
+    image -> superpixels -> graph of ~200 regions -> distances, or a linear system -> a value per region -> map
+             SLIC           color, place, border     of [B, K, K] matrices
 
-A batch is one computation: every image has the same number of regions K (some may be empty), and nothing waits for the
-device. All in fp32. The methods' constants are those of the authors' code (docs/saliency.md lists them with sources).
+All images of a batch have the same number of regions K (some may be empty): a batch is one computation, in fp32, that
+never waits for the device. Constants are those of the authors' code; docs/saliency.md lists them with sources.
 
     differences          the authors' code                     here
     image                at its own size                       squashed to 224 x 224 px; small ones to less (`side_for`)
     regions              h w / 600 (mc: 250)                   a grid of blocks of 16 px: 196
-    SLIC's candidates    centres within a block's side         the centres of the 3x3 blocks around the pixel's block
-    SLIC's stop          no label changes, or 10 rounds        10 rounds
-    scattered regions    large parts become regions            the part with the pixel nearest to the centre stays, the rest
-                                                               goes to its neighbours
-    band of the border   8 px                                  a third of a block's side, the same share of a region
+    SLIC's candidates    centers within a block's side         the centers of the 3x3 blocks around the pixel's block
+    scattered regions    large parts become regions            the part nearest to the center stays, the rest is absorbed
     frames               found by edges and cut off (rbd, gs)  not looked for; mc has its own test, which is here
-    constant images      undefined                             an empty map
     gradient's mask      graph cut                             geodesic distances between seeds
 
     python saliency.py DIR --out MASKS                          RBD masks for a folder of images, one small PNG each
@@ -39,10 +34,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as tvf
-from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import backbones
@@ -63,27 +57,18 @@ INF = float("inf")
 # ============ superpixels (SLIC: Achanta et al. 2012, in the form of RBD's code) ============
 
 
-def nine(grid, outside):
-    """[B, C, gh, gw] -> [B, gh * gw, 9, C]: what stands in the 3x3 blocks around each, `outside` beyond the border."""
-    b, c, h, w = grid.shape
-    grid = F.pad(grid, (1, 1, 1, 1), value=outside)
-    around = [grid[:, :, y : y + h, x : x + w] for y in range(3) for x in range(3)]
-    return torch.stack(around).permute(1, 3, 4, 0, 2).reshape(b, h * w, 9, c)
+def slic(lab, rounds=10):
+    """Superpixels of Lab images [B, 3, H, W], H and W multiples of BLOCK: (label, cost) [B, H, W] int64 and int32.
 
-
-def slic(lab, block=BLOCK, compactness=20.0, rounds=10):
-    """Superpixels of Lab images [B, 3, H, W], H and W multiples of `block`: (label, cost) [B, H, W] int64 and int32.
-
-    d^2 = |Lab - Lab_k|^2 + (compactness / S)^2 |xy - xy_k|^2, one centre k to start with in each of the gh x gw blocks;
-    a pixel chooses among the centres that started in the 3x3 blocks around its own. So all distances are one batched
-    product [9, 6] x [6, S^2] a block and all new centres another, and no pixel looks anything up. `cost` orders the
-    pixels by d^2.
+    d^2 = |Lab - Lab_k|^2 + (20 / S)^2 |xy - xy_k|^2, one center k to start with in each of the gh x gw blocks of S px;
+    a pixel chooses among the centers that started in the 3x3 blocks around its own. So all distances are one batched
+    product [9, 6] x [6, S^2] per block and all new centers another. `cost` orders the pixels by d^2.
     """
-    (b, _, height, width), s, device = lab.shape, block, lab.device
+    (b, _, height, width), s, device = lab.shape, BLOCK, lab.device
     gh, gw = height // s, width // s
     n = b * gh * gw
     # Places relative to the block's middle, so that they are the same small numbers in every block.
-    scale = compactness / s
+    scale = 20.0 / s
     at = (torch.arange(s, device=device) - (s - 1) / 2) * scale
     x = torch.empty(b, gh, gw, 6, s, s, device=device)
     x[:, :, :, :3] = lab.view(b, 3, gh, s, gw, s).permute(0, 2, 4, 1, 3, 5)
@@ -93,26 +78,27 @@ def slic(lab, block=BLOCK, compactness=20.0, rounds=10):
     kind = torch.arange(9, device=device, dtype=torch.int32)[:, None]
     shift = (torch.cat([kind.div(3, rounding_mode="floor"), kind % 3], 1) - 1) * scale * s  # [9, 2]: of those blocks
     middle = s // 2 * s + s // 2
-    centre = x[:, :5, middle].reshape(b, gh, gw, 5).permute(0, 3, 1, 2).contiguous()  # [B, 5, gh, gw]
+    center = x[:, :5, middle].reshape(b, gh, gw, 5).permute(0, 3, 1, 2).contiguous()  # [B, 5, gh, gw]
     distance, chosen = torch.empty(n, 9, s * s, device=device), torch.empty(n, 9, s * s, device=device)
     for i in range(rounds):
-        c = nine(centre, 1e4).reshape(n, 9, 5)
+        c = F.unfold(F.pad(center, (1, 1, 1, 1), value=1e4), 3)  # [B, 5 * 9, gh * gw]: of the 3x3 blocks around each
+        c = c.view(b, 5, 9, -1).permute(0, 3, 2, 1).reshape(n, 9, 5)
         c = torch.cat([c[..., :3], c[..., 3:] + shift], 2)
         torch.bmm(torch.cat([-2 * c, c.square().sum(2, keepdim=True)], 2), x, out=distance)
-        # The nearest of nine, each with its number in the last four bits: one minimum instead of an argmin, much faster on
-        # a CPU, and of equal ones the first on every device. Positive floats are in the order of their bits as integers.
+        # The nearest of nine, each with its number in the last four bits: one minimum instead of an argmin, much faster
+        # on a CPU, and of equal ones the first on every device. Positive floats are ordered as their bits as integers.
         distance.add_(square).clamp_(min=0.5).view(torch.int32).bitwise_and_(~15).bitwise_or_(kind)
         cost = distance.amin(1, keepdim=True)
         if i == rounds - 1:
             break
         torch.eq(distance, cost, out=chosen)
-        sums = torch.bmm(chosen, x.mT).view(b, gh, gw, 9, 6)  # what each block has for its nine centres
+        sums = torch.bmm(chosen, x.mT).view(b, gh, gw, 9, 6)  # what each block has for its nine centers
         sums[..., 3:5] -= shift * sums[..., 5:]
         total = torch.zeros(b, gh + 2, gw + 2, 6, device=device)
         for k in range(9):
             total[:, k // 3 : k // 3 + gh, k % 3 : k % 3 + gw] += sums[:, :, :, k]
         total = total[:, 1:-1, 1:-1].permute(0, 3, 1, 2)
-        centre = torch.where(total[:, 5:] > 0, total[:, :5] / total[:, 5:].clamp(min=1), centre)  # an empty one stays
+        center = torch.where(total[:, 5:] > 0, total[:, :5] / total[:, 5:].clamp(min=1), center)  # an empty one stays
     cost = cost.view(torch.int32).view(b, gh, gw, s, s).transpose(2, 3).reshape(b, height, width)
     k = cost.bitwise_and(15).long()
     row = torch.arange(height, device=device).div(s, rounding_mode="floor")[:, None]
@@ -120,12 +106,12 @@ def slic(lab, block=BLOCK, compactness=20.0, rounds=10):
     return (row + k.div(3, rounding_mode="floor") - 1) * gw + column + k % 3 - 1, cost
 
 
-def connect(label, cost, regions, block=BLOCK):
-    """Every region in one piece (4-neighbours): [B, H, W] -> [B, H, W].
+def connect(label, cost, regions):
+    """Every region in one piece (4-neighbors): [B, H, W] -> [B, H, W].
 
-    The part with the pixel of least cost is flooded from there; what is not reached takes the label of a neighbour that
-    is, step by step. The number of steps is fixed, as a test for the end would wait for the device: in photographs the
-    flood has reached what it can after 3 S steps, and 12 fill the rest. What a flood leaves out is filled as well.
+    The part with the pixel of least cost is flooded from there; what is not reached takes the label of a neighbor that
+    is, step by step. The number of steps is fixed, as a test for the end would wait for the device: in photographs a
+    flood takes less than 3 S steps, and 12 fill the rest.
     """
     b, h, w = label.shape
     flat = label.view(b, h * w)
@@ -140,13 +126,13 @@ def connect(label, cost, regions, block=BLOCK):
     right, down = torch.zeros_like(label, dtype=torch.uint8), torch.zeros_like(label, dtype=torch.uint8)
     right[:, :, :-1], down[:, :-1] = short[:, :, 1:] == short[:, :, :-1], short[:, 1:] == short[:, :-1]
     right, down = right.view(-1)[:-1], down.view(-1)[:-w]
-    for _ in range(3 * block):
+    for _ in range(3 * BLOCK):
         for to, back, same in ((1, -1, right), (w, -w, down)):
             reached[to:] |= reached[:back] & same
             reached[:back] |= reached[to:] & same
-    # 0: not settled yet, else label + 1. Of several settled neighbours the largest label counts, any rule would do.
+    # 0: not settled yet, else label + 1. Of several settled neighbors the largest label counts.
     settled = (short + 1) * reached.view(b, h, w)
-    for _ in range(2 * block):
+    for _ in range(2 * BLOCK):
         beside = torch.zeros_like(settled)
         beside[:, :, 1:] = settled[:, :, :-1]
         torch.maximum(beside[:, :, :-1], settled[:, :, 1:], out=beside[:, :, :-1])
@@ -160,8 +146,7 @@ def connect(label, cost, regions, block=BLOCK):
 
 
 def touching(label, regions, diagonal=False):
-    """Which regions share an edge between two pixels, or with `diagonal` a corner: bool [B, K, K], symmetric, diagonal
-    False."""
+    """Which regions share an edge between two pixels, or with `diagonal` a corner: bool [B, K, K]."""
     pairs = [(label[:, :, :-1], label[:, :, 1:]), (label[:, :-1], label[:, 1:])]
     if diagonal:
         pairs += [(label[:, :-1, :-1], label[:, 1:, 1:]), (label[:, :-1, 1:], label[:, 1:, :-1])]
@@ -175,34 +160,36 @@ def paired(index, regions):
     return (a | a.mT) & ~torch.eye(regions, dtype=torch.bool, device=index.device)
 
 
-def members(label, regions):
-    """Which regions occur in label [B, ...]: bool [B, K]."""
-    return torch.zeros(len(label), regions, dtype=torch.bool, device=label.device).scatter_(1, label.flatten(1), True)
+def at_border(label, regions, width):
+    """Which regions have a pixel at most `width` px from the border: bool [B, K]."""
+    sides = (label[:, :width], label[:, -width:], label[..., :width], label[..., -width:])
+    index = torch.cat([side.flatten(1) for side in sides], 1)
+    return torch.zeros(len(label), regions, dtype=torch.bool, device=label.device).scatter_(1, index, True)
 
 
-def graph(rgb, block=BLOCK, rounds=10):
-    """The regions of images [B, 3, H, W], whole numbers in 0..255, H and W multiples of `block`, and what the methods ask
-    of them: a dict of label [B, H, W]; used [B, K], false for an empty region; lab [B, K, 3] of the mean RGB and lab_mean,
-    the mean of Lab; place [B, K, 2] in 0..1; near, near8 [B, K, K]: 4- and 8-neighbours; band [B, K]: at the border."""
+def graph(rgb):
+    """The regions of images [B, 3, H, W], whole numbers in 0..255, H and W multiples of BLOCK, as a dict of label
+    [B, H, W]; used [B, K], false for an empty region; lab [B, K, 3] of the mean RGB and lab_mean, the mean of Lab;
+    place [B, K, 2] in 0..1; near [B, K, K]: 4-neighbors; band [B, K]: at the border."""
     (b, _, h, w), device = rgb.shape, rgb.device
-    k = (h // block) * (w // block)
+    k = (h // BLOCK) * (w // BLOCK)
     lab = backbones.to_lab(rgb / 255)
-    label = connect(*slic(lab, block, rounds=rounds), k, block)
+    label = connect(*slic(lab), k)
     y, x = torch.arange(h, device=device).float(), torch.arange(w, device=device).float()
     plane = torch.stack([y[:, None].expand(h, w), x.expand(h, w), torch.ones(h, w, device=device)])
     # Whole numbers, but for Lab: their sums are exact, so that the order in which a GPU adds them does not matter.
     pixels = torch.cat([rgb, lab, plane.expand(b, -1, -1, -1)], 1).flatten(2)  # [B, 9, H W]
     sums = torch.zeros(b, 9, k, device=device).scatter_add_(2, label.view(b, 1, -1).expand(-1, 9, -1), pixels)
     means = (sums[:, :8] / sums[:, 8:].clamp(min=1)).mT  # [B, K, 8]
-    band = round(block / 3)  # 8 px of 24.5 in the authors' images of 400 x 300 px
-    border = torch.cat(
-        [p.flatten(1) for p in (label[:, :band], label[:, -band:], label[..., :band], label[..., -band:])], 1
-    )
-    place = torch.stack([means[..., 6] / h, means[..., 7] / w], 2)
     return dict(
-        label=label, used=sums[:, 8] > 0, lab=backbones.to_lab(means[..., :3].mT / 255).mT, lab_mean=means[..., 3:6], place=place,
-        near=touching(label, k), band=members(border, k),
-    )  # fmt: skip
+        label=label,
+        used=sums[:, 8] > 0,
+        lab=backbones.to_lab(means[..., :3].mT / 255).mT,
+        lab_mean=means[..., 3:6],
+        place=torch.stack([means[..., 6] / h, means[..., 7] / w], 2),
+        near=touching(label, k),
+        band=at_border(label, k, round(BLOCK / 3)),  # 8 px of 24.5 in the authors' images of 400 x 300 px
+    )
 
 
 def distances(x):
@@ -211,32 +198,30 @@ def distances(x):
 
 
 def two_steps(a):
-    """Neighbours and their neighbours, bool [B, K, K]."""
+    """Neighbors and their neighbors, bool [B, K, K]."""
     return a | (torch.bmm(a.float(), a.float()) > 0)
 
 
-def spread(colour, near, used):
-    """(m1, m2, mt) [B, 1, 1] of an image's contrast: the mean over regions of the least colour distance to a neighbour,
-    the same with the neighbours' neighbours, and the mean of the largest 1 % of the distances between neighbours."""
+def spread(color, near, used):
+    """(m1, m2, mt) [B, 1, 1] of an image's contrast: the mean over regions of the least color distance to a neighbor,
+    the same with the neighbors' neighbors, and the mean of the largest 1 % of the distances between neighbors."""
     n = used.sum(1).clamp(min=1)
     eye = torch.eye(near.shape[1], dtype=torch.bool, device=near.device)
     m1, m2 = (
-        torch.where(used, colour.masked_fill(~a, INF).amin(2), 0).nan_to_num(posinf=0).sum(1) / n
+        torch.where(used, color.masked_fill(~a, INF).amin(2), 0).nan_to_num(posinf=0).sum(1) / n
         for a in (near, two_steps(near) & ~eye)
     )
     edges = near.sum((1, 2)) // 2
     top = (0.01 * edges).round().clamp(min=1)  # how many are 1 %; below, more than that for any planar graph
     most = max(1, round(0.03 * near.shape[1]))
-    largest = (colour * near.triu()).flatten(1).topk(most, 1).values
+    largest = (color * near.triu()).flatten(1).topk(most, 1).values
     mt = (largest * (torch.arange(most, device=near.device) < top[:, None])).sum(1) / top
     return m1[:, None, None], m2[:, None, None], mt[:, None, None]
 
 
 def geodesic(cost, edges):
-    """All shortest paths [B, K, K] with `cost` on `edges`, infinite where there is none: Floyd and Warshall, exact.
-
-    After step k the paths through regions 0..k are known. Many costs are 0, so that paths have many hops and methods that
-    stop after a number of hops are wrong."""
+    """All shortest paths [B, K, K] with `cost` on `edges`, infinite where there is none: Floyd and Warshall. Many costs
+    are 0, so that paths have many hops, and methods that stop after some number of hops are wrong."""
     k = cost.shape[1]
     d = cost.masked_fill(~edges, INF)
     d.diagonal(dim1=1, dim2=2).zero_()
@@ -254,10 +239,10 @@ def minmax(x, used):
 
 
 def linked(g):
-    """(colour distances, edges of the graph with all border regions linked, clip value m2, m1, mt) of GS and RBD."""
-    colour = distances(g["lab"])
-    m1, m2, mt = spread(colour, g["near"], g["used"])
-    return colour, g["near"] | (g["band"][:, :, None] & g["band"][:, None, :]), m2, m1, mt
+    """(color distances, edges of the graph with all border regions linked, clip value m2, m1, mt) of GS and RBD."""
+    color = distances(g["lab"])
+    m1, m2, mt = spread(color, g["near"], g["used"])
+    return color, g["near"] | (g["band"][:, :, None] & g["band"][:, None, :]), m2, m1, mt
 
 
 # ============ the methods: a graph -> the saliency of each region [B, K] in [0, 1] ============
@@ -265,28 +250,26 @@ def linked(g):
 
 def gs(g):
     """Geodesic saliency: the length of the shortest path to the background, as GeodesicSaliency.m of RBD's code."""
-    colour, edges, clip, _, _ = linked(g)
+    color, edges, clip, _, _ = linked(g)
     k, band = g["used"].shape[1], g["band"]
     # Objects may touch the border: a border region unlike the others there is not background.
-    unlike = colour / (1 + 3 * distances(g["place"]))
+    unlike = color / (1 + 3 * distances(g["place"]))
     eye = torch.eye(k, dtype=torch.bool, device=band.device)
     unlike = unlike.masked_fill(~(band[:, :, None] & band[:, None, :]) | eye, INF)
     alike = unlike.topk(max(1, round(k / 200 * 5)), 2, largest=False).values.mean(2)  # [B, K]
-    low, high = (
-        alike.masked_fill(~band, INF).amin(1, keepdim=True),
-        alike.masked_fill(~band, -INF).amax(1, keepdim=True),
-    )
-    ground = band & ((high - low <= 1) | (alike <= (low + high) / 2))
+    low = alike.masked_fill(~band, INF).amin(1, keepdim=True)
+    high = alike.masked_fill(~band, -INF).amax(1, keepdim=True)
+    background = band & ((high - low <= 1) | (alike <= (low + high) / 2))
     # The least of all distances to background regions is that to a virtual node tied to them at no cost.
-    d = geodesic((colour - clip).clamp(min=0), edges)
-    d = d.masked_fill(~ground[:, None, :], INF).amin(2).masked_fill(~g["used"], 0).nan_to_num(posinf=0)
+    d = geodesic((color - clip).clamp(min=0), edges)
+    d = d.masked_fill(~background[:, None, :], INF).amin(2).masked_fill(~g["used"], 0).nan_to_num(posinf=0)
     top = d.topk(max(1, round(0.02 * k)), 1).values[:, -1:]
     return (d / top.clamp(min=1e-6)).clamp(max=1)
 
 
 def otsu(x, used, bins=256):
-    """Otsu's threshold [B, 1] for values in [0, 1]: of 256 levels the one after which a cut gives two classes with the
-    largest variance between them; of equally good ones the mean."""
+    """Otsu's threshold [B, 1] for values in [0, 1]: the cut that gives two classes with the largest variance between
+    them; of equally good ones the mean."""
     level = (x * (bins - 1)).round().long()
     share = torch.zeros(len(x), bins, device=x.device).scatter_add_(1, level, used.float())
     share = share / share.sum(1, keepdim=True).clamp(min=1)
@@ -302,32 +285,30 @@ def weight(d, sigma):
     return torch.where(d > 3 * sigma, 0.0, torch.exp(-d.square() / (2 * sigma * sigma)))
 
 
-def boundary_connectivity(colour, edges, clip, sigma, band):
+def boundary_connectivity(color, edges, clip, sigma, band):
     """BndCon [B, K]: length along the border over the root of the area, of the soft region around each region, eq. 3-5.
     A square in a corner has about 2, in the middle 0, the whole image 4."""
-    w = weight(geodesic((colour - clip).clamp(min=0), edges), sigma)
+    w = weight(geodesic((color - clip).clamp(min=0), edges), sigma)
     return (w * band[:, None, :]).sum(2) / w.sum(2).sqrt()
 
 
 def rbd(g):
     """Robust background detection: contrast weighted by how far a region is background, smoothed by a least squares."""
-    colour, edges, clip, m1, mt = linked(g)
+    color, edges, clip, m1, mt = linked(g)
     used, near, band = g["used"], g["near"], g["band"]
     geo_sigma = torch.minimum(3 * m1, mt / 10).clamp(5, 10)
     smooth_sigma = torch.minimum(3 * m1, 0.2 * mt).clamp(1, 20)
-    con = boundary_connectivity(colour, edges, clip, geo_sigma, band)
-    ground = 1 - torch.exp(-con.square() / 2)  # sigma_BndCon 1, eq. 6
-    contrast = torch.bmm(colour * weight(distances(g["place"]), 0.4), ground[:, :, None] * used[:, :, None])[
-        ..., 0
-    ]  # eq. 8
-    contrast = minmax(contrast, used)
+    con = boundary_connectivity(color, edges, clip, geo_sigma, band)
+    background = 1 - torch.exp(-con.square() / 2)  # sigma_BndCon 1, eq. 6
+    contrast = color * weight(distances(g["place"]), 0.4)  # eq. 8
+    contrast = minmax(torch.bmm(contrast, background[:, :, None] * used[:, :, None])[..., 0], used)
     contrast = torch.where(contrast < otsu(contrast, used), 0.0, contrast)
     # eq. 9: min  sum 5 g_i s_i^2 + sum c_i (s_i - 1)^2 + 1/2 sum w_ij (s_i - s_j)^2
-    ground = 5 * torch.where(con > 3, 1000.0, ground)
+    background = 5 * torch.where(con > 3, 1000.0, background)
     smooth = two_steps(near) | (band[:, :, None] & band[:, None, :])
-    w = torch.where(smooth, weight(colour, smooth_sigma), 0.0) + 0.1 * near
+    w = torch.where(smooth, weight(color, smooth_sigma), 0.0) + 0.1 * near
     w = w * used[:, :, None] * used[:, None, :]
-    system = torch.diag_embed(w.sum(2) + ground + contrast + 1e-6 * ~used) - w
+    system = torch.diag_embed(w.sum(2) + background + contrast + 1e-6 * ~used) - w
     return minmax(solve(system, contrast[:, :, None])[..., 0], used)
 
 
@@ -337,7 +318,7 @@ def solve(system, right):
 
 
 def mc(g):
-    """Absorbing Markov chain: how long a random walk that prefers like colours takes until the border absorbs it."""
+    """Absorbing Markov chain: how long a random walk that prefers like colors takes until the border absorbs it."""
     label, used = g["label"], g["used"]
     k, device = used.shape[1], used.device
     near = touching(label, k, diagonal=True)
@@ -348,8 +329,8 @@ def mc(g):
     d = minmax(distances(g["lab_mean"]).flatten(1), edges.flatten(1)).view(-1, k, k)
     w = torch.where(edges, torch.exp(-10 * d) + 1e-5, 0.0) + eye * used[:, :, None]
     degree = w.sum(2)
-    outlier = used & (degree < 1.1)  # like none of its neighbours: a walk would never leave it
-    ring = members(torch.cat([label[:, 0], label[:, -1], label[..., 0], label[..., -1]], 1), k)
+    outlier = used & (degree < 1.1)  # like none of its neighbors: a walk would never leave it
+    ring = at_border(label, k, 1)
     inner = (near & ring[:, :, None]).any(1) & ~ring
     # A border that hardly leads inwards is a picture's frame: it is left out, and the next ring absorbs.
     framed = (w * near * ring[:, :, None] * inner[:, None, :]).sum((1, 2))[:, None] <= 13
@@ -377,9 +358,9 @@ REGIONS = {"rbd": rbd, "mc": mc, "gs": gs}
 
 
 def cam(classifier, x):
-    """Class activation maps [B, H, W] of the predicted classes, any scale: the last feature map, its channels weighted as
-    the head weighs them for the class (Zhou et al. 2016). x [B, 3, H, W] in [-1, 1]; classifier: of
-    reconstruct.open_classifier, its head one linear layer on the pooled last map of `layer4` or `features`."""
+    """Class activation maps [B, H, W], any scale, of x [B, 3, H, W] in [-1, 1] for the predicted classes: the last map,
+    its channels weighted as the head weighs them (Zhou et al. 2016). classifier: of reconstruct.open_classifier, its
+    head one linear layer on the pooled last map."""
     trunk, head = classifier.net if isinstance(classifier.net, nn.Sequential) else (classifier.net, None)
     head, last = head or getattr(trunk, "fc", None), getattr(trunk, "layer4", None) or getattr(trunk, "features", None)
     if not isinstance(head, nn.Linear) or last is None:
@@ -392,10 +373,8 @@ def cam(classifier, x):
 
 
 def pixel_gradients(net, x, y):
-    """d score_y / d x, float [B, 3, S, S], the score being the logit of class y [B] for x [B, 3, S, S], net in eval mode.
-
-    One backward for the batch, as in eval mode no image's score depends on another image. No parameter gets a gradient,
-    and the caller may be in inference mode."""
+    """d score_y / d x, float [B, 3, S, S], the score being the logit of class y [B] for x [B, 3, S, S], net in eval
+    mode, where no image's score depends on another image. The caller may be in inference mode."""
     with torch.inference_mode(False), torch.enable_grad(), evaluate.in_eval(net):
         x = x.detach().clone().requires_grad_()  # a clone made here is no inference tensor
         scores = net(x).gather(1, y.clone().to(x.device)[:, None])
@@ -403,19 +382,16 @@ def pixel_gradients(net, x, y):
 
 
 def class_gradients(net, x, y):
-    """The saliency of each pixel for class y (Simonyan et al. 2014): the largest |d score_y / d x| of its channels.
-
-    net: normalised images [B, 3, S, S] to logits [B, C]; y int64 [B]. Returns float [B, S, S]; more in `pixel_gradients`.
-    """
+    """The saliency of each pixel for class y (Simonyan et al. 2014), float [B, S, S]: the largest |d score_y / d x| of
+    its channels."""
     return pixel_gradients(net, x, y).abs().amax(1)
 
 
 def gradient(classifier, x, g):
-    """The saliency of each region [B, K] in [0, 1]: a segmentation grown from where the score of the predicted class is
-    most and least sensitive to the pixels (Simonyan et al. 2014, who cut a graph with the same seeds).
-
-    Seeds of the foreground are the regions whose mean gradient lies above the 95 % quantile, of the background those up to
-    the 30 % quantile. A region counts d_bg / (d_fg + d_bg), its geodesic distances to the nearest seed of each kind."""
+    """The saliency of each region [B, K]: a segmentation grown from where the score of the predicted class depends most
+    and least on the pixels (Simonyan et al. 2014, who cut a graph with the same seeds). Seeds of the object are regions
+    whose mean gradient is above the 95 % quantile, of the background those up to the 30 % quantile. A region counts
+    d_bg / (d_fg + d_bg), its geodesic distances to the nearest seed of each kind."""
     used, flat = g["used"], g["label"].flatten(1)
     slope = class_gradients(classifier, x, classifier(x).argmax(1)).flatten(1)
     size = torch.zeros_like(used, dtype=torch.float).scatter_add_(1, flat, torch.ones_like(slope))
@@ -423,8 +399,8 @@ def gradient(classifier, x, g):
     high, low = (slope.masked_fill(~used, math.nan).nanquantile(q, 1, keepdim=True) for q in (0.95, 0.3))
     d = geodesic(distances(g["lab"]) + 1e-3, g["near"])  # not 0 between equal regions, so that the seeds share them
     to_object = d.masked_fill(~(used & (slope > high))[:, None], INF).amin(2)
-    to_ground = d.masked_fill(~(used & (slope <= low))[:, None], INF).amin(2)
-    return (to_ground / (to_object + to_ground)).masked_fill(~used, 0).nan_to_num(0)
+    to_background = d.masked_fill(~(used & (slope <= low))[:, None], INF).amin(2)
+    return (to_background / (to_object + to_background)).masked_fill(~used, 0).nan_to_num(0)
 
 
 # ============ maps of images ============
@@ -454,21 +430,16 @@ def scaled(m):
 
 
 @torch.no_grad()
-def maps(images, method="rbd", classifier=None, size=None, side=None, chunk=None):
+def maps(images, method="rbd", classifier=None, size=None):
     """Saliency maps float32 [B, h, w] in [0, 1] of images [B, 3, H, W], uint8 or float in [0, 1], on any device.
 
-    size: (h, w), or one number for both; default that of the images. side: the working size, a multiple of BLOCK.
-    classifier: of reconstruct.open_classifier, for CLASS_METHODS. chunk: images at a time, which bounds the memory (about
-    10 MB an image); on a CPU a few, whose intermediates stay in its cache. A constant image has an empty map.
+    size: (h, w), or one number for both; default that of the images. classifier: of reconstruct.open_classifier, for
+    CLASS_METHODS. A constant image has an empty map.
     """
-    if method not in METHODS + CLASS_METHODS:
-        raise ValueError(f"unknown saliency method {method!r}; known: {', '.join(METHODS + CLASS_METHODS)}")
-    if method in CLASS_METHODS and classifier is None:
-        raise ValueError(f"saliency method {method!r} needs a classifier")
     height, width = images.shape[2:] if size is None else (size, size) if isinstance(size, int) else size
-    side, out = side or side_for(*images.shape[2:]), []
+    side, chunk, out = side_for(*images.shape[2:]), 4 if images.device.type == "cpu" else 128, []
     with torch.autocast(images.device.type, enabled=False):
-        for part in images.split(chunk or (4 if images.device.type == "cpu" else 128)):
+        for part in images.split(chunk):  # 10 MB an image; on a CPU so few that its cache holds them
             x = part.float() if part.dtype == torch.uint8 else part.float() * 255
             x = resized(x, side, side).round_().clamp_(0, 255)  # the methods are made for files of 8 bits
             if method == "cam":
@@ -512,34 +483,30 @@ def first_side(dataset):
 
 
 def walk(dataset, indices, method, device, classifier=None, size=64, batch_size=64, workers=0):
-    """Yields (indices, images uint8 [b, 3, S, S], maps uint8 [b, size, size] on the CPU, why not [b]) in order; a file that
-    does not decode has an empty map and a reason."""
-    rows = torch.utils.data.Subset(Squashed(dataset, first_side(dataset)), indices)
-    pin = torch.device(device).type == "cuda"
-    for index, x, errors in DataLoader(
-        rows, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=data.outlive_signals
-    ):
+    """Yields (indices, maps uint8 [b, size, size] on the CPU, why not [b]) in order; a file that does not decode has an
+    empty map and a reason."""
+    rows, pin = Subset(Squashed(dataset, first_side(dataset)), indices), torch.device(device).type == "cuda"
+    how = dict(num_workers=workers, pin_memory=pin, worker_init_fn=data.outlive_signals)
+    for index, x, errors in DataLoader(rows, batch_size, **how):
         m = maps(x.to(device, non_blocking=True), method, classifier, size)
-        yield index.tolist(), x, to_bytes(m).cpu(), errors
+        yield index.tolist(), to_bytes(m).cpu(), errors
 
 
 # ============ masks in files ============
 
 
-def claim(out, wanted):
+def write_note(out, wanted):
     """Make the folder with a note of what its masks are, or check that it has the same."""
     note = Path(out, "saliency.json")
-    if note.is_file():
-        try:
-            was = dict(json.loads(note.read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            common.fail(f"{note} does not tell what masks these are ({runs.reason(error)}); choose another --out")
-        changed = [f"{k} {was.get(k)} -> {v}" for k, v in wanted.items() if was.get(k) != v]
-        if changed:
-            common.fail(f"{out} holds masks of another kind ({', '.join(changed)}); choose another --out")
-        return
-    make_folder(out)
-    runs.write_text(note, json.dumps(wanted) + "\n")
+    if not note.is_file():
+        make_folder(out)
+        return runs.write_text(note, json.dumps(wanted) + "\n")
+    try:
+        was = dict(json.loads(note.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        common.fail(f"{note} does not tell what masks these are ({runs.reason(error)}); choose another --out")
+    if changed := [f"{k} {was.get(k)} -> {v}" for k, v in wanted.items() if was.get(k) != v]:
+        common.fail(f"{out} holds masks of another kind ({', '.join(changed)}); choose another --out")
 
 
 def make_folder(folder):
@@ -549,15 +516,10 @@ def make_folder(folder):
         common.fail(f"{folder}: no folder can be made there ({runs.reason(error)})")
 
 
-def beside(images, ms):
-    """uint8 images [b, 3, S, S] and maps [b, h, w] -> float [2 b, 3, 128, 128]: image, map, image, map, ..."""
-    pictures = [resized(t.float() / 255, 128, 128) for t in (images, ms[:, None])]
-    return torch.stack([pictures[0], pictures[1].expand(-1, 3, -1, -1)], 1).flatten(0, 1).clamp(0, 1)
-
-
 def main(argv=None):
     p = argparse.ArgumentParser(
-        usage="python saliency.py DATA --out MASKS [flags]", description=__doc__, formatter_class=common.Help, allow_abbrev=False,
+        usage="python saliency.py DATA --out MASKS [flags]", description=__doc__, formatter_class=common.Help,
+        allow_abbrev=False,
     )  # fmt: skip
     p.add_argument("data", help=f"a folder of images, or one of {', '.join(sets.NAMES)}")
     p.add_argument("--out", required=True, help="folder for the masks, KEY.png; what it has already stays")
@@ -567,7 +529,7 @@ def main(argv=None):
     p.add_argument("--split", choices=("pretrain", "train", "test"), default="pretrain", help="which images of the set")
     p.add_argument("--size", type=int, default=64, help="px, height and width of a mask, whatever the image's")
     p.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    p.add_argument("--workers", type=int, default=4, help="decoding processes")
+    p.add_argument("--workers", type=int, default=4, help="loader workers")
     p.add_argument("--limit", type=int, default=0, help="N images, the same as a training script's --limit N (0: all)")
     p.add_argument("--seed", type=int, default=0, help="which ones --limit takes")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -577,21 +539,20 @@ def main(argv=None):
     if (args.method in CLASS_METHODS) != bool(args.classifier):
         common.fail(f"--classifier FILE goes with --method {' and '.join(CLASS_METHODS)}, and only with them")
     _, _, device = common.setup(args.device)
-    stop = common.catch_signals()
     dataset = sets.load(args.data, args.root, args.split, limit=args.limit, seed=args.seed)
     keys = sets.keys_of(dataset)
     classifier = reconstruct.open_classifier(args.classifier).to(device) if args.classifier else None
     out = Path(args.out)
-    claim(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
+    write_note(out, {k: getattr(args, k) for k in ("data", "split", "method", "size", "classifier")})
 
     todo = [i for i, key in enumerate(keys) if not Path(out, f"{key}.png").is_file()]
     if not todo:
         print(f"{out} has the masks of all {len(keys)} images already")
         return
     bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc=args.method, unit="img", disable=None)
-    done, broken, shown, start = 0, 0, [], time.perf_counter()
+    broken, start = 0, time.perf_counter()
     settings = (args.method, device, classifier, args.size, args.batch_size, args.workers)
-    for index, x, ms, errors in walk(dataset, todo, *settings):
+    for index, ms, errors in walk(dataset, todo, *settings):
         for i, m, error in zip(index, ms, errors, strict=True):
             if error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
@@ -600,23 +561,12 @@ def main(argv=None):
                 file = Path(out, f"{keys[i]}.png")
                 make_folder(file.parent)
                 runs.put(file, lambda f, m=m: f.write(encode_png(m[None]).numpy().tobytes()), sync=False)  # of many
-                done += 1
-        if sum(map(len, shown)) < 24:
-            whole = torch.tensor([not error for error in errors])
-            shown.append(beside(x[whole], ms[whole]))
         bar.update(len(index))
-        if stop:
-            break
     bar.close()
-    if not Path(out, "preview.png").exists() and done:  # or there is an image of that name
-        runs.write_picture(out / "preview.png", make_grid(torch.cat(shown)[:24], nrow=8, padding=2, pad_value=1))
-    rate = done / (time.perf_counter() - start)
-    print(f"{done} masks written to {out}, {rate:.1f} images/s on {device.type}; some of them in {out / 'preview.png'}")
+    done, seconds = len(todo) - broken, time.perf_counter() - start
+    print(f"{done} masks written to {out}, {done / seconds:.1f} images/s on {device.type}")
     if broken:
         print(f"{broken} images do not decode and have no mask")
-    if stop:
-        print(f"stopped by a signal with {len(todo) - done - broken} images left; the same command goes on from here")
-        sys.exit(common.STOPPED)
 
 
 if __name__ == "__main__":

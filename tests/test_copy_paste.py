@@ -37,7 +37,7 @@ def test_paste_is_the_papers_formula_for_the_chosen_and_nothing_for_the_rest():
     background = ((out - masks * x) / (1 - masks))[changed]  # I' = M I + (1 - M) B
     away = (masks[changed] < 0.9).expand_as(background)
     level = torch.stack([b[m].median() for b, m in zip(background, away, strict=True)])
-    assert (background - level.view(-1, 1, 1, 1))[away].abs().max() < 1e-4  # one gray an image, the same in every channel
+    assert (background - level.view(-1, 1, 1, 1))[away].abs().max() < 1e-4  # one gray an image
     assert level.min() < 0.1 and level.max() > 0.9 and ((level * 255) - (level * 255).round()).abs().max() < 1e-2
     assert torch.equal(pasted(x, torch.ones_like(masks), data.view(8)), x)
 
@@ -154,13 +154,13 @@ def test_hard_masks_of_larger_images_have_an_edge_of_one_pixel(tmp_path, soft):
     assert masks.shape == (1, 64, 64) and masks.dtype == torch.uint8 and (cut is None or cut.dtype == torch.uint8)
     write_png(torch.zeros(3, 320, 320, dtype=torch.uint8), str(tmp_path / "0.png"))
     files = copy_paste.with_masks(sets.load(str(tmp_path)), masks, cut)
-    for size, scale in ((320, (1.0, 1.0)), (224, (1.0, 1.0)), (224, (0.3, 0.3))):  # as it is, reduced, cropped and enlarged
+    for size, scale in ((320, (1.0, 1.0)), (224, (1.0, 1.0)), (224, (0.3, 0.3))):  # as it is, reduced, enlarged
         view = data.view(size, scale=scale, ratio=(1, 1), interpolation="bilinear", flip=0)
         _, (crop,), _ = data.Crops(files, [view], 0)[0, 0]
         mask = crop[3]
         assert (mask == 255).any() and (mask == 0).any()
         inside = mask > 127
-        edges = (inside[1:] != inside[:-1]).sum() + (inside[:, 1:] != inside[:, :-1]).sum()  # between an inside and an outside
+        edges = (inside[1:] != inside[:-1]).sum() + (inside[:, 1:] != inside[:, :-1]).sum()
         between = ((mask > 0) & (mask < 255)).sum()
         assert between > 4 * edges if soft else between <= (0 if size == 320 else 2 * edges)
 

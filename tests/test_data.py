@@ -53,15 +53,15 @@ def test_crop_resize_equals_resized_crop(mode, height, width, size):
         (data.hue, tvf.adjust_hue, [-0.5, -0.1, 0.0, 0.3]),
     ],
 )
-def test_colour_operation_equals_torchvision(ours, theirs, factors):
+def test_color_operation_equals_torchvision(ours, theirs, factors):
     x = images(4)
-    x[3] = x[3, :1]  # grey: the hue of no colour must not divide by zero
+    x[3] = x[3, :1]  # gray: the hue of no color must not divide by zero
     f = torch.tensor(factors).view(-1, 1, 1, 1)
     expected = torch.stack([theirs(image, factor) for image, factor in zip(x, factors, strict=True)])
     assert torch.allclose(ours(x.clone(), f), expected, atol=1e-5)
 
 
-def test_grey_solarize_normalise_equal_torchvision():
+def test_gray_solarize_normalize_equal_torchvision():
     x = images()
     assert torch.allclose(data.gray(x), tvf.rgb_to_grayscale(x), atol=1e-6)
     assert torch.allclose(data.solarize(x), tvf.solarize(x, 0.5), atol=1e-6)
@@ -213,7 +213,7 @@ def test_each_image_of_a_batch_has_its_own_order_and_strengths_of_jitter(monkeyp
 
 
 def test_contrast_and_saturation_are_what_the_view_says():
-    x = torch.rand(20, 1, 8, 8, generator=data.generator(0)).expand(-1, 3, -1, -1)  # no colour, so nothing to saturate
+    x = torch.rand(20, 1, 8, 8, generator=data.generator(0)).expand(-1, 3, -1, -1)  # no color, so nothing to saturate
     pixels = dict(mean=(0, 0, 0), std=(1, 1, 1), jitter_p=1.0)
     made = [data.augment(x.clone(), data.view(8, jitter=each, **pixels), data.generator(0)) for each in
             ((0, 0.5, 0, 0), (0, 0, 0.5, 0))]  # fmt: skip
@@ -221,14 +221,14 @@ def test_contrast_and_saturation_are_what_the_view_says():
 
 
 def test_noise_is_another_for_each_step_rank_epoch_and_seed(tmp_path):
-    """Of one image many times over whatever differs is noise: of colours in both paths, and of crops in memory."""
+    """Of one image many times over whatever differs is noise: of colors in both paths, and of crops in memory."""
     one = torch.randint(0, 256, (3, 12, 12), generator=data.generator(0), dtype=torch.uint8)
     for i in range(16):
         write_png(one, str(tmp_path / f"{i:02d}.png"))
     whole = dict(scale=(1.0, 1.0), ratio=None, flip=0.0)
-    colours, crops = data.view(12, jitter=(0.4,) * 4, jitter_p=1.0, **whole), data.view(12)
+    colors, crops = data.view(12, jitter=(0.4,) * 4, jitter_p=1.0, **whole), data.view(12)
     memory = sets.Images("x", one.expand(16, -1, -1, -1).contiguous())
-    for dataset, view in ((memory, colours), (sets.load(str(tmp_path)), colours), (memory, crops)):
+    for dataset, view in ((memory, colors), (sets.load(str(tmp_path)), colors), (memory, crops)):
         def first(seed=0, epoch=0, rank=0, step=0, dataset=dataset, view=view):
             return next(data.Loader(dataset, [view], 4, seed, rank, 2).epoch(epoch, step))[1][0]
 
@@ -250,7 +250,8 @@ def test_crops_of_a_folder_follow_scale_epoch_and_seed(tmp_path):
     files = sets.load(str(tmp_path))
 
     def crop(seed, epoch, **view):
-        return data.Crops(files, [data.view(64, ratio=(1.0, 1.0), interpolation="bilinear", **view)], seed)[epoch, 0][1][0]
+        view = data.view(64, ratio=(1.0, 1.0), interpolation="bilinear", **view)
+        return data.Crops(files, [view], seed)[epoch, 0][1][0]
 
     for scale, side in ((0.04, 0.2), (0.25, 0.5), (1.0, 1.0)):
         made = [crop(0, epoch, scale=(scale, scale)) for epoch in range(4)]

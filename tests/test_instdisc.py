@@ -27,7 +27,8 @@ def rows(n, dim=16, seed=0):
 
 
 def test_losses_equal_naive_loops():
-    v, bank, index, negatives = rows(5), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8]), torch.tensor([1, 2, 2, 30, 11])
+    v, bank, index = rows(5), rows(40, seed=1), torch.tensor([3, 0, 39, 7, 8])
+    negatives = torch.tensor([1, 2, 2, 30, 11])
     Z, K, n = 50.0, 5, 40
     P = lambda b, j: math.exp(float(v[b] @ bank[j]) / 0.2) / Z
     full, sampled, contrast = 0.0, 0.0, 0.0
@@ -95,7 +96,8 @@ def test_a_view_is_not_told_from_its_own_row(loss):
         else:  # K / n is larger by one; the extra row itself adds (almost) nothing
             own, s = instdisc.scores(v[b : b + 1], model.bank, index[b : b + 1], with_own(b), 0.1)
             assert s[0, -1] == -math.inf and s[0, :3].isfinite().all()
-            expected = -(own.exp() / 40 / (own.exp() / 40 + 4 / 50)).log() + (1 + s[0, :3].exp() / 40 / 0.08).log().sum()
+            expected = -(own.exp() / 40 / (own.exp() / 40 + 4 / 50)).log()
+            expected = expected + (1 + s[0, :3].exp() / 40 / 0.08).log().sum()
             assert model(*one, with_own(b)).item() == pytest.approx(expected.item(), rel=1e-4)
     x = v.clone().requires_grad_()
     model((x,), index, index).backward()  # no row but their own: what is left is finite
@@ -175,7 +177,8 @@ def test_the_bank_probe_ignores_images_without_labels_for_probes(tmp_path):
     model, images = tiny_model(), sets.Images("x", (torch.rand(48, 3, 16, 16) * 255).byte(), torch.arange(48) % 3)
     preprocess = {"size": 16, "interpolation": "bilinear", "mean": data.MEAN, "std": data.STD}
     labels = images.labels.clone()
-    figures = lambda y, **k: instdisc.probe_bank(model, images, y, images, preprocess, torch.device("cpu"), 0, False, **k)
+    how = preprocess, torch.device("cpu"), 0, False
+    figures = lambda y, **k: instdisc.probe_bank(model, images, y, images, *how, **k)
     with torch.no_grad():
         x = torch.cat([x for x, _ in data.batches(images, preprocess)])
         model.eval().bank.copy_(F.normalize(model.g(model.f(x)), dim=1))
@@ -233,7 +236,8 @@ def half(rank, port, out):
 def updated(model, rows):
     """The bank and Z after two updates with the images `rows`, and the first gradients of g."""
     for step in range(2):
-        loss = model([v[rows] for v in views(16, step)], torch.arange(16)[rows] * 3, torch.arange(20, 30), first=step == 0)
+        xs, index = [v[rows] for v in views(16, step)], torch.arange(16)[rows] * 3
+        loss = model(xs, index, torch.arange(20, 30), first=step == 0)
         model.update_bank()
         if step == 0:
             grad = torch.autograd.grad(loss, model.g.weight)[0]
@@ -269,9 +273,9 @@ def test_what_is_asked_for_reaches_the_loader(tmp_path, monkeypatch):
         return real(*args)
 
     monkeypatch.setattr(data, "Loader", loader)
-    flags = ["--augment", "flip", "--copy-paste", "0.3", "--masks", "exact", "--background", "textures", "--blend", "mix"]
+    flags = ["--augment", "flip", "--copy-paste", "0.3", "--masks", "exact", "--background", "textures"]
     with pytest.raises(Stop):
-        instdisc.main([*SMALL[1:], *flags, "--soft-masks", "--out", str(tmp_path / "run")])
+        instdisc.main([*SMALL[1:], *flags, "--blend", "mix", "--soft-masks", "--out", str(tmp_path / "run")])
     masked, (view,), *_, augment = calls[1]
     assert view["scale"] == (1, 1) and view["flip"] == 0.5 and masked.images.shape == (48, 4, 32, 32)
     given = []
@@ -340,8 +344,8 @@ def test_a_folder_with_masks_of_another_size(folder):
     empty, full = torch.zeros(1, 9, 9, dtype=torch.uint8), torch.full((1, 9, 30), 255, dtype=torch.uint8)
     masks = write_masks(folder, {"000": empty, "001": full})
     (folder / "class0" / "002.jpg").write_bytes(b"not an image")
-    flags = ["--data", folder, "--masks", masks, "--background", "images", "--blend", "gaussian", "--out", folder.parent / "run"]
-    out, _ = run(*FOLDER, "1", *flags)
+    flags = ["--data", folder, "--masks", masks, "--background", "images", "--blend", "gaussian"]
+    out, _ = run(*FOLDER, "1", *flags, "--out", folder.parent / "run")
     assert "2 of 64 masks are nearly empty or full" in out
     assert (folder.parent / "run" / "views.png").exists()
 
