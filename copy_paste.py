@@ -97,7 +97,7 @@ def object_masks(maps, soft=False, chunk=1024):
     """(masks uint8 [N, h, w], cut uint8 [N] or None, area [N], unusable bool [N]) of maps uint8 [N, h, w].
 
     Hard: the masks are the maps, and the object is where a map reaches its cut: twice its mean, the usual threshold of
-    saliency maps, but at most half its maximum, as large objects would be lost. It covers the share `area` of the image.
+    saliency maps, but at most half its maximum, as large objects would be lost. area: the object's share of the image.
     Soft: the masks are the maps stretched to 0..255, without a cut. Unusable: an object of less than 5 % or more than
     90 % of the image, or a constant map; such a mask covers the whole image, which the paste leaves as it is."""
     masks, found = torch.empty_like(maps) if soft else maps, []

@@ -76,7 +76,7 @@ def resize_weights(start, length, inputs, outputs, interpolation):
 
 
 def crop_resize(images, boxes, flip, size, interpolation):
-    """Crops of a batch in memory: uint8 [B, C, H, W], boxes [B, 4], flip bool [B] -> float [B, C, size, size] in [0, 1].
+    """Crops of a batch in memory: uint8 [B, C, H, W], boxes [B, 4], flip bool [B] -> [B, C, size, size] in [0, 1].
     Crop and resize are linear and separable: two batched matrix products. A flip reverses the rows of one matrix."""
     (b, c, height, width), device = images.shape, images.device
     boxes, flip = boxes.to(device, non_blocking=True), flip.to(device, non_blocking=True)
@@ -322,9 +322,6 @@ class Crops(Dataset):
     def __init__(self, files, views, seed):
         self.files, self.views, self.seed = files, views, seed
 
-    def __len__(self):
-        return len(self.files)
-
     def __getitem__(self, key):
         epoch, index = key
         g, at, said = generator(self.seed, "crop", epoch, index), index, {}
@@ -347,9 +344,6 @@ class Plain(Dataset):
 
     def __init__(self, files, size, interpolation):
         self.files, self.size, self.interpolation = files, size, interpolation
-
-    def __len__(self):
-        return len(self.files)
 
     def __getitem__(self, index):
         said, black = {}, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
@@ -414,14 +408,15 @@ def show(args, rest):
     at_least(1, args, "n", most=64)
     at_least(8, flags, "size", most=1024)
     dataset = sets.load(flags.data, flags.root, limit=flags.limit, seed=flags.seed)
-    n, recipe = min(args.n, len(dataset)), script.RECIPES[flags.recipe]
-    own_views = hasattr(script, "views_of")
-    views = script.views_of(flags) if own_views else [view(flags.size, **v) for v in recipe["views"]]
+    n = min(args.n, len(dataset))
+    recipe_views = lambda flags: [view(flags.size, **v) for v in script.RECIPES[flags.recipe]["views"]]
+    views = getattr(script, "views_of", recipe_views)(flags)
     source, how = script.prepare(flags, dataset, "cpu", print) if hasattr(script, "prepare") else (dataset, augment)
     index, xs = next(Loader(source, views, n, flags.seed, augment=how).epoch(0))
     plain, _ = next(batches(dataset, view(flags.size, mean=(0, 0, 0), std=(1, 1, 1)), n, indices=index))
     rows = {f"view {i}": pixels(x, v) for i, (x, v) in enumerate(zip(xs, views, strict=True), 1)}
-    rows = script.seen(flags, xs, views, generator(flags.seed, "show")) if hasattr(script, "seen") else rows
+    if hasattr(script, "seen"):
+        rows = script.seen(flags, xs, views, generator(flags.seed, "show"))
     rows = {"image": plain, **rows}
     if dataset.masks is not None:
         rows["mask"] = tvf.resize(dataset.masks[index][:, None].float(), [flags.size] * 2).expand(-1, 3, -1, -1)
@@ -430,28 +425,27 @@ def show(args, rest):
     print(f"{args.out}: {n} images of {dataset.name} and what the network of {args.method}.py sees: {', '.join(rows)}")
 
 
-def check(args):
+def check(folder):
     """List the images of a folder that do not decode; returns the exit code."""
-    if not os.path.isdir(args.folder):
-        fail(f"{args.folder}: no such folder")
-    items, _ = sets.list_folder(args.folder)
+    if not os.path.isdir(folder):
+        fail(f"{folder}: no such folder")
+    items, _ = sets.list_folder(folder)
     if not items:
-        fail(f"no images in {args.folder} (looked for {' '.join(sorted(sets.SUFFIXES))})")
-    files, found = sets.Files(args.folder, items), [{} for _ in items]
+        fail(f"no images in {folder} (looked for {' '.join(sorted(sets.SUFFIXES))})")
+    files, found = sets.Files(folder, items), [{} for _ in items]
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
         reads = pool.map(lambda i: read(files, i, found[i]) is None, range(len(files)))
         bad = sum(tqdm(reads, "check", len(files), disable=None))
-    odd = [said.pop(sets.WARNING) for said in found if sets.WARNING in said]
-    for sentence in [sentence for said in found for sentence in said.values()] + odd:
+    for sentence in (sentence for said in found for sentence in said.values()):
         print(sentence)
-    print(f"{len(files)} images, {bad} do not decode" + (f", {len(odd)} are of 16 bits but flat" if odd else ""))
+    print(f"{len(files)} images, {bad} do not decode")
     return 1 if bad else 0
 
 
 def main(argv=None):
     print_any_name()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = p.add_subparsers(required=True)
+    commands = p.add_subparsers(dest="command", required=True)
     s = commands.add_parser(
         "show", help="write a PNG of images and of what a network sees of them", allow_abbrev=False,
         epilog="All other flags are the script's: --recipe, --size, --seed, --root; --task, --split, ...",
@@ -460,14 +454,12 @@ def main(argv=None):
     s.add_argument("--method", default="byol", help="the script whose views to show")
     s.add_argument("--n", type=int, default=10, help="how many images")
     s.add_argument("--out", default="show.png", help="the file to write")
-    s.set_defaults(run=show)
     c = commands.add_parser("check", help="list the images of a folder that do not decode; exit code 1 if any")
     c.add_argument("folder")
-    c.set_defaults(run=check)
     args, rest = p.parse_known_args(argv)
-    if args.run is show:
+    if args.command == "show":
         return show(args, rest)
-    return check(args) if not rest else p.error(f"unrecognized arguments: {' '.join(rest)}")
+    return check(args.folder) if not rest else p.error(f"unrecognized arguments: {' '.join(rest)}")
 
 
 if __name__ == "__main__":

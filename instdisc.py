@@ -8,10 +8,10 @@ Every image is a class of its own. A memory bank holds one feature per image, an
 with the rows of the bank. DiLo (--copy-paste) pastes the salient object of some views onto another background first, so
 that the background cannot identify the image.
 
-    image --[paste on a background]--> crop, jitter, gray -> f -> g -> v --.
-              ^ mask (saliency.py)                                         |  -log P(i | v), eq. 1 and 2
-                   bank V [n, D]: row i, the positive, and the negatives --'
-                          row i <- n(m row i + (1 - m) v)  after the step       (n: L2 normalization)
+    image -> crop --[paste on a background]--> jitter, gray -> f -> g -> v --.
+                     ^ copy_paste.py, saliency.py                            |  -log P(i | v), eq. 1 and 2
+                     bank V [n, D]: row i, the positive, and the negatives --'
+                            row i <- n(m row i + (1 - m) v)  after the step       (n: L2 normalization)
 
     differences          paper                        official code       here (more in docs/instdisc.md)
     loss                 NCE (InstDisc), softmax-NCE  NCE, full softmax   softmax-NCE; --loss nce or softmax (eq. 1)
@@ -22,8 +22,6 @@ that the background cannot identify the image.
                                                                           cropped and flipped independently
     mask                 RBD, threshold not stated    -                   binary at twice its mean, or --soft-masks; no
                                                                           paste below 5 % or above 90 % of the image
-    textures             MIT VisTex                   -                   filtered noise in two colors
-    image backgrounds    no response of a network     -                   half-size crops with the least saliency
 
 Measured with this file (k-NN: 20 neighbors; protocols, tables 1 and 2 and curves in results/README.md):
 
@@ -108,9 +106,9 @@ def parse_args(argv=None):
     # Distilling Localization
     p.add_argument("--copy-paste", type=float, default=0.0, help="probability that a view is pasted; 0.5 in the paper")
     p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks or maps")
-    p.add_argument("--soft-masks", action="store_true", help="alpha is the saliency, not a mask at twice its mean")
+    p.add_argument("--soft-masks", action="store_true", help="M is the saliency, without a threshold")
     p.add_argument("--background", default="grey", choices=copy_paste.BACKGROUNDS, help="what is pasted on")
-    p.add_argument("--blend", default="none", choices=copy_paste.BLENDS, help="of the mask's edge; mix: half of the masks")
+    p.add_argument("--blend", default="none", choices=copy_paste.BLENDS, help="of the edges; mix: of half of the masks")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "dim", "negatives")
     common.at_least(0, args, "copy_paste", "bank_momentum", most=1)

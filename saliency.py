@@ -16,7 +16,7 @@ never waits for the device. Constants are those of the authors' code; docs/salie
     image                at its own size                       squashed to 224 x 224 px; small ones to less (`side_for`)
     regions              h w / 600 (mc: 250)                   a grid of blocks of 16 px: 196
     SLIC's candidates    centers within a block's side         the centers of the 3x3 blocks around the pixel's block
-    scattered regions    large parts become regions            the part nearest to the center stays, the rest is absorbed
+    scattered regions    large parts become regions            the part nearest to the center stays
     frames               found by edges and cut off (rbd, gs)  not looked for; mc has its own test, which is here
     gradient's mask      graph cut                             geodesic distances between seeds
 
@@ -496,15 +496,12 @@ def walk(dataset, indices, method, device, classifier=None, size=64, batch_size=
 
 
 def write_note(out, wanted):
-    """Make the folder with a note of what its masks are, or check that it has the same."""
+    """Make the folder with a note of what its masks are, or check that its note is the same."""
     note = Path(out, "saliency.json")
     if not note.is_file():
         make_folder(out)
         return runs.write_text(note, json.dumps(wanted) + "\n")
-    try:
-        was = dict(json.loads(note.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        common.fail(f"{note} does not tell what masks these are ({runs.reason(error)}); choose another --out")
+    was = json.loads(note.read_text())
     if changed := [f"{k} {was.get(k)} -> {v}" for k, v in wanted.items() if was.get(k) != v]:
         common.fail(f"{out} holds masks of another kind ({', '.join(changed)}); choose another --out")
 
