@@ -295,7 +295,7 @@ class InstDisc(Loop):
 
 
 class CMC(InstDisc):
-    masks = Loop.masks
+    inputs = Loop.inputs
 
     def prepare(self):
         self.args.arch = "resnet10_16_lab3"
@@ -323,7 +323,7 @@ class PIRL(InstDisc):
         a, g = self.args, self.script.Jigsaw(f.dim, self.args.dim, 32)
         return self.script.PIRL(f, g, N, a.dim, a.temperature, a.lam, a.bank_momentum, a.nce)
 
-    masks, schedule = Loop.masks, Loop.schedule
+    inputs, schedule = Loop.inputs, Loop.schedule
 
     def loss(self, index, xs, step, micro):
         key = step, micro
