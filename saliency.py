@@ -482,16 +482,6 @@ def first_side(dataset):
     common.fail(f"no image of {dataset.name} decodes")
 
 
-def walk(dataset, indices, method, device, classifier=None, size=64, batch_size=64, workers=0):
-    """Yields (indices, maps uint8 [b, size, size] on the CPU, why not [b]) in order; a file that does not decode has an
-    empty map and a reason."""
-    rows, pin = Subset(Squashed(dataset, first_side(dataset)), indices), torch.device(device).type == "cuda"
-    how = dict(num_workers=workers, pin_memory=pin, worker_init_fn=data.outlive_signals)
-    for index, x, errors in DataLoader(rows, batch_size, **how):
-        m = maps(x.to(device, non_blocking=True), method, classifier, size)
-        yield index.tolist(), to_bytes(m).cpu(), errors
-
-
 # ============ masks in files ============
 
 
@@ -548,9 +538,11 @@ def main(argv=None):
         return
     bar = tqdm(total=len(keys), initial=len(keys) - len(todo), desc=args.method, unit="img", disable=None)
     broken, start = 0, time.perf_counter()
-    settings = (args.method, device, classifier, args.size, args.batch_size, args.workers)
-    for index, ms, errors in walk(dataset, todo, *settings):
-        for i, m, error in zip(index, ms, errors, strict=True):
+    images, pin = Subset(Squashed(dataset, first_side(dataset)), todo), device.type == "cuda"
+    how = dict(num_workers=args.workers, pin_memory=pin, worker_init_fn=data.outlive_signals)
+    for index, x, errors in DataLoader(images, args.batch_size, **how):
+        ms = to_bytes(maps(x.to(device, non_blocking=True), args.method, classifier, args.size)).cpu()
+        for i, m, error in zip(index.tolist(), ms, errors, strict=True):
             if error:
                 tqdm.write(f"skipped: {error}", file=sys.stderr)
                 broken += 1

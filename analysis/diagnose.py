@@ -80,7 +80,7 @@ def images_at(rows, dataset, model, device, size, heat=False):
         maps = saliency.class_gradients(model.net, x, y)[:, None]
         maps = (maps / maps.flatten(1).quantile(0.99, 1).clamp(min=1e-30)[:, None, None, None]).clamp(0, 1)
         hot = (3 * maps - torch.arange(3, device=device).view(3, 1, 1)).clamp(0, 1)
-        images = torch.lerp(0.6 * data.grey(images), hot, maps)
+        images = torch.lerp(0.6 * data.gray(images), hot, maps)
     return 2 * F.interpolate(images, (size, size)) - 1
 
 
@@ -213,7 +213,7 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
         m = m[: len(x), None]
         made = {"original": x, "swapped": x.where(m, ground), "removed": own, "grey": x.where(m, 0.5)}
         cut = lambda v: data.fit((255 * v).round().byte(), *view).float() / 255
-        yield {name: data.normalise(cut(v), preprocess["mean"], preprocess["std"]) for name, v in made.items()}, y
+        yield {name: data.normalize(cut(v), preprocess["mean"], preprocess["std"]) for name, v in made.items()}, y
 
 
 @torch.inference_mode()

@@ -22,7 +22,7 @@ def by_hand(net, name, most, train, test):
     features = []
     for s in (train, test):
         with torch.no_grad():
-            taps = net.taps(data.normalise(s.images / 255, data.HALF, data.HALF))
+            taps = net.taps(data.normalize(s.images / 255, data.HALF, data.HALF))
             features.append(checkpoints.shrink(taps[name], most))
     (x, tx), y, ty = (f.flatten(1) for f in features), train.labels, test.labels
     return evaluate.linear_sgd(x, y, tx, ty, decays=(0.0,))

@@ -25,7 +25,7 @@ def test_classifier_from_torchvision_sees_imagenets_normalization(monkeypatch, c
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda *_, **__: net.state_dict())
     classifier = reconstruct.open_classifier("torchvision:resnet18")
     with torch.inference_mode():
-        seen = nn.functional.interpolate(data.normalise(x), (224, 224), mode="bilinear", antialias=True)
+        seen = nn.functional.interpolate(data.normalize(x), (224, 224), mode="bilinear", antialias=True)
         assert torch.allclose(classifier(2 * x - 1), net(seen), atol=1e-5)
     assert classifier.classes == 1000
 
