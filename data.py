@@ -29,7 +29,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import sets
-from common import at_least, fail, print_any_name
+from common import at_least, fail
 from sets import generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
@@ -388,7 +388,7 @@ class Crops(Dataset):
         image = torch.zeros(3, 8, 8, dtype=torch.uint8)  # only if twenty images in a row are broken
         for _ in range(20):
             try:
-                image, _ = self.files.read(at, said)
+                image, _ = self.files.read(at)
                 break
             except OSError as error:
                 said[at] = str(error)
@@ -415,13 +415,11 @@ class Plain(Dataset):
         return len(self.files)
 
     def __getitem__(self, index):
-        said = {}
         try:
-            image, label = self.files.read(index, said)
+            image, label = self.files.read(index)
         except OSError as error:
-            said[index] = str(error)
-            return -1, [torch.zeros(3, self.size, self.size, dtype=torch.uint8)], said
-        return label, [fit(image, self.size, self.interpolation)], said
+            return -1, [torch.zeros(3, self.size, self.size, dtype=torch.uint8)], {index: str(error)}
+        return label, [fit(image, self.size, self.interpolation)], {}
 
 
 def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=None):
@@ -505,25 +503,20 @@ def check(args):
     files = sets.Files(args.folder, items)
 
     def problem(i):
-        said = {}
         try:
-            files.read(i, said)
+            files.read(i)
         except OSError as error:
-            said[i] = str(error)
-        return said
+            return str(error)
 
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
-        found = list(tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None))
-    bad = [sentence for said in found for key, sentence in said.items() if key != sets.WARNING]
-    odd = [said[sets.WARNING] for said in found if sets.WARNING in said]
-    for sentence in bad + odd:
+        bad = list(filter(None, tqdm(pool.map(problem, range(len(files))), "check", len(files), disable=None)))
+    for sentence in bad:
         print(sentence)
-    print(f"{len(files)} images, {len(bad)} do not decode" + (f", {len(odd)} are of 16 bits but flat" if odd else ""))
+    print(f"{len(files)} images, {len(bad)} do not decode")
     return 1 if bad else 0
 
 
 def main(argv=None):
-    print_any_name()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(required=True)
     s = commands.add_parser(

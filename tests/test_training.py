@@ -180,4 +180,4 @@ def test_a_final_probe_without_memory_names_the_command_that_repeats_it(tmp_path
     monkeypatch.setattr(evaluate, "report", probe)
     refused(capsys, lambda: importlib.import_module("byol").main([*RUN, str(tmp_path)]), "memory ran out",
             f"python evaluate.py {tmp_path} --device cpu")  # fmt: skip
-    assert runs.load_checkpoint(tmp_path / "checkpoint.pt", "model")["step"] == 2
+    assert runs.load(tmp_path / "checkpoint.pt")["step"] == 2
