@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tvf
@@ -169,6 +169,8 @@ def decode(path):
                 with contextlib.suppress(RuntimeError):  # for an animation
                     return decode_image(str(path), ImageReadMode.RGB)
             return tvf.pil_to_tensor(image.convert("RGB"))
+    except UnidentifiedImageError:
+        raise OSError(f"{path}: no image of a kind that Pillow reads") from None
     except Exception as error:  # decoders raise whatever they like (SyntaxError for a broken PNG)
         raise OSError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
 
