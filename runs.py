@@ -160,8 +160,8 @@ def clear(out, fresh):
     found = [path.relative_to(out) for depth in ("*", "*/*", "*/*/*") for path in Path(out).glob(depth)]
     own = [path for path in found if OWN.fullmatch(path.as_posix())]
     if own and not fresh:
-        names = ", ".join(sorted(map(str, own)))
-        fail(f"{out} holds {names} but no checkpoint to go on from: choose another --out, or --fresh to delete them")
+        names = ", ".join(map(str, own))
+        fail(f"{out} holds {names} but no checkpoint: choose another --out, or --fresh to delete them")
     for path in reversed(own):  # what is in a folder before the folder
         try:
             Path(out, path).rmdir() if Path(out, path).is_dir() else Path(out, path).unlink()
