@@ -21,16 +21,8 @@ STOPPED = 85  # exit code of a run that a signal stopped and that the same comma
 
 def fail(sentence):
     """Bad input: one sentence on stderr and exit code 2."""
-    print_any_name()
     print(f"error: {sentence}", file=sys.stderr, flush=True)
     sys.exit(2)
-
-
-def print_any_name():
-    """File names need not be UTF-8: print them escaped instead of failing."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -38,6 +30,7 @@ class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFo
 
 
 def at_least(least, args, *names, most=math.inf):
+    """Refuse flags (by their names in `args`) that are not in [least, most], or infinite."""
     for name in names:
         value = getattr(args, name)
         if not least <= value <= most or value == math.inf:
@@ -47,27 +40,24 @@ def at_least(least, args, *names, most=math.inf):
 
 def keep_freed_memory():
     """On a CPU, glibc returns blocks above 32 MB to the system when they are freed, and with large batches paging every
-    activation in again takes about a quarter of a step. No effect where there is no glibc."""
+    activation in again takes about a quarter of a step."""
     if sys.platform == "linux":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL("libc.so.6")
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for any size
-            libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for any size
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
 
 
 def setup(wanted=None):
     """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
-    print_any_name()
     device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     rank, world, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     if "RANK" in os.environ or "END_WITH_PARENT" in os.environ:
         end_with_parent()
     end_at_signals()
-    if device == "mps" and not torch.backends.mps.is_available():
-        fail("--device mps: this machine or this build of torch has none; try --device cpu")
+    found = torch.cuda.device_count() if device == "cuda" else int(torch.backends.mps.is_available())
+    if device != "cpu" and local >= found:
+        fail(f"--device {device}: {found} found, none for local rank {local}; try --device cpu")
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            fail(f"--device cuda: process {local} has no GPU, {torch.cuda.device_count()} found; try --device cpu")
         torch.cuda.set_device(local)
         torch.backends.cudnn.benchmark = True
         device = f"cuda:{local}"
@@ -83,19 +73,17 @@ def setup(wanted=None):
 
 @functools.cache  # one thread a process
 def end_with_parent():
-    """From now on this process ends within seconds of its parent and of the process in END_WITH_PARENT: a torchrun that is
-    killed by SIGKILL cannot stop its ranks, which would train on. Not for a process started by hand: its shell may end."""
+    """From now on this process ends within seconds of its parent and of the process in END_WITH_PARENT: a torchrun that
+    is killed by SIGKILL cannot stop its ranks. Not for a process started by hand: its shell may end."""
     parent, starter = os.getppid(), int(os.environ.get("END_WITH_PARENT", 0))
 
     def watch():
         with contextlib.suppress(ProcessLookupError):
             while os.getppid() == parent:
                 time.sleep(1)
-                if starter and os.name == "posix":
+                if starter:
                     os.kill(starter, 0)  # sends nothing; raises where there is no such process
-        time.sleep(1)
-        if CAUGHT:  # the signal that ended torchrun came to this process, too, which finishes its step and saves
-            time.sleep(110)
+        time.sleep(111 if CAUGHT else 1)  # the signal that ended torchrun came here, too: finish the step and save
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -106,23 +94,23 @@ def run(main):
     with explained("what was saved before is intact"):
         code = main()
     if dist.is_initialized():
-        any_rank(False)  # rank 0 may still be writing, and torchrun ends it when another ends with a code that is not 0
+        any_rank(False)  # rank 0 may still be writing, and torchrun ends it when another rank ends
         dist.destroy_process_group()
     sys.exit(code or 0)
 
 
 LACKS = {  # what torch says where the machine lacks something, and what to do about it
-    r"can't allocate|not enough memory|out of memory|MemoryError|calculation overflowed": "memory ran out: lower --batch-size "
-    "(or keep it, and halve what a pass needs, by --accumulate 2) or --size, or take a smaller --arch",
-    r"unable to \w+ shared memory|Bus error": "/dev/shm is too small for the data workers: --workers 0, or give it more "
-    "(docker run --shm-size 8g)",
-    r"DataLoader worker \(pid": "a data worker was killed, as happens where memory runs out: lower --workers",
-}
+    r"can't allocate|not enough memory|out of memory|MemoryError|calculation overflowed":
+        "memory ran out: lower --batch-size or --size, try --accumulate 2, or a smaller --arch",
+    r"unable to \w+ shared memory|Bus error":
+        "/dev/shm is too small for the loader workers: --workers 0, or docker run --shm-size 8g",
+    r"DataLoader worker \(pid": "a loader worker was killed, as happens where memory runs out: lower --workers",
+}  # fmt: skip
 
 
 @contextlib.contextmanager
 def explained(advice):
-    """A context in which lack of memory or a killed data worker ends the program with one sentence, `advice` at its end."""
+    """A context in which lack of memory or a killed loader worker ends the program with one sentence and `advice`."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -140,11 +128,8 @@ def bf16_is_fast(device):
 
 
 def rank():
+    """This process's rank, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
-
-
-def first_rank():
-    return rank() == 0
 
 
 def world_size():
@@ -189,22 +174,13 @@ def any_rank(flag):
     return bool(flag)
 
 
-def same_everywhere(value, sentence):
-    """Stop every rank with `sentence` unless all hold the same number. Collective."""
-    if dist.is_initialized():
-        ends = torch.tensor([value, -value])
-        dist.all_reduce(ends, dist.ReduceOp.MAX)  # the largest, and the smallest with its sign turned
-        if ends.sum() != 0:
-            fail(sentence)
-
-
 CAUGHT = []
-SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # Windows lacks the last
+SIGNALS = signal.SIGTERM, signal.SIGINT, signal.SIGUSR1
 
 
 def catch_signals():
-    """The list (one per process) to which signals to stop are added; loops check it between steps. The third signal ends
-    the process at once: torchrun passes Ctrl-C on to ranks that have received it from the terminal already."""
+    """The list (one per process) to which signals to stop are added; loops check it between steps. The third signal
+    ends the process at once, not the second: torchrun passes Ctrl-C on to ranks that have it from the terminal."""
 
     def handler(number, frame):
         CAUGHT.append(number)
@@ -222,8 +198,7 @@ def end_at_signals():
     def handler(number, frame):
         for other in SIGNALS:
             signal.signal(other, lambda *_: os._exit(STOPPED))
-        name = signal.Signals(number).name
-        print(f"stopped by {name}; the same command goes on from what is saved, or starts anew", file=sys.stderr)
+        print(f"stopped by {signal.Signals(number).name}; the same command goes on from what is saved", file=sys.stderr)
         sys.exit(STOPPED)
 
     for number in SIGNALS:

@@ -131,8 +131,8 @@ class MaskedFiles(sets.Files):
         super().__init__(files.name, files.items, files.classes, files.base)
         self.bad, self.masks_and_cut = files.bad, (masks, cut)
 
-    def read(self, i, said=None):
-        image, label = super().read(i, said)
+    def read(self, i):
+        image, label = super().read(i)
         return torch.cat([image, masks_at(image.shape[1:], *self.masks_and_cut, [i])]), label
 
 

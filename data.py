@@ -28,7 +28,7 @@ from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import sets
-from common import at_least, fail, print_any_name
+from common import at_least, fail
 from sets import generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet; every set uses them unless a recipe says not
@@ -310,7 +310,7 @@ def outlive_signals(_):
 def read(files, i, said):
     """(image, label); or None, and the reason in said[i], where the file does not decode."""
     try:
-        return files.read(i, said)
+        return files.read(i)
     except OSError as error:
         said[i] = str(error)
 
@@ -443,7 +443,6 @@ def check(folder):
 
 
 def main(argv=None):
-    print_any_name()
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = p.add_subparsers(dest="command", required=True)
     s = commands.add_parser(

@@ -309,7 +309,7 @@ def stage_1(args, rank):
     out = Path(args.out).absolute().parent / "-".join(str(part) for part in parts if part)
     checkpoint = out / "checkpoint.pt"
     try:
-        found = runs.load_checkpoint(checkpoint) if checkpoint.exists() else {}
+        found = runs.load(checkpoint) if checkpoint.exists() else {}
     except EOFError:
         found = {}  # byol.main deals with a damaged checkpoint
     asked, old = vars(args), found.get("settings", vars(args))
@@ -356,7 +356,7 @@ def open_evaluator(args, name):
     if args.semantic == "projector":
         if not path or not (path.parent / "checkpoint.pt").exists():
             common.fail(f"--semantic projector: {name} has no checkpoint.pt with a projector")
-        found = runs.load_checkpoint(path.parent / "checkpoint.pt", "model")["model"]
+        found = runs.load(path.parent / "checkpoint.pt", "model")["model"]
         weights = {k.removeprefix("g."): v for k, v in found.items() if k.startswith("g.")}
         projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
         projector.load_state_dict(weights)
@@ -367,7 +367,7 @@ def open_evaluator(args, name):
 def autoencoder(folder):
     """The Autoencoder of a run, on the CPU and in eval mode; analysis/reconstruct.py reads it."""
     try:
-        found = runs.load_checkpoint(Path(folder, "checkpoint.pt"), "model")
+        found = runs.load(Path(folder, "checkpoint.pt"), "settings", "model")
     except EOFError as error:  # the decoder is in no other file
         common.fail(f"the decoder cannot be read: {error}")
     s = found["settings"]

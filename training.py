@@ -1,5 +1,5 @@
-"""What every method script does around its method: flags, the run, the recipe line. Scripts call this file; it never calls a
-script, computes a loss or steps an optimizer. No subclassing, no hooks. Whoever skips it still understands the papers."""
+"""What every method script does around its method: flags, the run, the recipe line. Scripts call this file; it never
+calls a script, computes a loss or steps an optimizer. Whoever skips it still understands the papers."""
 
 import argparse
 import contextlib
@@ -19,12 +19,12 @@ import runs
 import sets
 
 # Settings that may differ when a run goes on.
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study", "classifier",
-               "changed_data", "given", "why")  # fmt: skip
+SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study",
+               "classifier", "changed_data", "given", "why")  # fmt: skip
 
 
 def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **how):
-    """(a parser with the flags that every method has, the flags that decide the defaults of others: --data, --recipe and
+    """(a parser with the flags of every method, the parsed flags that decide defaults of others: --data, --recipe and
     `early`, another flag with the keywords `how` for argparse). `dataset(known)`: the default of --data."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--data")
@@ -36,39 +36,33 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     known.recipe = known.recipe or sets.recipe_for(known.data, recipes)
 
     p = argparse.ArgumentParser(
-        usage=f"python {method}.py [flags]   (torchrun --standalone --nproc_per_node=N {method}.py [flags])", allow_abbrev=False,
-        description=doc, formatter_class=common.Help,
+        usage=f"python {method}.py [flags]   (torchrun --standalone --nproc_per_node=N {method}.py [flags])",
+        allow_abbrev=False, description=doc, formatter_class=common.Help,
     )  # fmt: skip
     # run and data
     p.add_argument("--data", default=known.data, help=f"a folder of images, or one of {', '.join(sets.NAMES)}")
-    p.add_argument(
-        "--recipe", default=known.recipe, choices=recipes, help="preset of hyper-parameters (default: by --data)"
-    )
+    p.add_argument("--recipe", default=known.recipe, choices=recipes, help="preset of hyper-parameters, by --data")
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
     p.add_argument("--workers", type=int, default=4, help="loader workers per rank, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
-    p.add_argument(
-        "--changed-data", action="store_true", help="go on although the training images have changed"
-    )
+    p.add_argument("--changed-data", action="store_true", help="go on although the training images have changed")
     p.add_argument("--dry-run", action="store_true", help="print the recipe and stop")
     p.add_argument("--seed", type=int, default=0, help="of initial weights, order and augmentation")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
-    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each synchronizes with the device")
+    p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
     p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
     p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
     # optimisation
     p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
     p.add_argument("--size", type=int, help="px of the views")
     p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")
-    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all processes and --accumulate")
-    p.add_argument(
-        "--accumulate", type=int, default=1, help="backward passes per update; BatchNorm sees the smaller batch"
-    )
+    p.add_argument("--batch-size", type=int, help="TOTAL images per update, over all ranks and --accumulate")
+    p.add_argument("--accumulate", type=int, default=1, help="passes per update; BatchNorm sees the smaller batch")
     p.add_argument("--optimizer", choices=optim.OPTIMIZERS, help="each needs a learning rate of its own")
     p.add_argument("--lr", type=float, help="base learning rate; the recipe line shows how it is scaled")
     p.add_argument("--weight-decay", type=float, help="on weights, not on biases and norms, unless the paper differs")
@@ -77,8 +71,8 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
 
 
 def name_of(dataset):
-    """The name of a set or folder for --out. os.path accepts circular links, and names need not be UTF-8."""
-    return os.path.basename(os.path.realpath(dataset)).encode(errors="backslashreplace").decode()
+    """The name of a set or folder for --out."""
+    return os.path.basename(os.path.realpath(dataset))
 
 
 def parse(p, method, recipe, argv):
@@ -87,14 +81,13 @@ def parse(p, method, recipe, argv):
     args = p.parse_args(argv)
     common.at_least(8, args, "size", most=4096)
     common.at_least(1, args, "epochs", "batch_size", "accumulate", "log_every")
-    common.at_least(0, args, "limit", "workers", "eval_every", "warmup_epochs")
-    common.at_least(0, args, "lr", "weight_decay", most=1e30)  # larger ones overflow fp32
+    common.at_least(0, args, "limit", "workers", "eval_every", "warmup_epochs", "lr", "weight_decay")
     common.at_least(0, args, "seed", most=2**62)
     args.out = args.out or f"runs/{method}-{name_of(args.data)}"
-    words = sys.argv[1:] if argv is None else argv
-    args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}  # on the command line
+    words = sys.argv[1:] if argv is None else argv  # what is given on the command line
+    args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
     if "workers" not in args.given:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
         args.workers = min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args.why = "as asked for" if "recipe" in args.given else "by --data"
     if args.recipe == "folder" and (images := sets.count(args.data)):
@@ -105,16 +98,12 @@ def parse(p, method, recipe, argv):
 # The preset for a folder of photographs, for a laptop or one GPU; scripts add what their method needs.
 FOLDER = dict(arch="resnet10_32", size=96, epochs=100, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
               warmup_epochs=1.0, eval_every=10)  # fmt: skip
-SEEN, LARGE = (
-    200_000,
-    20_000,
-)  # images to see in a run, at least 20 times each; how many are for a larger network and batch
 
 
 def size_folder(args, images):
     """Set epochs, network and batch size for a folder of so many images, except where given on the command line."""
-    sized = {"epochs": min(200, max(20, round(SEEN / images)))}
-    if images >= LARGE:
+    sized = {"epochs": min(200, max(20, round(200_000 / images)))}  # 200,000 images are seen, each 20 to 200 times
+    if images >= 20_000:
         sized |= {"arch": args.arch.replace("resnet10_32", "resnet18"), "batch_size": 256}
     for name in sized.keys() - args.given:
         setattr(args, name, sized[name])
@@ -129,7 +118,7 @@ def lower(args, name, most, images):
     if name in args.given or most < 1:
         common.fail(f"{flag} {value}: with the {images} training images of {args.data} it must be at most {most}")
     setattr(args, name, most)
-    if common.first_rank():
+    if common.rank() == 0:
         print(f"{flag} {most} instead of the recipe's {value}: {args.data} has {images} training images")
 
 
@@ -138,9 +127,7 @@ def images_per_pass(args, world, images):
     parts = world * args.accumulate
     lower(args, "batch_size", images // parts * parts, images)
     if args.batch_size % parts:
-        common.fail(
-            f"--batch-size {args.batch_size} is not a multiple of {world} ranks x --accumulate {args.accumulate}"
-        )
+        common.fail(f"--batch-size {args.batch_size} is not a multiple of {world} ranks x {args.accumulate} passes")
     if args.batch_size // parts < 2:
         common.fail(f"--batch-size {args.batch_size} leaves one image a pass, and BatchNorm needs two")
     return args.batch_size // parts
@@ -176,21 +163,19 @@ class Run:
         self.command = shlex.join(["python", *sys.argv])
 
     def say(self, text):
+        """Print on rank 0."""
         if self.rank == 0:
             print(text)
 
     def describe(self, *lines):
         """Print what is going to be trained: what all methods have in common, then the method's own `lines`."""
-        a, train = self.args, self.loader.data
-        size, recipe = self.views[0]["size"], f"recipe {a.recipe} ({a.why}), seed {a.seed}"
+        a, train, size = self.args, self.loader.data, self.views[0]["size"]
+        recipe, precision = f"recipe {a.recipe} ({a.why}), seed {a.seed}", "bf16" if a.amp else "fp32"
+        parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
         self.say(f"{self.title} on {train.name}: {len(train)} images at {size} px, {recipe}")
         self.say(backbones.describe(self.model.f, self.arch, self.built_for))
-        parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
-        self.say(
-            f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {'bf16' if a.amp else 'fp32'}"
-        )
-        for line in lines:
-            self.say(line)
+        self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
+        self.say("\n".join(lines))
 
     def resume(self):
         """Load what is in --out. True if nothing is left to do: a finished run, or --dry-run. Collective."""
@@ -213,7 +198,7 @@ class Run:
             if self.step == 0:
                 self.save()  # the first file in the folder, which is this run's from now on
             a, text = self.args, f"{self.command}\n\n{self.settings}"
-            self.log = runs.Log(a.out, self.method, self.step, self.total, a.batch_size, self.rank, text)
+            self.log = runs.Log(a.out, self.method, self.step, self.total, a.batch_size, text)
         if self.stopped:
             self.log.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
         elif self.step < self.total:
@@ -240,7 +225,7 @@ class Run:
     def epoch(self):
         """The number of each update that is left of this epoch; ends early at a signal."""
         epoch = self.step // self.steps
-        self.batches = self.log.watch(self.loader.epoch(epoch, self.step % self.steps * self.args.accumulate))
+        self.batches = self.loader.epoch(epoch, self.step % self.steps * self.args.accumulate)
         self.log.start_interval(self.step)
         while self.step < (epoch + 1) * self.steps and not self.stopped:
             yield self.step
@@ -250,7 +235,7 @@ class Run:
         is what a method's random numbers depend on. Gradients are all-reduced in the last pass."""
         last = self.args.accumulate
         for micro in range(1, last + 1):
-            index, xs = next(self.batches)
+            index, xs = self.log.next(self.batches)
             if picture and (self.step, micro) == (0, 1):
                 self.log.image("views", data.picture(xs, self.views))
             with contextlib.nullcontext() if micro == last or self.world == 1 else ddp.no_sync():
@@ -276,8 +261,8 @@ class Run:
             runs.write(Path(a.out, "backbone.pt"), about | {"state_dict": weights})
 
     def finish(self, note="", **more):
-        """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line; then
-        the last checkpoint. Collective."""
+        """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line;
+        then the last checkpoint. Collective."""
         result = evaluate.final_probes(self.backbone, *self.probed, self.args, self.log, self.title, self.step)
         if self.rank == 0 and more:
             evaluate.write_json(self.log.out, self.args.data, more)

@@ -54,7 +54,7 @@ def decoded(folder, keys):
         try:
             yield sets.decode(files[k])
         except OSError as error:
-            common.fail(f"{files[k]}: {error}")
+            common.fail(str(error))
 
 
 def main(argv=None):

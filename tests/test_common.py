@@ -1,6 +1,6 @@
 import contextlib
+import errno
 import importlib
-import math
 import multiprocessing as mp
 import os
 import pickle
@@ -135,7 +135,7 @@ def alive(pid):
 
 
 def forked(first, *args):
-    """(process, pid): `first(*args)` in a process that then forks one, as data workers are forked, and `then` in that."""
+    """(process, pid): `first(*args)` in a process that then forks one, as loader workers are, and `then` in that."""
     fork = mp.get_context("fork")
     receive, send = fork.Pipe(False)
     process = fork.Process(target=first, args=(send, *args))
@@ -208,7 +208,7 @@ def python_memory():
     (lambda: nn.Conv2d(2**20, 2**20, 3), "memory ran out"),
     (python_memory, "memory ran out"),
     (lambda: list(torch.utils.data.DataLoader(Killed(), num_workers=1)), "lower --workers"),
-    (no_shared_memory, "/dev/shm is too small for the data workers: --workers 0"),
+    (no_shared_memory, "/dev/shm is too small for the loader workers: --workers 0"),
 ])  # fmt: skip
 def test_what_the_machine_lacks_is_one_sentence(lack, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -254,7 +254,7 @@ def test_a_missing_accelerator_is_one_sentence(monkeypatch, capsys):
 WRITERS = {
     "write": lambda path, n: runs.write(path, {"x": torch.full((n,), 1.0)}),
     "write_text": lambda path, n: runs.write_text(path, "x" * 4 * n),
-    "write_picture": lambda path, n: runs.write_picture(path, torch.rand(3, n // 100, 100, generator=torch.Generator())),
+    "write_picture": lambda path, n: runs.write_picture(path, torch.rand(3, n // 100, 100)),
 }
 
 
@@ -290,11 +290,9 @@ def test_a_death_in_the_middle_leaves_the_old_file(tmp_path):
     assert path.read_text() == "new"
 
 
-@pytest.mark.parametrize("name", ["x" * 300, "no/such/folder", "folder"])
-def test_what_cannot_be_written_is_one_sentence(name, tmp_path, capsys):
-    (tmp_path / "folder.tmp").mkdir()
+def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        runs.write_text(tmp_path / name, "text")
+        runs.write_text(tmp_path / "no" / "such" / "folder", "text")
     assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
 
 
@@ -370,11 +368,8 @@ def test_truncated_checkpoint_falls_back(tmp_path, capsys):
         assert "damaged" in capsys.readouterr().err
     path.unlink()  # killed between the two renames of save
     assert resume(tmp_path) == (1, None)
-    for make in (os.mkfifo, os.mkdir):  # neither waits for a writer nor crashes
-        make(path)
-        assert resume(tmp_path) == (1, None)
-        assert "damaged" in capsys.readouterr().err
-        path.rmdir() if path.is_dir() else path.unlink()
+    path.write_bytes(bytes(1000))  # as after a power failure
+    assert resume(tmp_path) == (1, None) and "damaged" in capsys.readouterr().err
 
 
 class Trap:
@@ -387,7 +382,7 @@ def test_a_pickle_is_refused_and_never_executed(tmp_path, monkeypatch, capsys):
     for write in (lambda f: pickle.dump(Trap(), f), lambda f: torch.save({"method": "m", "x": Trap()}, f)):
         with open("checkpoint.pt", "wb") as f:
             write(f)
-        with refused(capsys, "refused"):
+        with refused(capsys, "other things than tensors"):
             resume(".")
         assert not os.path.exists("trapped")
 
@@ -406,7 +401,7 @@ def test_other_settings_and_other_methods_are_refused(tmp_path, capsys):
 
 def test_other_training_images_are_refused_unless_asked_for(tmp_path, capsys):
     runs.save(tmp_path, checkpoint(1, images=10, contents="a"))
-    for images, contents, words in ((12, "b", "10 -> 12 images"), (10, "b", "files or labels are others")):
+    for images, contents, words in ((12, "b", "images 10 -> 12"), (10, "b", "files or labels are others")):
         settings = {"images": images, "contents": contents}
         with refused(capsys, words, "--changed-data"):
             resume(tmp_path, settings=settings)
@@ -420,29 +415,17 @@ def test_other_training_images_are_refused_unless_asked_for(tmp_path, capsys):
 
 
 MALFORMED = {
-    **{f"no {key}": lambda c, key=key: c.pop(key) for key in ("method", "settings", "step", "result", "model", "optimizer")},
-    "settings a list": lambda c: c.update(settings=[1]),
-    "settings None": lambda c: c.update(settings=None),
-    "settings of numbers": lambda c: c.update(settings={1: 2}),
-    **{f"step {step}": lambda c, step=step: c.update(step=step) for step in ("2", -5, 1.5, math.nan, None)},
-    "step a tensor": lambda c: c.update(step=torch.ones(3)),
+    **{f"no {k}": lambda c, k=k: c.pop(k) for k in ("method", "settings", "step", "result", "model", "optimizer")},
     "model of other shapes": lambda c: c["model"].update({"0.weight": torch.ones(7)}),
     "model empty": lambda c: c.update(model={}),
-    "model a list": lambda c: c.update(model=[1]),
     "model with more": lambda c: c["model"].update(zebra=torch.ones(1)),
-    "model of numbers": lambda c: c.update(model={1: torch.ones(1)}),
-    "model NaN": lambda c: c["model"]["0.weight"].fill_(math.nan),
     "optimizer empty": lambda c: c.update(optimizer={}),
-    "optimizer a string": lambda c: c.update(optimizer="adam"),
     "optimizer of other groups": lambda c: c["optimizer"].update(param_groups=[]),
-    "optimizer of other settings": lambda c: c["optimizer"]["param_groups"][0].pop("betas"),
-    "optimizer NaN": lambda c: c["optimizer"]["state"][0]["exp_avg"].fill_(math.nan),
-    "optimizer of other shapes": lambda c: c["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
 }
 
 
 @pytest.mark.parametrize("spoil", MALFORMED.values(), ids=list(MALFORMED))
-def test_a_file_that_is_no_checkpoint_of_ours_is_one_sentence(spoil, tmp_path, capsys):
+def test_a_checkpoint_of_other_code_is_one_sentence(spoil, tmp_path, capsys):
     content = checkpoint(2, trained())
     spoil(content)
     runs.write(tmp_path / "checkpoint.pt", content)
@@ -459,7 +442,7 @@ def test_flipped_bits_raise_one_kind_of_error(tmp_path):
         path.write_bytes(whole[:i] + bytes([whole[i] ^ 4]) + whole[i + 1 :])
         try:
             runs.load(path)
-        except (EOFError, SystemExit):
+        except EOFError:
             wrong += 1
     assert wrong > 20
 
@@ -473,11 +456,13 @@ def test_two_damaged_checkpoints_are_not_a_fresh_start(tmp_path, capsys):
 
 # ============ the folder ============
 
-OWN = ["checkpoint.prev.pt", "backbone.pt", "backbone.pt.tmp", "features-backbone-shapes-train-0123456789abcdef.pt", "views.png",
-       "metrics.jsonl", "evaluate.json", "reconstructions.png", "neighbours.png", "gradients.png", "swap.png", "schedule.csv",
+OWN = ["checkpoint.prev.pt", "backbone.pt", "backbone.pt.tmp", "features-backbone-shapes-train-0123456789abcdef.pt",
+       "views.png", "metrics.jsonl", "evaluate.json", "reconstructions.png", "neighbours.png", "gradients.png",
+       "swap.png", "schedule.csv",
        "events.out.tfevents.1700000000.host.123.0.run", "projector_config.pbtxt"]  # fmt: skip
-FOREIGN = ["checkpoint_0199.pth.tar", "checkpoint-best.pt", "checkpoints.pt.zip", "events.out.tfevents.1.other", "events.out.d",
-           "features-backbone-mine.pt", "backbone.pth", "mine.pt", "notes.txt", "myviews.png"]  # fmt: skip
+FOREIGN = ["checkpoint_0199.pth.tar", "checkpoint-best.pt", "checkpoints.pt.zip", "events.out.tfevents.1.other",
+           "events.out.d", "features-backbone-mine.pt", "backbone.pth", "mine.pt", "notes.txt",
+           "myviews.png"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", [name for name in OWN if name != "checkpoint.prev.pt"])
@@ -489,7 +474,7 @@ def test_a_first_start_touches_no_file_of_others(name, tmp_path, capsys):
 
 
 def test_other_names_are_nobodys_business(tmp_path):
-    for name in [*FOREIGN, "checkpoint.new.pt", "checkpoint.new.pt.tmp"]:  # the last two: killed while the first was written
+    for name in [*FOREIGN, "checkpoint.new.pt", "checkpoint.new.pt.tmp"]:  # the last two: killed in the first `save`
         (tmp_path / name).write_text("precious")
     assert resume(tmp_path) == (0, None)
     runs.save(tmp_path, checkpoint(0))
@@ -505,18 +490,18 @@ def test_a_fresh_start_deletes_exactly_what_runs_write(tmp_path):
 
 def test_what_a_run_writes_is_what_fresh_deletes(tmp_path):
     """From the names that a run really leaves: `OWN` lacks none of them."""
-    argv = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--no-amp", "--out", str(tmp_path)]
-    importlib.import_module("byol").main([*argv, "--probes", "knn"])
+    argv = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--no-amp", "--probes", "knn"]
+    importlib.import_module("byol").main([*argv, "--out", str(tmp_path)])
     written = {p.name for p in tmp_path.iterdir() if p.is_file()} - {"run.lock"}
-    assert {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= written
+    wanted = {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"}
+    assert wanted <= written
     assert all(runs.OWN.fullmatch(name) for name in written)
 
 
-@pytest.mark.parametrize("out", ["x" * 300, "x/" * 2500, "file/run", "caf\udce9"])
-def test_a_folder_that_cannot_be_made_is_one_sentence(out, tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     with refused(capsys, "--out"):
-        resume(f"{tmp_path}/{out}")
+        resume(tmp_path / "file" / "run")
 
 
 def test_the_embeddings_folder_is_refused_and_only_what_is_ours_in_it_goes(tmp_path, capsys):
@@ -534,19 +519,6 @@ def test_the_embeddings_folder_is_refused_and_only_what_is_ours_in_it_goes(tmp_p
     assert (place / "mine").read_text() == "precious"
 
 
-def test_a_pipe_in_the_place_of_the_lock_is_one_sentence(tmp_path, capsys):
-    os.mkfifo(tmp_path / "run.lock")
-    with refused(capsys, "run.lock is not a file"):
-        resume(tmp_path)
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "views.png"])
-def test_a_folder_in_the_place_of_a_file_is_one_sentence(name, tmp_path, capsys):
-    (tmp_path / name).mkdir()
-    with refused(capsys, name):
-        resume(tmp_path, fresh=True)
-
-
 def hold(send, out):
     runs.lock(out)
     fork_and_wait(send)
@@ -562,4 +534,10 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_the_first(tmp_path, 
     os.kill(worker, signal.SIGKILL)
 
 
-# ============ logs =====
+def test_a_file_system_without_locks_is_warned_of(tmp_path, capsys, monkeypatch):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.fcntl, "lockf", no_locks)
+    assert resume(tmp_path) == (0, None)
+    assert f"warning: {tmp_path} cannot be locked" in capsys.readouterr().err

@@ -1,5 +1,4 @@
 import importlib
-import io
 import json
 import sys
 from types import SimpleNamespace
@@ -445,15 +444,6 @@ def test_a_full_disk_is_one_sentence(tiny_run, monkeypatch, refused):
     monkeypatch.setattr(runs.os, "fsync", full)
     assert "No space left" in refused("analysis.diagnose", tiny_run, "--probe", "neighbours")
     assert (tiny_run / "neighbours.png").read_bytes() == picture
-
-
-def test_names_need_not_be_utf_8(tiny_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "utf-8"))
-    monkeypatch.setattr(sets.Files, "fingerprint", lambda self: "of other tests")
-    folder = write_images(tmp_path / "cafe", 20).rename(tmp_path / "caf\udce9")
-    command(monkeypatch, "evaluate", tiny_run, "--data", folder, "--probe", "knn")
-    sys.stdout.flush()
-    assert rb"caf\udce9" in sys.stdout.buffer.getvalue()
 
 
 @pytest.mark.parametrize(

