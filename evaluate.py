@@ -559,11 +559,11 @@ class Subject:
             self.need_labels(what, name, rows)
         return shares
 
-    def folder(self, out, files):
-        """Where to write `files`: the folder `out`, else the checkpoint's, else the current one."""
+    def folder(self, out):
+        """Where pictures and tables go: the folder `out`, else the checkpoint's, else the current one."""
         folder = Path(out or (self.path.parent if self.path else "."))
         if not os.access(folder, os.W_OK):
-            common.fail(f"{folder} is not a folder that can be written to: say with --out where to write {files}")
+            common.fail(f"--out {folder}: there is no folder that can be written to")
         return folder
 
     def write(self, results):
