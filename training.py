@@ -184,7 +184,7 @@ class Run:
         a, train = self.args, self.loader.data
         size, recipe = self.views[0]["size"], f"recipe {a.recipe} ({a.why}), seed {a.seed}"
         self.say(f"{self.title} on {train.name}: {len(train)} images at {size} px, {recipe}")
-        self.say(backbones.describe(self.model.f, self.arch, self.built_for))
+        self.say(backbones.describe(self.model.f, self.arch))
         parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
         self.say(
             f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {'bf16' if a.amp else 'fp32'}"
