@@ -358,6 +358,8 @@ def build(name, size=224):
         net = Split(network, n.split) if n.split else network()
     else:
         depths, k = STUDY[n.base][1], float(n.k)
+        if not (width := k * (16 if kind.startswith("ResNet") else 8)).is_integer() or not width:
+            fail(f"{name}: its narrowest layers would have {width:g} channels")
         if kind == "ResNet":
             net = ResNet(Bottleneck, depths, round(16 * k), strides, kernel)
         elif kind == "VGG":
