@@ -108,7 +108,7 @@ def parse_args(argv=None):
     least = 0.02 if args.contrast == "nce" else 0.0  # NCE's exp(s / tau) overflows below that
     if not least < args.temperature < math.inf:
         common.fail(f"--temperature {args.temperature:g}: with --contrast {args.contrast} it must be above {least:g}")
-    if backbones.unsplit(args.arch)[1] not in (None, args.split):
+    if backbones.parts(args.arch).split not in (None, args.split):
         common.fail(f"--arch {args.arch}: --split {args.split} needs other views; omit the suffix")
     return args
 
@@ -244,7 +244,7 @@ def main(argv=None):
     args = parse_args(argv)
     rank, world, device = common.setup(args.device)
     args.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
-    args.arch = f"{backbones.unsplit(args.arch)[0]}_{args.split}"
+    args.arch = f"{args.arch.removesuffix(f'_{args.split}')}_{args.split}"
 
     # ============ data ============
     views = [data.view(args.size, **v) for v in RECIPES[args.recipe]["views"]]

@@ -14,9 +14,9 @@ def cosine(step, total, start, end, warmup=0):
 
 
 def param_groups(module, weight_decay, **settings):
-    """Two groups: weights, with weight decay and LARS adaptation, and all other parameters (biases, norms, class tokens,
-    position embeddings), with neither. A weight has two or more dimensions and a name that ends in "weight", as in torch's
-    linear, convolution and attention layers. `settings` go into both groups."""
+    """Two groups: weights, with weight decay and LARS adaptation, and all other parameters (biases, norms, class
+    tokens, position embeddings), with neither. A weight has two or more dimensions and a name that ends in "weight", as
+    in torch's linear, convolution and attention layers. `settings` go into both groups."""
     params = [(name.endswith("weight") and p.ndim >= 2, p) for name, p in module.named_parameters() if p.requires_grad]
     weights, rest = ([p for is_weight, p in params if is_weight == kind] for kind in (True, False))
     weights = {"params": weights, "weight_decay": weight_decay, "adapt": True, **settings}
@@ -33,8 +33,8 @@ def count(optimizer):
 
 
 class LARS(torch.optim.Optimizer):
-    """LARS (You et al. 2017, https://arxiv.org/abs/1708.03888) as in BYOL's code, the learning rate outside of the momentum
-    buffer v:
+    """LARS (You et al. 2017, https://arxiv.org/abs/1708.03888) as in BYOL's code, the learning rate outside of the
+    momentum buffer v:
 
         u = g + lambda w;  q = eta |w| / |u|;  v <- mu v + q u;  w <- w - lr v
 

@@ -288,7 +288,7 @@ def geometry(size):
 def trunk_name(args):
     """--arch, with the task's total stride appended unless the name has one. For patches of 32 px and more VGGs keep
     all poolings (code); networks that are not in the study's form always keep their strides."""
-    base, k, *_, stride = backbones.parts(args.arch)
+    base, k, *_, stride, _ = backbones.parts(args.arch)
     if stride or args.task not in (*PATCHES, "colorization"):
         return args.arch
     if args.task == "colorization":

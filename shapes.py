@@ -1,8 +1,8 @@
 """Shapes: ten classes of patterned objects on soft backgrounds, drawn by code, with the exact mask of every object.
 
 The data set that runs anywhere. What varies besides the class is what augmentations remove: place and scale (crops),
-colour and light (jitter); the colours and the background tell nothing about the class. Raw pixels and random networks do
-badly on it, and a network that ignores colour, place and scale does well.
+color and light (jitter); the colors and the background tell nothing about the class. Raw pixels and random networks
+do badly on it, and a network that ignores color, place and scale does well.
 """
 
 import math
@@ -39,7 +39,7 @@ def outline(k: int, x: Tensor, y: Tensor) -> Tensor:
 
 
 def pattern(k: int, x: Tensor, y: Tensor, phase: Tensor) -> Tensor:
-    """The surface of class k in [-1, 1]: its sign says which of the object's two colours a point takes."""
+    """The surface of class k in [-1, 1]: its sign says which of the object's two colors a point takes."""
     r, a = torch.hypot(x, y), torch.atan2(y, x)
     wave = lambda t, length: (TURN * t / length + phase).sin()
     if k == 0: return wave(x, 0.9)  # broad stripes
@@ -49,13 +49,13 @@ def pattern(k: int, x: Tensor, y: Tensor, phase: Tensor) -> Tensor:
     if k == 4: return torch.maximum(wave(x, 0.6), wave(y, 0.6)) - 0.6  # a lattice
     if k == 5: return (6 * a + phase).sin()  # spokes
     if k == 6: return (wave(x, 0.5) + wave(y, 0.5)) / 2 - 0.3  # dots
-    if k == 7: return wave(x, 3.0)  # one colour, or two halves
+    if k == 7: return wave(x, 3.0)  # one color, or two halves
     if k == 8: return (2 * a + 6 * r + phase).sin()  # a spiral
     return wave(y + 0.25 * (2 * (x / 0.7 % 1) - 1).abs(), 0.5)  # zigzags
 
 
 # fmt: on
-def colour(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
+def color(h: Tensor, s: Tensor, v: Tensor) -> Tensor:
     """HSV to RGB, [N] each to [N, 3, 1, 1]; with the hue in sixths of a turn, one clamp a channel does all cases."""
     rgb = torch.stack([((h + o) % 6 - 3).abs().sub(1).clamp(0, 1) for o in (0, 4, 2)], dim=1)
     return (v[:, None] * (1 - s[:, None] * (1 - rgb)))[..., None, None]
@@ -66,9 +66,9 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, natur
     object).
 
     A class is an outline with its own surface pattern; all else is drawn alike for every class. The background is soft,
-    as a network trained without labels learns first whatever varies most; `hard`: it wears the pattern of a random class.
-    Pose and colour of an object are anything; `natural`: they belong to the class, as those of things in photographs do, up
-    to 15 degrees and a twelfth of the colour wheel, so that there is something to know about rotations and colours.
+    as a network trained without labels learns first whatever varies most; `hard`: it has the pattern of a random class.
+    Pose and color of an object are random; `natural`: they belong to the class, as those of things in photographs do,
+    up to 15 degrees and a twelfth of the color wheel, so that rotations and colors can be predicted.
     """
     # One row of numbers per image: an image depends on the seed and its place in the list, not on n.
     rows = torch.rand(n, 32, generator=torch.Generator().manual_seed(seed))
@@ -80,11 +80,11 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, natur
         columns = iter(rows[part, 1:].unbind(1))
         u = lambda low, high: low + (high - low) * next(columns)
 
-        # Objects are light with dark marks and the ground lies between: grey pictures keep the outline and the pattern.
+        # Objects are light with dark marks and the ground lies between: gray pictures keep the outline and the pattern.
         hue = 0.6 * labels[part] + u(-0.5, 0.5) if natural else u(0, 6)
-        light = colour(hue, u(0.3, 0.7), u(0.8, 1))
-        dark = colour(hue + (u(2.5, 3.5) if natural else u(1, 5)), u(0.5, 1), u(0.15, 0.35))
-        ground = colour(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
+        light = color(hue, u(0.3, 0.7), u(0.8, 1))
+        dark = color(hue + (u(2.5, 3.5) if natural else u(1, 5)), u(0.5, 1), u(0.15, 0.35))
+        ground = color(u(0, 6), u(0.2, 0.5), u(0.45, 0.65))
         other = (ground + torch.stack([u(-0.4, 0.4) for _ in range(3)], 1)[..., None, None]).clamp(0, 1)
 
         def frame(scale: Tensor, free: Tensor, still: bool = False):

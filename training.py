@@ -173,7 +173,7 @@ class Run:
         recipe, precision = f"recipe {a.recipe} ({a.why}), seed {a.seed}", "bf16" if a.amp else "fp32"
         parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
         self.say(f"{self.title} on {train.name}: {len(train)} images at {size} px, {recipe}")
-        self.say(backbones.describe(self.model.f, self.arch, self.built_for))
+        self.say(backbones.describe(self.model.f, self.arch))
         self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
         self.say("\n".join(lines))
 

@@ -26,7 +26,7 @@ class Layer(nn.Module):
 
 def depth(backbone, train, test, preprocess, device, most=9000, workers=0, amp=False, seed=0):
     """A linear probe without weight decay, as in the study, on each layer, in order of depth: {layer: {"shape",
-    "features", "kept", "top1", "top5", "lr", "weight_decay", "grid"}}. One layer's features are in memory at a time.
+    "features", "top1", "top5", "lr", "weight_decay", "grid"}}. One layer's features are in memory at a time.
 
     As in the study's code, root is after the first pooling, and a RevNet's block before the pooling that follows it.
     Unlike there, the last block of a ResNet v2 or RevNet is after the last BatchNorm (and ReLU), and a VGG's block
@@ -41,7 +41,7 @@ def depth(backbone, train, test, preprocess, device, most=9000, workers=0, amp=F
         net, how = Layer(trunk, name, most), (preprocess, device, 128, workers, amp, True)
         (x, y), (test_x, test_y) = (evaluate.with_labels(*evaluate.extract(net, s, *how)) for s in (train, test))
         found = evaluate.linear_sgd(x, y, test_x, test_y, decays=(0.0,), seed=seed)
-        results[name] = {"shape": list(tap.shape[1:]), "features": x.shape[1], "kept": evaluate.kept(x)} | found
+        results[name] = {"shape": list(tap.shape[1:]), "features": x.shape[1]} | found
         del x, test_x  # before the next layer's are extracted
     return results
 

@@ -96,7 +96,7 @@ def neighbours(models, train, test, rows, device, k=3):
         if m.net:
             columns.append((images_at(rows, test, m, device, size, heat=True), ["gradient"] * len(rows), none))
         queries = m.test[0][rows.to(m.test[0].device)]
-        for found in evaluate.nearest(m.train[0], queries, k, device)[1].T.cpu():
+        for found in evaluate.nearest(m.train[0], queries, k)[1].T.cpu():
             theirs = labels[found].tolist()
             marks = [None if a < 0 else a == b for a, b in zip(theirs, y, strict=True)]
             columns.append((images_at(found, train, m, device, size), [title(train, a) for a in theirs], marks))
@@ -263,7 +263,7 @@ def main():
     args = p.parse_args()
     s, asked, results = evaluate.Subject(args), set(args.probe), {}
     test, size, device = s.sets["test"], s.preprocess["size"], s.device
-    folder = s.folder(args.out, "the pictures") if asked != {"localisation"} else None
+    folder = s.folder(args.out) if asked != {"localisation"} else None
     if asked != {"neighbours"}:  # which are shown without labels, too
         s.need_labels(" ".join(args.probe))
     masks = object_masks(test, size, args.masks) if asked & {"localisation", "swap"} else None

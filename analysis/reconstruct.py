@@ -149,7 +149,7 @@ def main():
     p.add_argument("--out", help="folder for the picture (default: the checkpoint's)")
     args = p.parse_args()
     s, classifier = evaluate.Subject(args), None
-    test, file = s.sets["test"], s.folder(args.out, "reconstructions.png") / "reconstructions.png"
+    test, file = s.sets["test"], s.folder(args.out) / "reconstructions.png"
     if args.classifier:
         classifier = open_classifier(args.classifier).to(s.device)
         check_classifier(classifier, test)

@@ -34,7 +34,7 @@ def late_decays(x, y, test_x, test_y, decay_at=(30, 120, 480), batch_size=2048, 
                 p[y[rows.to(y.device)], columns] -= 1  # the gradient of the cross-entropy, as in `evaluate.fit_sgd`
                 gradient = torch.cat([p.sum(1, keepdim=True), p @ xb], 1)
                 w.sub_(v.mul_(0.9).add_(gradient, alpha=1 / batch_size), alpha=lr)
-            curve.append(evaluate.accuracy_of(lambda z: z @ w[:, 1:].T + w[:, 0], test_x, test_y)[0])  # noqa: B023
+            curve.append(evaluate.accuracy(test_x, test_y, lambda z: z @ w[:, 1:].T + w[:, 0])[0])  # noqa: B023
         curves[d] = torch.stack(curve).tolist()
     return curves
 

@@ -83,7 +83,7 @@ def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_
 
     def accuracy(net, images):
         logits = evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
-        return evaluate.accuracy_of(nn.Identity(), *evaluate.with_labels(*logits))
+        return evaluate.accuracy(*evaluate.with_labels(*logits))
 
     # Of few images smaller batches, so that an epoch still has updates; BatchNorm needs some images in each.
     batch_size = min(batch_size, max(32, len(train) // 16), len(train))

@@ -117,7 +117,7 @@ def test_torchvisions_networks_lose_their_head(name, tmp_path, request, capsys):
             assert f"{name} has no feature maps" in capsys.readouterr().err
         vector.sum().backward()
     assert all(p.grad is not None for p in net.parameters())
-    assert backbones.describe(net, name, size).endswith(f" M parameters, {dim}-d")
+    assert f" M parameters, {dim}-d, " in backbones.describe(net, name)
 
 
 def test_a_copy_reads_its_own_maps_and_nothing_is_drawn():
@@ -156,8 +156,8 @@ def test_networks_of_distilling_localization_are_read_at_the_penultimate_layer(u
         ("inception_v3", 64, "inception_v3 does not take them (Calculated padded input size"),
         ("mobilenet_v3_small", 31, "needs 32 px or more"),
         ("mobilenet_v3_smal", 64, "did you mean 'mobilenet_v3_small'"),
-        ("mobilenet_v3_small_s8", 64, "_s8 is for ResNets"),
-        ("vgg19_s8", 64, "_s8 is for ResNets"),
+        ("mobilenet_v3_small_s8", 64, "unknown architecture"),
+        ("vgg19_s8", 64, "unknown architecture"),
     ],
 )
 def test_sizes_and_names_that_torchvision_does_not_have(name, size, words, capsys, undrawn):
@@ -188,7 +188,7 @@ def look(monkeypatch, *words):
 def test_byol_and_every_depth_of_a_mobilenet(tmp_path, monkeypatch, capsys):
     out = quick(byol, tmp_path, monkeypatch, "--arch", "mobilenet_v3_small", "--hidden", "16", "--dim", "8")
     printed = capsys.readouterr().out
-    assert "mobilenet_v3_small, 0.93 M parameters, 576-d\n" in printed
+    assert "mobilenet_v3_small, 0.93 M parameters, 576-d, 3x3 stem\n" in printed
     assert "net = torchvision.models.mobilenet_v3_small(); net.classifier = torch.nn.Identity()" in printed
     torch.manual_seed(0)
     start, found = backbones.build("mobilenet_v3_small", 32).state_dict(), runs.load(out / "backbone.pt")["state_dict"]
@@ -243,7 +243,7 @@ class Mine(torch.nn.Module):
 
 
 def test_a_network_of_your_own_takes_two_lines(tmp_path, monkeypatch, capsys):
-    text, first = Path(backbones.__file__).read_text(), "    base, k, minus, stride = parse(name, size)\n    if norm"
+    text, first = Path(backbones.__file__).read_text(), "    n = parts(name)\n    kind"
     assert text.count(first) == 1
     copied = ModuleType("copied")
     text = text.replace(first, f'''    if name == "mine":
@@ -256,7 +256,7 @@ def test_a_network_of_your_own_takes_two_lines(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "backbones", copied)
     out = quick(byol, tmp_path, monkeypatch, "--arch", "mine", "--hidden", "16")
     printed = capsys.readouterr().out
-    assert "mine, 0.00 M parameters, 8-d\n" in printed
+    assert "mine, 0.00 M parameters, 8-d, 3x3 stem\n" in printed
     lines = printed.split("load the backbone anywhere:\n")[1].splitlines()[:2]
     exec("\n".join(lines), scope := {})
     found = runs.load(out / "checkpoint.pt")
@@ -322,7 +322,7 @@ def test_small_images_keep_their_resolution():
         14,
         7,
     ]
-    assert "3x3 stem" in backbones.describe(backbones.build("resnet18", 32), "resnet18", 32)
+    assert "3x3 stem" in backbones.describe(backbones.build("resnet18", 32), "resnet18")
 
 
 def test_width_two_doubles_every_layer():
@@ -523,7 +523,7 @@ def test_one_of_each_kind_keeps_the_contract(name, size):
     assert all(torch.equal(taps[f"block{i + 1}"], m) for i, m in enumerate(maps))
     if "vgg" not in name:
         assert net.dim == net.channels and torch.equal(vector, maps[-1].mean((2, 3)))
-    (described,) = backbones.describe(net, name, size).splitlines()
+    (described,) = backbones.describe(net, name).splitlines()
     assert f"{net.dim}-d" in described
 
 
@@ -569,7 +569,7 @@ def test_stride_and_root_follow_the_size(name, size, kernel, side):
     with torch.no_grad():
         assert net.stages(torch.zeros(1, 3, size, size))[-1].shape[-1] == side
     assert next(m for m in net.modules() if isinstance(m, torch.nn.Conv2d)).kernel_size == (kernel, kernel)
-    assert f"{kernel}x{kernel} root" in backbones.describe(net, name, size)
+    assert f"{kernel}x{kernel} stem" in backbones.describe(net, name)
 
 
 @pytest.mark.parametrize("family", ["resnet14v2", "revnet14"])
@@ -594,14 +594,13 @@ def test_minus_leaves_the_last_relu_out(family):
         ("resnet18_minus", 64, "unknown architecture"),
         ("revnet50_k-4", 64, "unknown architecture"),
         ("revnet50_k0.3", 64, "2.4 channels"),
-        ("revnet50_k0.0625", 64, "0.5 channels; K must be a multiple of 1/8"),
+        ("revnet50_k0.0625", 64, "0.5 channels"),
         ("resnet50v1_k0", 64, "0 channels"),
         ("vgg11_k0.01", 64, "0.08 channels"),
-        ("resnet50v1_k4_minus", 64, "_minus"),
-        ("vgg19_k8_minus", 64, "_minus"),
-        ("revnet14_k1_s3", 64, "not one of 2, 4, 8, 16, 32"),
-        ("vgg11_bn_s8", 64, "_s8 is for"),
-        ("resnet50v1_k99999", 224, "K above 128 makes tens of billions of parameters"),
+        ("resnet50v1_k4_minus", 64, "unknown architecture"),
+        ("vgg19_k8_minus", 64, "unknown architecture"),
+        ("revnet14_k1_s3", 64, "total stride 2 4 8 16 32"),
+        ("vgg11_bn_s8", 64, "did you mean 'vgg11_bn'"),
         ("resnet18_s16", 15, "smaller than the total stride 16"),
         ("vgg11_k1_s32", 31, "smaller than the total stride 32"),
         ("revnet14_k1", 1, "smaller than the total stride 2"),
@@ -690,6 +689,14 @@ def test_padding_comes_back_as_exact_zeros():
         assert not bias[len(bias) // 2 :].any() and bias[: len(bias) // 2].all()
 
 
+def inverse(stage, y):
+    """x2 = y2, x1 = y1 - F(x2). In training mode F uses the statistics of the batch, as the forward pass did."""
+    y2, y1 = y.chunk(2, 1)
+    for f in reversed(stage):
+        y2, y1 = y1 - f(y2), y2
+    return torch.cat([y2, y1], 1)
+
+
 def test_a_deep_stage_is_inverted():
     torch.manual_seed(0)
     stage = backbones.build("revnet50_k4_s8", 32).layer3.train()
@@ -697,8 +704,8 @@ def test_a_deep_stage_is_inverted():
     with torch.no_grad():
         y = stage(x)
         assert torch.equal(y[:, :512], stage[:5](x)[:, 512:])  # y2 is what the last unit did not touch
-        assert (stage.inverse(y) - x).norm() < 1e-4 * x.norm()
-        assert (stage.eval().inverse(stage(x)) - x).norm() < 1e-4 * x.norm()
+        assert (inverse(stage, y) - x).norm() < 1e-4 * x.norm()
+        assert (inverse(stage.eval(), stage(x)) - x).norm() < 1e-4 * x.norm()
 
 
 def saved_bytes(net, x):

@@ -164,7 +164,7 @@ def test_a_fine_tuned_trunk_is_kept_as_it_sees(patches_run, tmp_path, monkeypatc
         (["--labels", "10", "--label-list", "x"], "exclude"),
         (["--label-list", "nowhere.txt"], "nowhere.txt"),
         (["--labels", "1"], "10 labelled training images"),
-        (["--labels", "100", "--data", "FLAT"], "has 0 for the share 100"),
+        (["--labels", "100", "--data", "FLAT"], "share 100 has 0"),
         (["--trunk-lr", "-1"], "--trunk-lr"),
         (["--trunk-lr", "0.1", "1e308"], "--trunk-lr"),
         (["--head-lr", "inf"], "--head-lr"),

@@ -92,7 +92,7 @@ CASES = {
         ("--graph half", "invalid choice: 'half'"),
         ("--arch resnet18_ydbdr", "--split lab needs other views"),
         ("--arch resnet10_61", "did you mean 'resnet10_16_lab'"),
-        ("--arch vgg11_bn", "_lab is for ResNets"),
+        ("--arch vgg11_bn", "unknown architecture"),
         ("--limit 8 --negatives 4", "batch-size"),
     ],
     "pirl": [
