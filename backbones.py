@@ -190,11 +190,7 @@ RGB = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}  # images in [0, 1] as t
 # Conversion from RGB, mean and std: those of CMC's and PyContrast's code, the middle and half of each channel's range.
 LAB = to_lab, (50.0, 6.025, -6.690), (50.0, 92.208, 101.168)
 YDBDR = to_ydbdr, (0.457, -0.082, -0.052), (0.5, 1.331, 1.333)
-SPLITS = {
-    "lab": (LAB, (1, 2)),
-    "ydbdr": (YDBDR, (1, 2)),
-    "lab3": (LAB, (1, 1, 1)),
-}  # suffix: (space, channels per view)
+SPLITS = {"lab": (LAB, (1, 2)), "ydbdr": (YDBDR, (1, 2)), "lab3": (LAB, (1, 1, 1))}  # (space, channels per view)
 
 
 def channel_views(x, split):

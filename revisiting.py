@@ -108,9 +108,7 @@ class Recompute(torch.autograd.Function):
         (y2, y1), (g2, g1), grads = ctx.saved_tensors[0].chunk(2, 1), grad.chunk(2, 1), {}
         with same_statistics(ctx.training):
             for f in reversed(ctx.stage):
-                if (
-                    ctx.zeros and f is ctx.stage[0]
-                ):  # exact zeros: rounding at the ReLU's kink would decide the gradient
+                if ctx.zeros and f is ctx.stage[0]:  # exact zeros: else rounding at the ReLU's kink decides gradients
                     y2 = F.pad(y2[:, : -ctx.zeros], (0, 0, 0, 0, 0, ctx.zeros))
                 x2, weights = y2.detach().requires_grad_(), [p for p in f.parameters() if p.requires_grad]
                 with torch.enable_grad(), ctx.autocast():
