@@ -18,7 +18,7 @@ an exponential moving average of the online network and gets no gradient, and on
     small images      -                           imagenette at 128 px only   recipes below; 3x3 stem under 64 px
     precision         -                           fp32                        bf16 autocast, loss and EMA in fp32
 
-Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols and curves in results/README.md):
 
     command                      network, epochs    seeds  k-NN                linear            device, commit
     python byol.py               resnet10_16, 24    0 1 2  64.7 54.7 65.5      67.1 53.9 65.9    2 cores, 3 min, bc86536
@@ -57,7 +57,7 @@ RECIPES = {
         arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
         warmup_epochs=1.0, tau=0.9, hidden=256, dim=128, predictor_lr=10.0, eval_every=2,
         views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0,
-                    grey=0.5)] * 2,
+                    gray=0.5)] * 2,
     ),
     # lightly's SGD setting with the paper's heads, schedules and decay exclusions. lightly's loss is a quarter of ours:
     # its lr of 0.06 per 128 images and weight decay of 5e-4 become 0.03 per 256 and 2e-3. Not run in full yet.
@@ -65,8 +65,8 @@ RECIPES = {
         arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=2e-3,
         warmup_epochs=10, tau=0.99, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,
         views=[  # no blur at 32 px
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.0),
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.2),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, solarize=0.0),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, solarize=0.2),
         ],
     ),
     # The code's preset for 300 epochs. Its presets for 100 and 1000 epochs: docs/byol.md.
@@ -75,8 +75,8 @@ RECIPES = {
         optimizer="lars", lr=0.3, weight_decay=1e-6, tau=0.99,  # code, configs/byol.py
         warmup_epochs=10, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,  # sec. 3.3
         views=[  # appendix B, table 6: the two views differ in blur and solarize
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=1.0, solarize=0.0),
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=0.1, solarize=0.2),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=1.0, solarize=0.0),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.1, solarize=0.2),
         ],
     ),
 }  # fmt: skip

@@ -21,23 +21,23 @@ class InputAdapter(nn.Module):
     """A backbone `f` with the input it was trained on, for methods whose networks do not take plain RGB images. Images
     [B, 3, S, S] in [-1, 1] to [B, dim].
 
-    lightness: L of Lab alone (`backbones.lightness`). grey: luma in all three channels. patch: the central `patch` px
+    lightness: L of Lab alone (`backbones.lightness`). gray: luma in all three channels. patch: the central `patch` px
     of the 3 x 3 cells of `cell` px in the middle of an image or, with a `stride`, every patch of a grid over the whole
-    image; the image's features are the mean over them. standardise: each patch, or image where there are none, to mean
+    image; the image's features are the mean over them. standardize: each patch, or image where there are none, to mean
     0 and deviation 1. These names are the keys of "sees" in backbone.pt.
     """
 
-    def __init__(self, f, lightness=False, standardise=False, patch=0, cell=0, stride=0, grey=False):
+    def __init__(self, f, lightness=False, standardize=False, patch=0, cell=0, stride=0, gray=False):
         super().__init__()
         self.f, self.dim, self.preprocess = f, f.dim, getattr(f, "preprocess", {})
-        self.lightness, self.standardise, self.grey = lightness, standardise, grey
+        self.lightness, self.standardize, self.gray = lightness, standardize, gray
         self.patch, self.cell, self.stride = patch, cell, stride
 
     def see(self, x):
         """The input of f: [B, 3, S, S], or with n patches an image [B * n, 3, patch, patch]."""
         if self.lightness:
             x = backbones.lightness(backbones.to_lab(x / 2 + 0.5))
-        if self.grey:
+        if self.gray:
             x = data.gray(x).expand(-1, 3, -1, -1)
         if self.stride:
             x = x.unfold(2, self.patch, self.stride).unfold(3, self.patch, self.stride)  # [B, 3, G, G, patch, patch]
@@ -47,7 +47,7 @@ class InputAdapter(nn.Module):
             x = x.unflatten(2, (3, -1)).unflatten(4, (3, -1))  # [B, 3, 3, cell, 3, cell]
             inside = slice(start := (self.cell - self.patch) // 2, start + self.patch)
             x = x[:, :, :, inside, :, inside].permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
-        return data.standardize(x) if self.standardise else x
+        return data.standardize(x) if self.standardize else x
 
     def mean(self, features, images):
         """Over the patches of each image: [B * n, ...] to [B, ...]."""
@@ -82,7 +82,7 @@ def as_trained(f, preprocess, size=0):
 
 def weights(path, found):
     """`found` if it is a dict of finite tensors by name, as `load_state_dict` takes it; else exit code 2."""
-    if not isinstance(found, dict) or not all(torch.is_tensor(v) for v in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(k, str) and torch.is_tensor(v) for k, v in found.items()):
         common.fail(f"{path} is not a state dict: it holds other things than weights by name")
     bad = [k for k, v in found.items() if not v.isfinite().all()]
     return found if not bad else common.fail(f"{path}: the weights {bad[0]} are not finite")

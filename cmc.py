@@ -21,7 +21,7 @@ negatives in the other view's bank, so features keep what views share. For evalu
     small images         STL-10 at 64 px              tau 0.1                    recipes below; 3x3 stem under 64 px
     precision            -                            fp32; fp16 is worse        bf16 autocast; L2, loss, banks in fp32
 
-Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols and curves in results/README.md):
 
     command                                     network, epochs      seeds  k-NN  linear   device
     python cmc.py                               resnet10_16_lab, 24  0      46.5  49.3     1 core, 3 min

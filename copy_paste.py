@@ -24,7 +24,7 @@ import runs
 import saliency
 import sets
 
-BACKGROUNDS = ("grey", "textures", "images")
+BACKGROUNDS = ("gray", "textures", "images")
 BLENDS = {"none": 0.0, "gaussian": 1.0, "mix": 0.5}  # share of the masks that are blurred
 
 

@@ -65,16 +65,16 @@ METHOD = "cpc"
 
 # Views are crops in [0, 1]; patches are augmented independently and then normalized to [-1, 1].
 PLAIN = dict(interpolation="bilinear", mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-V1 = dict(context="pixelcnn", directions=1, target_dim=0, patch_jitter=0.0, patch_grey=0.0)
+V1 = dict(context="pixelcnn", directions=1, target_dim=0, patch_jitter=0.0, patch_gray=0.0)
 V2 = dict(context="rows", directions=4, target_dim=64, border=0)
-COLOURS = dict(patch_jitter=0.8, patch_grey=0.25)  # v2, appendix
+COLOURS = dict(patch_jitter=0.8, patch_gray=0.25)  # v2, appendix
 RECIPES = {
     # Quick on a CPU, so unlike the paper: a small network, a high learning rate, crops of any scale, few patches, each
     # with colors of its own, because otherwise brightness and color are all that is learned (docs/cpc.md).
     "shapes": dict(
         arch="resnet10_16_ln", size=32, epochs=8, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
         warmup_epochs=1.0, clip=0.0, v=2, patch=12, stride=5, steps=2, context_width=32, **V2, eval_every=2,
-        patch_jitter=1.0, patch_grey=0.5,
+        patch_jitter=1.0, patch_gray=0.5,
         views=[dict(scale=(0.6, 1.0), **PLAIN)],
     ),
     # Derived from the ImageNet recipe; not run yet.
@@ -93,16 +93,16 @@ RECIPES = {
 OTHER_VERSION = {  # what --v changes in a recipe of the other version
     "shapes": {1: dict(  # unlike v1, the brightness of each patch is jittered
         V1 | dict(patch_jitter=1.0), arch="resnet10_16_nobn", border=0, epochs=12,
-        views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
+        views=[dict(scale=(0.6, 1.0), gray=1.0, **PLAIN)],
     )},
-    "folder": {1: dict(V1, arch="resnet10_32_nobn", border=0, views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)])},
+    "folder": {1: dict(V1, arch="resnet10_32_nobn", border=0, views=[dict(scale=(0.6, 1.0), gray=1.0, **PLAIN)])},
     "cifar10": {1: dict(
         V1, arch="resnet18_nobn", lr=2e-4, clip=0.0, steps=5, border=0,
-        views=[dict(scale=(0.6, 1.0), grey=1.0, **PLAIN)],
+        views=[dict(scale=(0.6, 1.0), gray=1.0, **PLAIN)],
     )},
     "imagenet": {1: dict(  # v1, sec. 3.2: Adam, 2e-4 for a batch of 32 x 16; gray, 256 px of 300, patches 60 px of 64
         V1, arch="resnet50v2_k4_nobn", size=256, lr=1e-4, clip=0.0, steps=5, border=2,
-        views=[dict(scale=((256 / 300) ** 2,) * 2, ratio=None, grey=1.0, **PLAIN)],
+        views=[dict(scale=((256 / 300) ** 2,) * 2, ratio=None, gray=1.0, **PLAIN)],
     )},
 }  # fmt: skip
 TURNS = {1: (0,), 2: (0, 2), 4: (0, 1, 2, 3)}  # --directions: by how many times 90 degrees the grid is rotated
@@ -134,7 +134,7 @@ def parse_args(argv=None):
     p.add_argument("--stride", type=int, help="px from one patch to the next (default: as --patch)")
     p.add_argument("--border", type=int, help="crop patches at random by this many px on each side, then pad")
     p.add_argument("--patch-jitter", type=float, help="probability of color jitter, for each patch independently")
-    p.add_argument("--patch-grey", type=float, help="probability of grayscale, for each patch independently")
+    p.add_argument("--patch-gray", type=float, help="probability of grayscale, for each patch independently")
     p.add_argument("--context", choices=CONTEXTS, help="g, the context network: of v1 (pixelcnn) or of v2 (rows)")
     p.add_argument("--context-width", type=int, help="hidden channels of g")
     p.add_argument("--directions", type=int, choices=TURNS, help="of prediction. 1: down, 2: also up, 4: also sideways")
@@ -152,7 +152,7 @@ def parse_args(argv=None):
     if args.skip is None:
         args.skip = math.ceil(args.patch / args.stride) - 1
     common.at_least(0, args, "clip", "border", "target_dim", "skip")
-    common.at_least(0, args, "patch_jitter", "patch_grey", most=1)
+    common.at_least(0, args, "patch_jitter", "patch_gray", most=1)
     if args.steps > (most := rows - 1 - args.skip):
         left = f"{max(most, 0)} of {rows} rows are left to predict after the first and --skip {args.skip}"
         common.fail(f"--steps {args.steps}: {left}")
@@ -274,7 +274,7 @@ class CPC(nn.Module):
         self.turns, dim = TURNS[args.directions], args.target_dim or backbone.dim
         self.augmentation = data.view(
             args.patch - 2 * args.border, jitter=JITTER.get(args.recipe, SZEGEDY), jitter_p=args.patch_jitter,
-            grey=args.patch_grey, mean=data.HALF, std=data.HALF,
+            gray=args.patch_gray, mean=data.HALF, std=data.HALF,
         )  # fmt: skip
         self.f, self.g = backbone, CONTEXTS[args.context](backbone.dim, args.context_width)
         self.target = nn.Linear(backbone.dim, dim) if args.target_dim else nn.Identity()
@@ -345,8 +345,8 @@ def main(argv=None):
     per_pass = training.images_per_pass(args, world, len(train))
     loader = data.Loader(train, views, per_pass, args.seed, rank, world, args.workers, device)
     preprocess = {"mean": data.HALF, "std": data.HALF, "size": args.size, "interpolation": "bilinear"}
-    grey = 1 in (views[0]["grey"], args.patch_grey)
-    preprocess["sees"] = {"patch": args.patch, "stride": args.stride, "grey": grey}
+    gray = 1 in (views[0]["gray"], args.patch_gray)
+    preprocess["sees"] = {"patch": args.patch, "stride": args.stride, "gray": gray}
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights on every rank

@@ -212,8 +212,8 @@ def augment(x, view, g):
         order = torch.rand(n, 4, generator=g).argsort(1)  # torchvision, too, draws an order for every image
         order[torch.rand(n, generator=g) >= view["jitter_p"]] = 4
         x = jitter(x, factors, order)
-    if view["grey"]:
-        rows = chosen(n, view["grey"], g, device)
+    if view["gray"]:
+        rows = chosen(n, view["gray"], g, device)
         x[rows] = gray(x[rows]).expand(-1, 3, -1, -1)
     if view["blur"]:
         rows = chosen(n, view["blur"], g, device)
@@ -227,12 +227,12 @@ def augment(x, view, g):
 
 
 def view(size, scale=(0.08, 1.0), ratio=(3 / 4, 4 / 3), interpolation="bicubic", flip=0.5, jitter=(0, 0, 0, 0),
-         jitter_p=0.0, grey=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD):  # fmt: skip
+         jitter_p=0.0, gray=0.0, blur=0.0, sigma=(0.1, 2.0), solarize=0.0, mean=MEAN, std=STD):  # fmt: skip
     """The numbers of one view; the scripts spell out those that their paper sets.
 
     size: px. scale, ratio: of the random crop, as torchvision's RandomResizedCrop (more in `sample_boxes`). jitter:
     strengths of brightness, contrast, saturation, hue. sigma: range of the blur's standard deviation in px. flip,
-    jitter_p, grey, blur, solarize: probabilities.
+    jitter_p, gray, blur, solarize: probabilities.
     """
     return dict(locals())
 

@@ -40,7 +40,7 @@ PROBES = ("knn", "linear", "lbfgs", "mlp")
 MOVED = {  # probes that are separate commands
     "finetune": "downstream.finetune", "depth": "analysis.depth", "schedule": "analysis.schedule",
     "perceptual": "analysis.reconstruct", "pictures": "analysis.reconstruct",
-    **dict.fromkeys(("neighbours", "gradients", "localisation", "swap"), "analysis.diagnose"),
+    **dict.fromkeys(("neighbors", "gradients", "localization", "swap"), "analysis.diagnose"),
 }  # fmt: skip
 
 

@@ -69,14 +69,14 @@ RECIPES = {
         arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=4e-3, weight_decay=1e-4,
         schedule="cosine", warmup_epochs=1.0, loss="softmax-nce", negatives=4096, temperature=0.1, bank_momentum=0.5,
         dim=128, eval_every=2,
-        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5)],
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, gray=0.5)],
     ),
     # Code, cifar.py: full softmax, lr 0.03 for 128 images, no flip. Not run in full yet.
     "cifar10": dict(
         arch="resnet18", size=32, epochs=200, batch_size=128, optimizer="sgd", lr=0.06, weight_decay=5e-4,
         schedule="steps", warmup_epochs=0, loss="softmax", negatives=4096, temperature=0.1, bank_momentum=0.5,
         dim=128, eval_every=10,
-        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", flip=0.0, jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)],
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", flip=0.0, jitter=(0.4,) * 4, jitter_p=1.0, gray=0.2)],
     ),
     # DiLo's ablations; its final models have K = 65536 (sec. 6.3).
     "imagenet": dict(
@@ -84,11 +84,11 @@ RECIPES = {
         arch="resnet50", size=224, epochs=200, batch_size=256, optimizer="sgd", lr=0.03, weight_decay=1e-4,
         schedule="steps", warmup_epochs=0, loss="softmax-nce", negatives=4096, temperature=0.07, bank_momentum=0.5,
         dim=128, eval_every=10,
-        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)],  # main.py
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, gray=0.2)],  # main.py
     ),
 }  # fmt: skip
 LOSSES = ("softmax", "nce", "softmax-nce", "supervised")
-TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "grey")  # none: a center crop
+TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "gray")  # none: a center crop
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 
@@ -107,7 +107,7 @@ def parse_args(argv=None):
     p.add_argument("--copy-paste", type=float, default=0.0, help="probability that a view is pasted; 0.5 in the paper")
     p.add_argument("--masks", default="rbd", help=f"{', '.join(saliency.METHODS)}, exact, or a folder of masks or maps")
     p.add_argument("--soft-masks", action="store_true", help="M is the saliency, without a threshold")
-    p.add_argument("--background", default="grey", choices=copy_paste.BACKGROUNDS, help="what is pasted on")
+    p.add_argument("--background", default="gray", choices=copy_paste.BACKGROUNDS, help="what is pasted on")
     p.add_argument("--blend", default="none", choices=copy_paste.BLENDS, help="of the edges; mix: of half of the masks")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "dim", "negatives")
@@ -277,7 +277,7 @@ def learning_rate(step, total, lr, warmup, schedule):
 def augmented(view, upto):
     """A recipe's view with table 1's augmentations up to and including `upto`."""
     level, view = TABLE_1.index(upto), dict(view)
-    view |= {"grey": 0.0} if level < 5 else {}
+    view |= {"gray": 0.0} if level < 5 else {}
     view |= {"jitter_p": 0.0} if level < 4 else {}
     view |= {"scale": ((224 / 256) ** 2,) * 2, "ratio": "square"} if level < 3 else {}  # 224 px of a short side of 256
     view |= {"scale": (1.0, 1.0), "ratio": (1.0, 1.0)} if level < 2 else {}  # the largest central square

@@ -23,7 +23,7 @@ The key network is a slow moving average of the query network, so that keys from
 
     demo: the authors' notebook for CIFAR-10 on one GPU, which the recipe `cifar10` follows
 
-Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols and curves in results/README.md):
 
     command                      network, epochs    seeds  k-NN              linear            device, commit
     python moco.py               resnet10_16, 24    0      68.8              70.8              2 cores, 2.7 min, 3980407
@@ -64,14 +64,14 @@ RECIPES = {
         schedule="cosine", warmup_epochs=1.0, v=2, mlp=True, queue=2048, momentum=0.99, temperature=0.1, dim=128,
         bn_splits=1, eval_every=2,
         views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0,
-                    grey=0.5)] * 2,
+                    gray=0.5)] * 2,
     ),
     # The authors' demo (colab/moco_cifar10_demo.ipynb): lr 0.06 for 512 images, BatchNorm as on 8 GPUs, no blur.
     "cifar10": dict(
         arch="resnet18", size=32, epochs=200, batch_size=512, optimizer="sgd", lr=0.03, weight_decay=5e-4,
         schedule="cosine", warmup_epochs=0, v=1, mlp=False, queue=4096, momentum=0.99, temperature=0.1, dim=128,
         bn_splits=8, eval_every=10,
-        views=[dict(interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
+        views=[dict(interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2,
                     mean=(0.4914, 0.4822, 0.4465), std=(0.2023, 0.1994, 0.2010))] * 2,
     ),
     "imagenet": dict(
@@ -80,7 +80,7 @@ RECIPES = {
         v=2, mlp=True, temperature=0.2,  # v2, table 1 and 2 (code, README.md)
         queue=65536, momentum=0.999, dim=128,  # v1, sec. 3.3 and 4.1
         bn_splits=1, eval_every=10,
-        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2,
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2,
                     blur=0.5)] * 2,  # v2, sec. 3; code, main_moco.py
     ),
 }  # fmt: skip
@@ -90,7 +90,7 @@ OTHER_VERSION = {  # what --v changes in a recipe of the other version
     "cifar10": {2: dict(mlp=True)},
     "imagenet": {1: dict(  # v1, sec. 3.3 and 4.1; views: code, main_moco.py
         mlp=False, temperature=0.07, schedule="steps",
-        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2)] * 2,
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, gray=0.2)] * 2,
     )},
 }  # fmt: skip
 # A folder of photographs, for a laptop or one GPU: hyper-parameters of `shapes`, the paper's views.

@@ -60,7 +60,7 @@ RECIPES = {
         transform="jigsaw", arch="resnet10_16", size=32, epochs=20, batch_size=64, optimizer="adamw", lr=4e-3,
         weight_decay=1e-4, warmup_epochs=1.0, lam=0.5, nce="paper", negatives=4096, temperature=0.1, bank_momentum=0.5,
         dim=128, eval_every=2,
-        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5),
+        views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, gray=0.5),
                dict(scale=(0.6, 1.0), interpolation="bilinear")],
     ),
     # The ImageNet recipe with the crops, tau and weight decay of InstDisc's CIFAR-10. Not run in full yet.
@@ -68,18 +68,18 @@ RECIPES = {
         transform="jigsaw", arch="resnet18", size=32, epochs=200, batch_size=256, optimizer="sgd", lr=0.03,
         weight_decay=5e-4, warmup_epochs=0, lam=0.5, nce="paper", negatives=4096, temperature=0.1, bank_momentum=0.5,
         dim=128, eval_every=10,
-        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, grey=0.2),
+        views=[dict(scale=(0.2, 1.0), interpolation="bilinear", jitter=(0.4,) * 4, jitter_p=1.0, gray=0.2),
                dict(scale=(0.6, 1.0), interpolation="bilinear")],
     ),
     "imagenet": dict(  # code, pirl_jigsaw_4node_resnet50.yaml
         transform="jigsaw", lam=0.5, nce="paper", negatives=32_000, temperature=0.07, bank_momentum=0.5, dim=128,
         arch="resnet50", size=224, epochs=800, batch_size=1024, optimizer="sgd", lr=0.03, weight_decay=1e-4,
         warmup_epochs=0, eval_every=10,
-        views=[dict(interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=1.0, grey=0.2),
+        views=[dict(interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.2), jitter_p=1.0, gray=0.2),
                dict(scale=(0.6, 1.0), interpolation="bilinear")],
     ),
 }  # fmt: skip
-NO_COLOR = dict(jitter_p=0.0, grey=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)  # pixels in [0, 1], as before augmentation
+NO_COLOR = dict(jitter_p=0.0, gray=0.0, mean=(0.0,) * 3, std=(1.0,) * 3)  # pixels in [0, 1], as before augmentation
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
 

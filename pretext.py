@@ -16,10 +16,10 @@ much as the task.
     colorization  lightness                     -> f's last map -> deconvolution -> color bin of every fourth pixel
 
     differences              paper                       official code             here (more in docs/pretext.md)
-    exemplar: normalization  -                           each dimension over the   each embedding; --normalise batch is
+    exemplar: normalization  -                           each dimension over the   each embedding; --normalize batch is
                                                          batch                     the code's
     exemplar: triplets       of the batch                of one device's images    negatives from all ranks
-    patches: grayscale       independent, p = 2/3        whole image, p = 0.66     independent, p = 2/3 (--colour)
+    patches: grayscale       independent, p = 2/3        whole image, p = 0.66     independent, p = 2/3 (--color)
     patches: weight decay    -                           head 5e-4, 5 x the trunk  head as the trunk
     colorization (Zhang)     5 nearest of 313 bins       10 nearest                5 nearest
       network                VGG-like                    dilated                   any backbone but a VGG
@@ -129,13 +129,13 @@ def parse_args(argv=None):
     p.add_argument("--copies", type=int, default=8, help="exemplar: augmented copies of each image")
     p.add_argument("--margin", type=float, default=0.5, help="exemplar: of the triplet loss, in squared distance")
     p.add_argument(
-        "--normalise",
+        "--normalize",
         default="embedding",
         choices=("embedding", "batch"),
         help="exemplar: L2 of embeddings, or over the batch",
     )
     p.add_argument("--permutations", type=int, default=100, help="jigsaw: number of permutations, of 362,880")
-    p.add_argument("--colour", default="keep", choices=("keep", "drop"), help="patches: 2/3 in gray, or one channel")
+    p.add_argument("--color", default="keep", choices=("keep", "drop"), help="patches: 2/3 in gray, or one channel")
     args = training.parse(p, f"{METHOD}-{known.task}", recipe_of_task(known.recipe, known.task), argv)
     common.at_least(1, args, "embedding", "head")
     common.at_least(0, args, "margin")
@@ -222,14 +222,14 @@ def semi_hard(d, own, copies, margin):
 class Exemplar(nn.Module):
     """Embed copies of the same image close to each other. `accuracy`: of classifying copies by their nearest neighbor.
 
-    With p = 0.66 all copies of an image are gray; all are standardized. With `--normalise batch` (code) distances, and
+    With p = 0.66 all copies of an image are gray; all are standardized. With `--normalize batch` (code) distances, and
     so the effect of the margin, depend on the batch size.
     """
 
     def __init__(self, f, args):
         super().__init__()
-        self.margin, self.copies, self.sees = args.margin, args.copies, {"standardise": True}
-        self.over_batch = args.normalise == "batch"
+        self.margin, self.copies, self.sees = args.margin, args.copies, {"standardize": True}
+        self.over_batch = args.normalize == "batch"
         self.head = nn.Linear(f.dim, args.embedding)
 
     def chance(self, n):
@@ -353,7 +353,7 @@ class Jigsaw(nn.Module):
     def __init__(self, f, args):
         super().__init__()
         self.cell, self.patch, _ = geometry(args.size)
-        self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
+        self.color, self.sees = args.color, {"patch": self.patch, "cell": self.patch, "standardize": True}
         self.register_buffer("permutations", permutations(args.permutations))
         self.embed = nn.Linear(f.dim, args.embedding)
         self.head = patch_head(9 * args.embedding, args.head, args.permutations)
@@ -363,7 +363,7 @@ class Jigsaw(nn.Module):
 
     def draw(self, n, g):
         picks = torch.randperm(len(self.permutations), generator=g)[None, :8]
-        return *draw_patches(n, self.cell, self.patch, self.colour, g), picks
+        return *draw_patches(n, self.cell, self.patch, self.color, g), picks
 
     def inputs(self, views, where, mode, picks):
         return cut(views[0], where, mode, self.cell, self.patch)
@@ -380,7 +380,7 @@ class Relative(nn.Module):
     def __init__(self, f, args):
         super().__init__()
         self.cell, self.patch, _ = geometry(args.size)
-        self.colour, self.sees = args.colour, {"patch": self.patch, "cell": self.patch, "standardise": True}
+        self.color, self.sees = args.color, {"patch": self.patch, "cell": self.patch, "standardize": True}
         self.embed = nn.Linear(f.dim, args.embedding)
         self.head = patch_head(2 * args.embedding, args.head, 8)
 
@@ -388,7 +388,7 @@ class Relative(nn.Module):
         return math.log(8), 12.5
 
     def draw(self, n, g):
-        return draw_patches(n, self.cell, self.patch, self.colour, g)
+        return draw_patches(n, self.cell, self.patch, self.color, g)
 
     def inputs(self, views, where, mode):
         return cut(views[0], where, mode, self.cell, self.patch)
@@ -521,7 +521,7 @@ def pretext_accuracy(model, loader, draw, device, amp):
 def shown(task, xs, *numbers):
     """The trunk's inputs, in [-1, 1]; that is two standard deviations where they are standardized."""
     x = task.inputs(xs, *numbers)
-    return x / 2 if "standardise" in task.sees else x
+    return x / 2 if "standardize" in task.sees else x
 
 
 def rate_at(step, total, lr, warmup, drop_at):

@@ -73,7 +73,7 @@ RECIPES = {
         levels=[0, 1, 2], bottleneck=256, width=128, decoder_lr=0.012,
         weight_pixel=3.0, weight_maps=1.0, weight_semantic=1.0,
         views=[  # as in byol.py but for mean and std
-            dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, grey=0.5,
+            dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0, gray=0.5,
                  **SIGNED),
         ] * 2,
     ),
@@ -83,8 +83,8 @@ RECIPES = {
         levels=[1, 2, 3], bottleneck=128, width=256, decoder_lr=5e-4,
         weight_pixel=0.1, weight_maps=0.1, weight_semantic=0.1,  # the official code's, as below
         views=[  # no blur at 32 px
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.0, **SIGNED),
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, solarize=0.2, **SIGNED),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, solarize=0.0, **SIGNED),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, solarize=0.2, **SIGNED),
         ],
     ),
     # "SaGe (short)" of table 2; for the ablations of tables 6-10: 100 epochs.
@@ -95,8 +95,8 @@ RECIPES = {
         levels=[1, 2, 3], bottleneck=512, width=512, decoder_lr=0.003,  # sec. 4.1: 0.048 = 0.003 x 4096 / 256
         weight_pixel=0.1, weight_maps=0.1, weight_semantic=0.1,  # code: 1/10, 1/30 for each of three maps, 1/10
         views=[  # appendix B: as BYOL's but for mean and std
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=1.0, solarize=0.0, **SIGNED),
-            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=0.1, solarize=0.2, **SIGNED),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=1.0, solarize=0.0, **SIGNED),
+            dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.1, solarize=0.2, **SIGNED),
         ],
     ),
 }  # fmt: skip

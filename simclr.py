@@ -22,7 +22,7 @@ the negatives, so a large batch helps. There is no memory bank and no second net
                                                 of a block 0; g N(0, 0.01)   g: N(0, 0.01)
     linear probe      crops and flips           the same                     un-augmented frozen features, 100 epochs
 
-Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols and curves in results/README.md):
 
     command                      network, epochs    seeds  k-NN              linear            device, commit
     python simclr.py             resnet10_16, 24    0      86.2              87.1              2 cores, 3.0 min, 3980407
@@ -63,13 +63,13 @@ RECIPES = {
         arch="resnet10_16", size=32, epochs=24, batch_size=64, optimizer="adamw", lr=4e-3, scaling="linear",
         weight_decay=1e-4, warmup_epochs=1.0, temperature=0.2, layers=2, hidden=256, dim=128, eval_every=2,
         views=[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0,
-                    grey=0.5)] * 2,
+                    gray=0.5)] * 2,
     ),
     # The code's command for CIFAR-10: no blur, jitter at half strength. Not run in full yet.
     "cifar10": dict(
         arch="resnet18", size=32, epochs=1000, batch_size=512, optimizer="lars", lr=1.0, scaling="linear",
         weight_decay=1e-4, warmup_epochs=10, temperature=0.5, layers=3, hidden=512, dim=128, eval_every=10,
-        views=[dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2, mean=(0.0,) * 3, std=(1.0,) * 3)] * 2,
+        views=[dict(jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2, mean=(0.0,) * 3, std=(1.0,) * 3)] * 2,
     ),
     # The code's command for 100 epochs. The paper's: --lr 0.3 --scaling linear --weight-decay 1e-6 --layers 2.
     "imagenet": dict(
@@ -77,7 +77,7 @@ RECIPES = {
         lr=0.075, scaling="sqrt", weight_decay=1e-4, temperature=0.1,  # code, README.md
         layers=3, hidden=2048, dim=128, eval_every=10,  # code, run.py; 128: sec. 2.3
         views=[  # appendix A, strength 1
-            dict(jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, grey=0.2, blur=0.5, mean=(0.0,) * 3, std=(1.0,) * 3)
+            dict(jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8, gray=0.2, blur=0.5, mean=(0.0,) * 3, std=(1.0,) * 3)
         ] * 2,
     ),
 }  # fmt: skip

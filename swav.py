@@ -19,7 +19,7 @@ There are no negatives and no second network. Only the two large views get codes
     small images       -                          -                           recipes below; 3x3 stem under 64 px
     precision          fp16                       fp16                        bf16 autocast; Sinkhorn and loss in fp32
 
-Measured with this file (k-NN: 20 neighbours; protocols and curves in results/README.md):
+Measured with this file (k-NN: 20 neighbors; protocols and curves in results/README.md):
 
     command                              network, epochs  seeds  k-NN       linear     device, commit
     python swav.py                       resnet10_16, 16  0      92.4       95.2       2 cores, 2.7 min, 3980407
@@ -58,9 +58,9 @@ RECIPES = {
         freeze_epochs=1.0, queue_length=0, queue_epoch=0.0, hidden=256, dim=128, eval_every=2,
         views=[
             *[dict(scale=(0.5, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0,
-                   grey=0.5)] * 2,
+                   gray=0.5)] * 2,
             *[dict(scale=(0.2, 0.5), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.5), jitter_p=1.0,
-                   grey=0.5, size=16)] * 2,
+                   gray=0.5, size=16)] * 2,
         ],
     ),
     # lightly's published setting (Adam, 1e-3 x batch / 128, two crops, 512 prototypes, never frozen), but with AdamW, a
@@ -70,7 +70,7 @@ RECIPES = {
         warmup_epochs=0.0, small_crops=0, small_size=16, prototypes=512, temperature=0.1, epsilon=0.05,
         freeze_epochs=0.0, queue_length=0, queue_epoch=15.0, hidden=512, dim=128, eval_every=10,
         views=[  # no blur at 32 px
-            dict(scale=(0.14, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, grey=0.2)
+            dict(scale=(0.14, 1.0), interpolation="bilinear", jitter=(0.4, 0.4, 0.4, 0.1), jitter_p=0.8, gray=0.2)
         ] * 2,
     ),
     # The code's swav_800ep_pretrain.sh. Its setting for a batch of 256: docs/swav.md.
@@ -81,9 +81,9 @@ RECIPES = {
         hidden=2048, dim=128, eval_every=10,  # src/resnet50.py
         views=[  # script, src/multicropdataset.py
             *[dict(scale=(0.14, 1.0), interpolation="bilinear", jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8,
-                   grey=0.2, blur=0.5, std=(0.228, 0.224, 0.225))] * 2,
+                   gray=0.2, blur=0.5, std=(0.228, 0.224, 0.225))] * 2,
             *[dict(scale=(0.05, 0.14), interpolation="bilinear", jitter=(0.8, 0.8, 0.8, 0.2), jitter_p=0.8,
-                   grey=0.2, blur=0.5, std=(0.228, 0.224, 0.225), size=96)] * 6,
+                   gray=0.2, blur=0.5, std=(0.228, 0.224, 0.225), size=96)] * 6,
         ],
     ),
 }  # fmt: skip

@@ -57,7 +57,7 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
     p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
     p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
-    # optimisation
+    # optimization
     p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
     p.add_argument("--size", type=int, help="px of the views")
     p.add_argument("--epochs", type=int, help="passes over the data; the cosines stretch with it")

@@ -1,11 +1,11 @@
 """What does a network look at, the object or its background? (Distilling Localization, Zhao et al. 2021, sec. 3)
 
-    python -m analysis.diagnose RUN --beside random:resnet10_16       RUN/neighbours.png, RUN/gradients.png
-    python -m analysis.diagnose RUN --probe localisation swap         the same as numbers, where objects have masks
-    python -m analysis.diagnose resnet50.pth --arch resnet50 --data DIR --probe localisation --masks DIR2
+    python -m analysis.diagnose RUN --beside random:resnet10_16       RUN/neighbors.png, RUN/gradients.png
+    python -m analysis.diagnose RUN --probe localization swap         the same as numbers, where objects have masks
+    python -m analysis.diagnose resnet50.pth --arch resnet50 --data DIR --probe localization --masks DIR2
 
-neighbours: test images and their nearest training images. gradients: of the true class's score, pixel by pixel.
-localisation: how much of these gradients lies on the object. swap: k-NN and linear probe on objects that are pasted
+neighbors: test images and their nearest training images. gradients: of the true class's score, pixel by pixel.
+localization: how much of these gradients lies on the object. swap: k-NN and linear probe on objects that are pasted
 onto other images' backgrounds.
 """
 
@@ -26,7 +26,7 @@ import saliency
 import sets
 from analysis import pictures
 
-PROBES = ("neighbours", "gradients", "localisation", "swap")
+PROBES = ("neighbors", "gradients", "localization", "swap")
 
 
 class Model:
@@ -84,7 +84,7 @@ def images_at(rows, dataset, model, device, size, heat=False):
     return 2 * F.interpolate(images, (size, size)) - 1
 
 
-def neighbours(models, train, test, rows, device, k=3):
+def neighbors(models, train, test, rows, device, k=3):
     """A row of pictures for each test image of `rows`: for every model the class gradients and the k nearest training
     images by cosine, framed green if they are of the image's class and red if not (Figures 2 and 7 to 13). Without
     labels there are no gradients, frames or captions."""
@@ -117,7 +117,7 @@ def gradients(models, test, rows, device):
     return pictures.draw_rows(table)
 
 
-# ============ localisation ============
+# ============ localization ============
 
 
 def object_masks(dataset, size, folder=None):
@@ -150,7 +150,7 @@ def partners(n, seed):
     return torch.empty_like(order).scatter_(0, order, order.roll(1))
 
 
-def localisation(model, dataset, masks, device, batch_size=64, workers=0, seed=0):
+def localization(model, dataset, masks, device, batch_size=64, workers=0, seed=0):
     """How much of the gradients for the true labels lies on the objects, where masks [N, H, W] are True. Per cent:
 
     energy: the share of their squares, summed over channels, that lies inside the object, mean over the images.
@@ -200,7 +200,7 @@ def inpaint(images, masks):
 def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250, workers=0):
     """Yields ({version: images as the network gets them [b, 3, S, S]}, labels [b]) of the images at `rows`: "original";
     "swapped", the object on the background of its partner, whose own object is inpainted; "removed", the background
-    alone; "grey", the object on mid-gray. They are made at the size of the masks, in 8 bits, and then cut."""
+    alone; "gray", the object on mid-gray. They are made at the size of the masks, in 8 bits, and then cut."""
     side, view = masks.shape[-1], (preprocess["size"], preprocess["interpolation"])
     pixels = preprocess | {"size": side, "mean": (0, 0, 0), "std": (1, 1, 1)}
     margin = max(1, side // 16)  # edges are soft, so an object colors pixels outside its mask
@@ -211,7 +211,7 @@ def composites(dataset, masks, preprocess, device, rows, seed=0, batch_size=250,
         wide = F.max_pool2d(m[:, None].float(), 2 * margin + 1, 1, margin)[:, 0] > 0
         own, ground = inpaint(torch.cat([x, other]), wide).chunk(2)
         m = m[: len(x), None]
-        made = {"original": x, "swapped": x.where(m, ground), "removed": own, "grey": x.where(m, 0.5)}
+        made = {"original": x, "swapped": x.where(m, ground), "removed": own, "gray": x.where(m, 0.5)}
         cut = lambda v: data.fit((255 * v).round().byte(), *view).float() / 255
         yield {name: data.normalize(cut(v), preprocess["mean"], preprocess["std"]) for name, v in made.items()}, y
 
@@ -256,17 +256,17 @@ def swap_picture(model, dataset, masks, device, rows, seed=0):
 
 def main():
     p = evaluate.flags(__doc__)
-    p.add_argument("--probe", nargs="+", choices=PROBES, default=["neighbours", "gradients"], help="what to look at")
-    p.add_argument("--beside", nargs="+", default=[], help="other checkpoints that neighbours and gradients show, too")
+    p.add_argument("--probe", nargs="+", choices=PROBES, default=["neighbors", "gradients"], help="what to look at")
+    p.add_argument("--beside", nargs="+", default=[], help="other checkpoints that neighbors and gradients show, too")
     p.add_argument("--masks", help="folder with the masks of the TEST images, named like them (default: the set's own)")
     p.add_argument("--out", help="folder for pictures (default: the checkpoint's; for random:ARCH the current one)")
     args = p.parse_args()
     s, asked, results = evaluate.Subject(args), set(args.probe), {}
     test, size, device = s.sets["test"], s.preprocess["size"], s.device
-    folder = s.folder(args.out) if asked != {"localisation"} else None
-    if asked != {"neighbours"}:  # which are shown without labels, too
+    folder = s.folder(args.out) if asked != {"localization"} else None
+    if asked != {"neighbors"}:  # which are shown without labels, too
         s.need_labels(" ".join(args.probe))
-    masks = object_masks(test, size, args.masks) if asked & {"localisation", "swap"} else None
+    masks = object_masks(test, size, args.masks) if asked & {"localization", "swap"} else None
     rows = choose_queries(sets.labels_of(test), 8, args.seed)
     subjects = [s]
     for target in args.beside:
@@ -278,17 +278,17 @@ def main():
     models = [Model(name, subject, args.seed) for name, subject in zip(names, subjects, strict=True)]
     model = models[0]
 
-    if "neighbours" in asked:
-        runs.write_picture(folder / "neighbours.png", neighbours(models, s.sets["train"], test, rows, device))
-        print(f"{folder / 'neighbours.png'}: test images, class gradients, 3 nearest training images by cosine")
+    if "neighbors" in asked:
+        runs.write_picture(folder / "neighbors.png", neighbors(models, s.sets["train"], test, rows, device))
+        print(f"{folder / 'neighbors.png'}: test images, class gradients, 3 nearest training images by cosine")
         print("         green frame: the image's class, red: another" + "; no labels: left out" * (not model.net))
     if "gradients" in asked:
         runs.write_picture(folder / "gradients.png", gradients(models, test, rows, device))
         print(f"{folder / 'gradients.png'}: |d score / d pixel| for the TRUE label; {model.protocol}")
         print("         below: the class that it predicts; green: right, red: wrong")
-    if "localisation" in asked:
-        r = results["localisation"] = localisation(model, test, masks, device, workers=s.workers, seed=args.seed)
-        print(f"localisation   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (uniform map: {r['area']:.2f})")
+    if "localization" in asked:
+        r = results["localization"] = localization(model, test, masks, device, workers=s.workers, seed=args.seed)
+        print(f"localization   energy {r['energy']:.2f}  pointing {r['pointing']:.2f}   (uniform map: {r['area']:.2f})")
         print(f"  other image  energy {r['energy_other']:.2f}  pointing {r['pointing_other']:.2f}   (with its object)")
         print("         energy: per cent of the squared gradient of the TRUE label's score that lies inside the object")
         print("         pointing: per cent of the images with the gradient's maximum inside the object")

@@ -61,7 +61,7 @@ def torchvision_v1(view, pil_blur=False):
             ),
             transforms.RandomHorizontalFlip(view["flip"]),
             transforms.RandomApply([transforms.ColorJitter(*view["jitter"])], view["jitter_p"]),
-            transforms.RandomGrayscale(view["grey"]),
+            transforms.RandomGrayscale(view["gray"]),
             transforms.RandomApply([blur], view["blur"]),
             transforms.RandomSolarize(128, view["solarize"]),
             transforms.ToTensor(),
@@ -147,7 +147,7 @@ def file_benchmark(args, device):
         worker = data.Crops(sets.Files("jpegs", items), views, 0)
         crops = data.Crops.collate([worker[0, i] for i in range(n)])[1]
 
-        def colour():
+        def color():
             return [data.augment(c.float().div_(255), view, g) for c, view in zip(crops, views, strict=True)]
 
         def peer(*transforms_):
@@ -161,8 +161,8 @@ def file_benchmark(args, device):
 
         variants = {
             "ours, worker (decode, crops)": lambda: [worker[0, i] for i in range(n)],
-            "ours, colour, batched": colour,
-            "ours, both on one core": lambda: (data.Crops.collate([worker[0, i] for i in range(n)]), colour()),
+            "ours, color, batched": color,
+            "ours, both on one core": lambda: (data.Crops.collate([worker[0, i] for i in range(n)]), color()),
             "torchvision v1": peer(*map(torchvision_v1, views)),
             "torchvision v1, Pillow's blur": peer(*(torchvision_v1(view, pil_blur=True) for view in views)),
         }

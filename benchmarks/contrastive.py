@@ -45,7 +45,7 @@ ARCH, SIZE, SMALL, DIM, QUEUE = "resnet18", 32, 16, 128, 4096
 
 
 class Ours:
-    """Model, optimiser and the body of a script's training loop."""
+    """Model, optimizer and the body of a script's training loop."""
 
     def __init__(self, method, device, amp, small_stem):
         self.method, self.device, self.amp, self.count = method, device, amp, 0

@@ -3,7 +3,7 @@
     python benchmarks/probes.py                                          about ten minutes on two CPU cores
     python benchmarks/probes.py --size 5000 --epochs 5 --repeats 2       short
 
-Features are synthetic: clusters in 512 dimensions, several to a class, wide enough that neighbours are sometimes wrong.
+Features are synthetic: clusters in 512 dimensions, several to a class, wide enough that neighbors are sometimes wrong.
 """
 
 import argparse
@@ -32,10 +32,10 @@ except ImportError:
 CLASSES, CLUSTERS, DIM, CHUNK, K = 10, 200, 512, 500, max(evaluate.KS)
 
 
-def features(n, g, centres):
-    """`n` points around `centres`, which belong to the classes in turn."""
-    cluster = torch.randint(len(centres), (n,), generator=g)
-    return centres[cluster] + 4 * torch.randn(n, DIM, generator=g), cluster % CLASSES
+def features(n, g, centers):
+    """`n` points around `centers`, which belong to the classes in turn."""
+    cluster = torch.randint(len(centers), (n,), generator=g)
+    return centers[cluster] + 4 * torch.randn(n, DIM, generator=g), cluster % CLASSES
 
 
 def peak_bytes(f, device):
@@ -129,7 +129,7 @@ def linear_benchmark(args, device, x, y, test_x, test_y):
     r = results[-1]
     print(f"top-1 {r['top1']:.2f} with lr {r['lr']:g}, wd {r['weight_decay']:g}")
     print("The loop's figures are forward passes only (ResNet-18 at 32 px, eval(), batch 256), a few of them timed and")
-    print("multiplied up to an epoch. Augmentation, head and optimiser would come on top, for one head and not a grid.")
+    print("multiplied up to an epoch. Augmentation, head and optimizer would come on top, for one head and not a grid.")
 
 
 def main():
@@ -146,8 +146,8 @@ def main():
     if not knn_predict:
         print("lightly is not installed: left out")
     g = data.generator("probes")
-    centres = torch.randn(CLUSTERS, DIM, generator=g)
-    pairs = [features(n, g, centres) for n in (args.size, args.size // 5)]
+    centers = torch.randn(CLUSTERS, DIM, generator=g)
+    pairs = [features(n, g, centers) for n in (args.size, args.size // 5)]
     tensors = [t.to(device) for pair in pairs for t in pair]
     knn_benchmark(args, device, *tensors)
     linear_benchmark(args, device, *tensors)

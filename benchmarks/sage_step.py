@@ -3,7 +3,7 @@
     python benchmarks/sage_step.py                          the shapes and cifar10 recipes, minutes on a CPU
     python benchmarks/sage_step.py --recipe imagenet        on a GPU
 
-Views are ready; a step is forward, backward, the optimisers and the target's average. The evaluator is a network of the
+Views are ready; a step is forward, backward, the optimizers and the target's average. The evaluator is a network of the
 encoder's architecture. Memory is the peak of a process that makes three steps, less what it held before the model.
 """
 
@@ -35,7 +35,7 @@ WEIGHTS = {
 
 
 class Step:
-    """The model, the optimisers and the body of the training loop of byol.py or sage.py."""
+    """The model, the optimizers and the body of the training loop of byol.py or sage.py."""
 
     def __init__(self, recipe, weights, batch_size, device, amp):
         r, self.amp, self.device = sage.RECIPES[recipe], amp, device

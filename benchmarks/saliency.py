@@ -32,13 +32,13 @@ def stages(x, device, args):
     lab = backbones.to_lab(x / 255)
     label, cost = saliency.slic(lab)
     g = saliency.graph(x)
-    colour = saliency.distances(g["lab"])
+    color = saliency.distances(g["lab"])
     parts = {
         "Lab": lambda: backbones.to_lab(x / 255),
         "SLIC, 10 rounds": lambda: saliency.slic(lab),
         "connectivity": lambda: saliency.connect(label, cost, k),
         "the graph, all of it": lambda: saliency.graph(x),
-        "all shortest paths, alone": lambda: saliency.geodesic(colour, g["near"]),
+        "all shortest paths, alone": lambda: saliency.geodesic(color, g["near"]),
         "rbd, after the graph": lambda: saliency.rbd(g),
         "mc, after the graph": lambda: saliency.mc(g),
         "gs, after the graph": lambda: saliency.gs(g),

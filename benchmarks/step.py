@@ -43,7 +43,7 @@ HIDDEN, TOTAL = 1024, 10_000  # lightly's width of the heads; steps that the sch
 
 
 class Ours:
-    """Model, optimiser and the body of byol.py's training loop."""
+    """Model, optimizer and the body of byol.py's training loop."""
 
     def __init__(self, device, amp, compiled=False, recipe=RECIPE, hidden=HIDDEN):
         self.device, self.amp, self.recipe, self.count = device, amp, recipe, 0
@@ -67,7 +67,7 @@ class Ours:
         mark("backward")
         self.optimizer.step()
         self.optimizer.zero_grad()
-        mark("optimiser")
+        mark("optimizer")
         self.model.update_target(optim.cosine(self.count, TOTAL, self.recipe["tau"], 1.0))
         mark("target's average")
         self.count += 1
@@ -161,7 +161,7 @@ def parts(args, device, amp):
         mark("  random crops, alone")
         for crop, view in zip(crops, views, strict=True):
             data.augment(crop, view, g)
-        mark("  colour, alone")
+        mark("  color, alone")
         _, xs = next(batches)
         mark("views, from the loader")
         run.step(xs, mark)
@@ -171,8 +171,8 @@ def parts(args, device, amp):
 
     medians = {name: statistics.median(step[name] for step in all_steps[1:]) for name in all_steps[0]}
     total = sum(seconds for name, seconds in medians.items() if not name.startswith(" "))
-    order = ["views, from the loader", "  random crops, alone", "  colour, alone", "forward, online", "forward, target"]
-    order += ["loss", "backward", "optimiser", "target's average"]
+    order = ["views, from the loader", "  random crops, alone", "  color, alone", "forward, online", "forward, target"]
+    order += ["loss", "backward", "optimizer", "target's average"]
     rows = [[name, f"{1000 * medians[name]:.2f}", f"{100 * medians[name] / total:.1f} %"] for name in order]
     title = f"parts of our step, {'bf16' if amp else 'fp32'}, batch {args.batch_size}, the device waited for after each"
     timing.table(title, ["", "ms", "share"], rows)

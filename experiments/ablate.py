@@ -40,8 +40,8 @@ FLAT, WEAK = "--weight-maps 0 --weight-semantic 0", "--evaluator random:{other} 
 TRAINED = "--evaluator '' --evaluator-arch {other} --evaluator-epochs"
 NO_PASTE, RBD = "--copy-paste 0", "--copy-paste 0.5 --masks {rbd}"
 AUGMENTATIONS = [  # cumulative: row, --augment, the paper's accuracies of InstDisc and with labels
-    ("centre crop", "none", 5.8, 67.1), ("+ flip", "flip", 7.3, 69.5), ("+ crop", "crop", 24.7, 75.0),
-    ("+ scale", "scale", 36.8, 76.5), ("+ jitter", "jitter", 51.7, 74.9), ("+ grey", "grey", 56.5, 75.0),
+    ("center crop", "none", 5.8, 67.1), ("+ flip", "flip", 7.3, 69.5), ("+ crop", "crop", 24.7, 75.0),
+    ("+ scale", "scale", 36.8, 76.5), ("+ jitter", "jitter", 51.7, 74.9), ("+ gray", "gray", 56.5, 75.0),
 ]  # fmt: skip
 TABLES = {
     "sage": {
@@ -111,7 +111,7 @@ TABLES = {
             ("baseline", (56.5,), NO_PASTE),
             ("on textures", (57.1,), f"{RBD} --background textures"),
             ("on images", (59.2,), f"{RBD} --background images"),
-            ("on grey", (59.3,), f"{RBD} --background grey"),
+            ("on gray", (59.3,), f"{RBD} --background gray"),
         ]),
         "blending": ("DiLo, table 2d", ("linear",), [
             ("baseline", (56.5,), NO_PASTE),
@@ -130,10 +130,10 @@ TABLES = {
 FROZEN = {"20-NN": "knn 20 weighted", "linear": "linear top1"}
 METRICS = {
     "sage": {**FROZEN, "top-1": "perceptual top1", "top-5": "perceptual top5", "MSE": "perceptual mse"},
-    "instdisc": {**FROZEN, "energy": "localisation energy", "other": "localisation energy_other",
-                 "pointing": "localisation pointing", "swapped": "swap swapped linear", "object": "swap object"},
+    "instdisc": {**FROZEN, "energy": "localization energy", "other": "localization energy_other",
+                 "pointing": "localization pointing", "swapped": "swap swapped linear", "object": "swap object"},
 }  # fmt: skip
-PROBED_BY = {"perceptual": "analysis.reconstruct", "localisation": "analysis.diagnose", "swap": "analysis.diagnose"}
+PROBED_BY = {"perceptual": "analysis.reconstruct", "localization": "analysis.diagnose", "swap": "analysis.diagnose"}
 NOTES = {
     "sage": """\
 paper: ResNet-50, 100 epochs of ImageNet, and a ResNet-18 where a row names an evaluator. top-1 and top-5: the
@@ -288,7 +288,7 @@ def main(argv=None):
     own, args = parse_args(sys.argv[1:] if argv is None else argv)
     test, columns, trained = sets.load(args.data, args.root, "test"), METRICS[own.method], {}
     if test.masks is None:
-        columns = {head: keys for head, keys in columns.items() if keys.split()[0] not in ("localisation", "swap")}
+        columns = {head: keys for head, keys in columns.items() if keys.split()[0] not in ("localization", "swap")}
     probes = dict.fromkeys(keys.split()[0] for keys in columns.values() if (sets.labels_of(test) >= 0).any())
     probes = [probe for probe in probes if probe in args.probes or probe not in evaluate.PROBES]
     classifier = Path(args.classifier or own.out / "classifier.pt") if "perceptual" in probes else None

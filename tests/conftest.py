@@ -80,7 +80,7 @@ def patches_run(tmp_path_factory):
     out.mkdir()
     torch.manual_seed(0)
     seen = {"mean": data.HALF, "std": data.HALF, "size": 24, "interpolation": "bilinear"}
-    sees = {"patch": 8, "cell": 8, "standardise": False}
+    sees = {"patch": 8, "cell": 8, "standardize": False}
     about = {"method": "pretext", "data": str(folder), "epoch": 0, "arch": "resnet10_16", "built_for": 8}
     state = backbones.build("resnet10_16", 8).state_dict()
     runs.write(out / "backbone.pt", about | {"preprocess": seen | {"sees": sees}, "state_dict": state})

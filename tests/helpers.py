@@ -203,7 +203,7 @@ def run(*args, code=0, processes=1):
 
 
 def write_images(folder, n, classes=2, size=40, seed=0):
-    """A folder of `n` JPEG files in `classes` class folders, each class a colour."""
+    """A folder of `n` JPEG files in `classes` class folders, each class a color."""
     g = torch.Generator().manual_seed(seed)
     for i in range(n):
         path = Path(folder, f"class{i % classes}", f"{i:03d}.jpg")
@@ -279,23 +279,23 @@ def check_accumulation(build, batch, atol=1e-6, rtol=1e-5, n=16):
 
 
 def clusters(n, classes=5, d=16, spread=1.0, seed=0):
-    """Features [n, d] in Gaussian clusters around fixed centres, and their labels; `seed` draws the points."""
-    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
+    """Features [n, d] in Gaussian clusters around fixed centers, and their labels; `seed` draws the points."""
+    centers = torch.randn(classes, d, generator=torch.Generator().manual_seed(99))
     g = torch.Generator().manual_seed(seed)
     y = torch.randint(classes, (n,), generator=g)
-    return centres[y] + spread * torch.randn(n, d, generator=g), y
+    return centers[y] + spread * torch.randn(n, d, generator=g), y
 
 
-def colours(n=96, classes=3, seed=0, size=16):
+def colors(n=96, classes=3, seed=0, size=16):
     """An easy set in memory: each class (modulo 3) brightens a channel of noise."""
     x = torch.randint(0, 120, (n, 3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     y = torch.arange(n) % classes
     x[torch.arange(n), y % 3] += 100
-    return sets.Images("colours", x, y, [f"class {c}" for c in range(classes)])
+    return sets.Images("colors", x, y, [f"class {c}" for c in range(classes)])
 
 
 class Maps(torch.nn.Module):
-    """A backbone with two maps and a vector; only `useful` tells the brightest channel, which `colours` are about."""
+    """A backbone with two maps and a vector; only `useful` tells the brightest channel, which `colors` are about."""
 
     dim = 4
 

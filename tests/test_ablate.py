@@ -69,7 +69,7 @@ file = pathlib.Path(sys.argv[1], "evaluate.json")
 with open(file.parent / "measured", "a") as f:
     f.write(" ".join(sys.argv[2:]) + "\\n")
 found = json.loads(file.read_text())
-numbers = {"localisation": {"energy": 25.0}, "linear": {"top1": 50.0}}
+numbers = {"localization": {"energy": 25.0}, "linear": {"top1": 50.0}}
 probe = sys.argv[sys.argv.index("--probe") + 1]
 next(iter(found.values()))[probe] = numbers[probe]
 file.write_text(json.dumps(found))
@@ -96,7 +96,7 @@ def toy(tmp_path, monkeypatch, few_shapes):
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "measure.py"))
     monkeypatch.setattr(ablate, "PROBED_BY", {})  # every probe by evaluate.py
     monkeypatch.setattr(ablate, "TABLES", {**ablate.TABLES, "toy": TABLES})
-    columns = {**ablate.FROZEN, "energy": "localisation energy"}
+    columns = {**ablate.FROZEN, "energy": "localization energy"}
     monkeypatch.setattr(ablate, "METRICS", {**ablate.METRICS, "toy": columns})
     monkeypatch.setattr(ablate, "NOTES", {**ablate.NOTES, "toy": "how to read it"})
     return tmp_path / "out"
@@ -202,7 +202,7 @@ def test_tables_stand_beside_the_papers_and_rows_are_shared(toy, capfd):
     )
     assert folders(toy / "seed0") == ["exact", "half", "none"]
     assert lines(toy / "seed0/none/starts") == ["1"]  # one run for both tables
-    assert lines(toy / "seed2/half/measured") == ["--probe localisation --root datasets --limit 0 --workers 0 --seed 2"]
+    assert lines(toy / "seed2/half/measured") == ["--probe localization --root datasets --limit 0 --workers 0 --seed 2"]
 
     ablate.main(command)  # again: nothing is started, and what is measured stays
     assert lines(toy / "seed0/none/starts") == ["1"] and len(lines(toy / "seed0/none/measured")) == 1
@@ -224,7 +224,7 @@ def test_a_dry_run_lists_the_commands_and_writes_nothing(toy, capfd):
     ablate.main(["toy", "--dry-run", "--processes", "2", "--out", str(toy), "--limit", "5"])
     printed = capfd.readouterr().out.splitlines()
     assert printed[0] == f"torchrun --standalone --nproc_per_node=2 toy.py --limit 5 --seed 0 --out {toy}/seed0/none"
-    assert printed[3].startswith(f"python evaluate.py {toy}/seed0/none --probe localisation --root datasets --limit 5")
+    assert printed[3].startswith(f"python evaluate.py {toy}/seed0/none --probe localization --root datasets --limit 5")
     assert len(printed) == 6 and not toy.exists()
 
 
@@ -274,7 +274,7 @@ def test_data_without_masks_or_labels(toy, tmp_path, capfd):
 
 def test_a_probe_that_the_run_left_out_is_made_up_for(toy):
     ablate.main(["toy", "ratio", "--probes", "knn", "--out", str(toy)])
-    assert lines(toy / "seed0/half/measured")[0].startswith("--probe localisation ")
+    assert lines(toy / "seed0/half/measured")[0].startswith("--probe localization ")
     ablate.main(["toy", "ratio", "--out", str(toy)])
     assert lines(toy / "seed0/half/measured")[1].startswith("--probe linear ")
 

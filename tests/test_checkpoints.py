@@ -19,9 +19,9 @@ SEEN = {"mean": data.HALF, "std": data.HALF, "size": 24, "interpolation": "bilin
 # ============ what a network was trained to see ============
 
 
-@pytest.mark.parametrize("standardise", [False, True])
+@pytest.mark.parametrize("standardize", [False, True])
 @pytest.mark.parametrize(("size", "patch", "cell"), [(24, 8, 8), (37, 8, 11), (36, 7, 12)])
-def test_patches_equal_a_loop(standardise, size, patch, cell):
+def test_patches_equal_a_loop(standardize, size, patch, cell):
     torch.manual_seed(0)
     f, x = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.rand(2, 3, size, size)
     f.dim = 5
@@ -32,17 +32,17 @@ def test_patches_equal_a_loop(standardise, size, patch, cell):
             for j in range(3):
                 top, left = (border + cell * k + inside for k in (i, j))
                 p = x[b, :, top : top + patch, left : left + patch]
-                p = (p - p.mean()) / p.std(correction=0) if standardise else p
+                p = (p - p.mean()) / p.std(correction=0) if standardize else p
                 expected[b] += f(p[None])[0] / 9
-    trunk = checkpoints.InputAdapter(f, standardise=standardise, patch=patch, cell=cell)
+    trunk = checkpoints.InputAdapter(f, standardize=standardize, patch=patch, cell=cell)
     assert trunk.dim == 5 and torch.allclose(trunk(x), expected, atol=1e-5)
 
 
-def test_whole_images_are_standardised_and_lightness_is_that_of_lab():
+def test_whole_images_are_standardized_and_lightness_is_that_of_lab():
     f = nn.Flatten()
     f.dim = 3 * 16
     x = torch.rand(4, 3, 4, 4) * 2 - 1
-    seen = checkpoints.InputAdapter(f, standardise=True)(x)
+    seen = checkpoints.InputAdapter(f, standardize=True)(x)
     assert seen.mean(1).abs().max() < 1e-5 and torch.allclose(seen.std(1, correction=0), torch.ones(4), atol=1e-5)
     seen = checkpoints.InputAdapter(f, lightness=True)(x).view(4, 3, 4, 4)
     linear = (((x / 2 + 0.5).double() + 0.055) / 1.055).pow(2.4).where(x / 2 + 0.5 > 0.04045, (x / 2 + 0.5) / 12.92)
@@ -55,10 +55,10 @@ def test_whole_images_are_standardised_and_lightness_is_that_of_lab():
 
 
 def test_a_trunk_comes_from_what_a_checkpoint_says(refused):
-    f, patches = Maps(), {"patch": 8, "cell": 8, "standardise": True}
+    f, patches = Maps(), {"patch": 8, "cell": 8, "standardize": True}
     assert checkpoints.as_trained(f, SEEN) is f and checkpoints.as_trained(f, SEEN | {"sees": {}}) is f
     trunk = checkpoints.as_trained(f, SEEN | {"sees": patches})
-    assert trunk.f is f and (trunk.patch, trunk.cell, trunk.standardise, trunk.lightness) == (8, 8, True, False)
+    assert trunk.f is f and (trunk.patch, trunk.cell, trunk.standardize, trunk.lightness) == (8, 8, True, False)
     assert checkpoints.as_trained(f, SEEN | {"sees": {"lightness": True}}, 48).lightness  # any size
     err = refused(lambda: checkpoints.as_trained(f, SEEN | {"sees": patches}, 48))
     assert "48 px" in err and "24 px" in err
@@ -68,9 +68,9 @@ def test_a_trunk_comes_from_what_a_checkpoint_says(refused):
     ("arch", "sees", "words"),
     [
         ("resnet18", {}, "RGB images, 32 px (bilinear), (x / 255 - mean) / std: mean (0.485, 0.456, 0.406)"),
-        ("resnet10_16", {"patch": 8, "cell": 11, "standardise": True}, "InputAdapter(net, patch=8, cell=11, standardise=True)"),
-        ("resnet10_16_ln", {"patch": 8, "stride": 4, "grey": True}, "InputAdapter(net, patch=8, stride=4, grey=True)"),
-        ("resnet10_16", {"standardise": True}, "InputAdapter(net, standardise=True)"),
+        ("resnet10_16", {"patch": 8, "cell": 11, "standardize": True}, "InputAdapter(net, patch=8, cell=11, standardize=True)"),
+        ("resnet10_16_ln", {"patch": 8, "stride": 4, "gray": True}, "InputAdapter(net, patch=8, stride=4, gray=True)"),
+        ("resnet10_16", {"standardize": True}, "InputAdapter(net, standardize=True)"),
         ("resnet10_16", {"lightness": True}, "InputAdapter(net, lightness=True)"),
         ("resnet10_16_lab", {}, "makes lab channels of them"),
     ],

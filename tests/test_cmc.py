@@ -27,14 +27,14 @@ def images(n, size=16, seed=0):
     return torch.rand(n, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
-# ============ colours ============
+# ============ colors ============
 
 COLOURS = torch.tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1], [0.5, 0.5, 0.5]])
 IN_LAB = [(100, 0, 0), (0, 0, 0), (53.24, 80.09, 67.20), (87.73, -86.18, 83.18), (32.30, 79.19, -107.86), (53.39, 0, 0)]
 
 
 def lab(rgb):
-    """One colour by CIE's definitions, in double precision; the white point is where R = G = B = 1 lies."""
+    """One color by CIE's definitions, in double precision; the white point is where R = G = B = 1 lies."""
     to_xyz = torch.tensor([[0.4124564, 0.3575761, 0.1804375], [0.2126729, 0.7151522, 0.0721750],
                            [0.0193339, 0.1191920, 0.9503041]]).double()  # fmt: skip
     linear = [((c + 0.055) / 1.055) ** 2.4 if c > 0.04045 else c / 12.92 for c in rgb]
@@ -43,7 +43,7 @@ def lab(rgb):
     return 116 * y - 16, 500 * (x - y), 200 * (y - z)
 
 
-def test_views_of_lab_are_known_colours_normalised():
+def test_views_of_lab_are_known_colors_normalized():
     rgb = torch.cat([COLOURS, images(1, 5)[0].flatten(1).T])
     one, two = (v[:, :, 0, 0] for v in backbones.channel_views(rgb[:, :, None, None], "lab"))
     got = torch.cat([one * 50 + 50, two * torch.tensor([92.208, 101.168]) + torch.tensor([6.025, -6.690])], 1)
@@ -58,7 +58,7 @@ def test_views_of_lab_are_known_colours_normalised():
 def test_views_of_ydbdr_are_secams():
     rgb = torch.cat([COLOURS, images(1, 5)[0].flatten(1).T])
     y = 0.299 * rgb[:, 0] + 0.587 * rgb[:, 1] + 0.114 * rgb[:, 2]
-    db, dr = 1.505 * (rgb[:, 2] - y), -1.902 * (rgb[:, 0] - y)  # its definition by differences of colour
+    db, dr = 1.505 * (rgb[:, 2] - y), -1.902 * (rgb[:, 0] - y)  # its definition by differences of color
     assert torch.allclose(backbones.to_ydbdr(rgb), torch.stack([y, db, dr], 1), atol=1e-3)
     one, two = backbones.channel_views(rgb[:, :, None, None], "ydbdr")
     assert torch.allclose(one[:, 0, 0, 0], (y - 0.457) / 0.5, atol=1e-3)
@@ -66,7 +66,7 @@ def test_views_of_ydbdr_are_secams():
     assert torch.allclose(two[:, 1, 0, 0], (dr + 0.052) / 1.333, atol=2e-3)
 
 
-def test_colours_are_converted_in_fp32():
+def test_colors_are_converted_in_fp32():
     x = images(2).bfloat16()
     pairs = zip(*(backbones.channel_views(images, "lab") for images in (x, x.float())), strict=True)
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in pairs)
@@ -116,13 +116,13 @@ def test_each_network_sees_its_channels_only(split, monkeypatch):
 def test_luma_is_all_that_the_first_network_knows():
     net, x = backbones.build("resnet10_16_ydbdr", 16).eval(), 0.4 + 0.2 * images(3)
     to_rgb = torch.linalg.inv(backbones.to_ydbdr(torch.eye(3)).T)  # columns: what a step of Y, Db, Dr is in RGB
-    other_colours = x + torch.einsum("rc,bchw->brhw", to_rgb, F.pad(0.2 * images(3, seed=1)[:, 1:] - 0.1, (0, 0, 0, 0, 1, 0)))
+    other_colors = x + torch.einsum("rc,bchw->brhw", to_rgb, F.pad(0.2 * images(3, seed=1)[:, 1:] - 0.1, (0, 0, 0, 0, 1, 0)))
     brighter = x + 0.1
-    (luma, colour), (luma_of_colours, colours), (bright, same) = (
-        net(v).split(net.widths, 1) for v in (x, other_colours, brighter)
+    (luma, color), (luma_of_colors, colors), (bright, same) = (
+        net(v).split(net.widths, 1) for v in (x, other_colors, brighter)
     )
-    assert torch.allclose(luma, luma_of_colours, atol=1e-4) and not torch.allclose(colour, colours, atol=1e-3)
-    assert torch.allclose(colour, same, atol=1e-4) and not torch.allclose(luma, bright, atol=1e-3)
+    assert torch.allclose(luma, luma_of_colors, atol=1e-4) and not torch.allclose(color, colors, atol=1e-3)
+    assert torch.allclose(color, same, atol=1e-4) and not torch.allclose(luma, bright, atol=1e-3)
 
 
 @pytest.mark.parametrize(

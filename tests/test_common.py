@@ -317,7 +317,7 @@ def checkpoint(step, states=None, **settings):
 
 
 def trained():
-    """Small states after a step, so that the optimiser has averages."""
+    """Small states after a step, so that the optimizer has averages."""
     states = small_states()
     states["model"](torch.ones(4, 4)).sum().backward()
     states["optimizer"].step()
@@ -457,7 +457,7 @@ def test_two_damaged_checkpoints_are_not_a_fresh_start(tmp_path, capsys):
 # ============ the folder ============
 
 OWN = ["checkpoint.prev.pt", "backbone.pt", "backbone.pt.tmp", "features-backbone-shapes-train-0123456789abcdef.pt",
-       "views.png", "metrics.jsonl", "evaluate.json", "reconstructions.png", "neighbours.png", "gradients.png",
+       "views.png", "metrics.jsonl", "evaluate.json", "reconstructions.png", "neighbors.png", "gradients.png",
        "swap.png", "schedule.csv",
        "events.out.tfevents.1700000000.host.123.0.run", "projector_config.pbtxt"]  # fmt: skip
 FOREIGN = ["checkpoint_0199.pth.tar", "checkpoint-best.pt", "checkpoints.pt.zip", "events.out.tfevents.1.other",

@@ -72,8 +72,8 @@ def test_each_process_and_each_pass_draws_patches_of_its_own(monkeypatch):
     assert not torch.equal(model.patches(x, (0,)), alone) and torch.equal(model.patches(x, (0,)), model.patches(x, (0,)))
 
 
-def test_borders_are_grey_in_training_and_windows_stay_within_their_patches():
-    x = images(16) * 0.5 + 0.5  # no pixel is mid-grey, which is 0
+def test_borders_are_gray_in_training_and_windows_stay_within_their_patches():
+    x = images(16) * 0.5 + 0.5  # no pixel is mid-gray, which is 0
     model = tiny("--v", "1", "--patch", "8", "--stride", "4", "--steps", "1", "--border", "2", "--patch-jitter", "0")
     seen = model.patches(x, (0,)).view(16, 9, 3, 8, 8)
     inner = seen[..., 2:6, 2:6]
@@ -87,12 +87,12 @@ def test_borders_are_grey_in_training_and_windows_stay_within_their_patches():
 
 
 def test_each_patch_is_changed_by_itself_in_training_only():
-    x = images(1)[:, :, :1, :1].expand(6, 3, 16, 16)  # one colour
-    model = tiny("--v", "2", "--patch-jitter", "1", "--patch-grey", "0")
-    colours = lambda key: model.patches(x, (key,)).mean((2, 3))
-    assert len(colours(0).unique(dim=0)) == 6 * 25
-    assert torch.equal(colours(0), colours(0)) and not torch.equal(colours(0), colours(1))
-    share = lambda p: (tiny("--patch-jitter", "0", "--patch-grey", p).patches(x, (0,)).std(1).amax((1, 2)) < 1e-5).float().mean()
+    x = images(1)[:, :, :1, :1].expand(6, 3, 16, 16)  # one color
+    model = tiny("--v", "2", "--patch-jitter", "1", "--patch-gray", "0")
+    colors = lambda key: model.patches(x, (key,)).mean((2, 3))
+    assert len(colors(0).unique(dim=0)) == 6 * 25
+    assert torch.equal(colors(0), colors(0)) and not torch.equal(colors(0), colors(1))
+    share = lambda p: (tiny("--patch-jitter", "0", "--patch-gray", p).patches(x, (0,)).std(1).amax((1, 2)) < 1e-5).float().mean()
     assert share("1") == 1 and share("0") == 0 and 0.1 < share("0.25") < 0.4
     assert torch.equal(model.eval().patches(x, (0,)), data.normalize(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [data.HALF]))
 
@@ -375,10 +375,10 @@ def test_a_run_writes_what_it_promises(finished):
 def test_the_export_gives_the_mean_over_the_grid(v, finished):
     backbone, preprocess, about, _ = checkpoints.open_backbone(str(finished[v]), None, 0, 0)
     assert isinstance(backbone, checkpoints.InputAdapter) and about["built_for"] == 4 and preprocess["size"] == 16
-    assert preprocess["sees"] == {"patch": 4, "stride": 3, "grey": v == 1}
+    assert preprocess["sees"] == {"patch": 4, "stride": 3, "gray": v == 1}
     model, x = tiny("--v", str(v)).eval(), images(3)
     model.load_state_dict(runs.load(finished[v] / "checkpoint.pt")["model"])
-    if v == 1:  # trained on grey images, and shown nothing else
+    if v == 1:  # trained on gray images, and shown nothing else
         x[:] = (x * torch.tensor([0.2989, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     with torch.no_grad():
         patches = [x[:, :, r : r + 4, c : c + 4] for r in range(0, 13, 3) for c in range(0, 13, 3)]
@@ -407,7 +407,7 @@ def test_versions_differ_as_published():
     assert (one.context, one.directions, one.target_dim) == ("pixelcnn", 1, 0)
     assert (two.context, two.directions, two.target_dim, two.clip) == ("rows", 4, 64, 0.01)
     assert one.lr * 512 / 256 == pytest.approx(2e-4) and two.lr * 512 / 256 == pytest.approx(4e-4)
-    assert [cpc.recipe_of("imagenet", v)["views"][0].get("grey", 0) for v in (1, 2)] == [1, 0]
+    assert [cpc.recipe_of("imagenet", v)["views"][0].get("gray", 0) for v in (1, 2)] == [1, 0]
     for data_set in ("shapes", "cifar10", "imagenet"):
         for v, suffix in ((1, "_nobn"), (2, "_ln")):
             args = cpc.parse_args(["--data", data_set, "--v", str(v)])

@@ -120,8 +120,8 @@ def test_operations_happen_as_often_as_asked():
     x[:, 0] = 0.75
     plain = data.view(8, mean=(0, 0, 0), std=(1, 1, 1))
     g = torch.Generator().manual_seed(0)
-    grey = data.augment(x.clone(), plain | {"grey": 0.2}, g)
-    assert abs((grey[:, 0] == grey[:, 1]).all((1, 2)).float().mean() - 0.2) < 0.03
+    gray = data.augment(x.clone(), plain | {"gray": 0.2}, g)
+    assert abs((gray[:, 0] == gray[:, 1]).all((1, 2)).float().mean() - 0.2) < 0.03
     solarized = data.augment(x.clone(), plain | {"solarize": 0.1}, g)
     assert abs((solarized[:, 0] < 0.5).all((1, 2)).float().mean() - 0.1) < 0.03
     jittered = data.augment(x.clone(), plain | {"jitter": (0.4, 0.4, 0.2, 0.1), "jitter_p": 0.8}, g)
@@ -139,7 +139,7 @@ def test_keys_decide_randomness_and_differ():
 
 
 def loader(dataset, rank=0, world=1, seed=0, workers=0, batch=8):
-    views = [data.view(16, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, grey=0.2, blur=0.5, solarize=0.2), data.view(8)]
+    views = [data.view(16, jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.5, solarize=0.2), data.view(8)]
     return data.Loader(dataset, views, batch, seed, rank, world, workers)
 
 
@@ -407,7 +407,7 @@ def test_recipes_are_plain_and_their_views_known():
 def test_a_whole_view_equals_torchvisions_compose():
     """On the parameters that our generator draws; no solarize, whose threshold makes of rounding a difference."""
     x = torch.randint(0, 256, (16, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    v = data.view(32, flip=1.0, grey=1.0)
+    v = data.view(32, flip=1.0, gray=1.0)
     boxes = data.sample_boxes(16, 32, 32, v["scale"], v["ratio"], data.generator("o"))
     g = data.generator("o")
     ours = data.augment(data.random_crops(x, v, g), v, g)

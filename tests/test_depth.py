@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from helpers import Maps, colours, command, write_images
+from helpers import Maps, colors, command, write_images
 from torch import nn
 
 import checkpoints
@@ -30,7 +30,7 @@ def by_hand(net, name, most, train, test):
 
 @pytest.mark.parametrize("useful", ["block1", "pre_logits"])
 def test_the_layer_that_tells_the_class_is_found(useful):
-    train, test, net, seen = colours(size=12), colours(60, seed=1, size=12), Maps(useful), SEEN
+    train, test, net, seen = colors(size=12), colors(60, seed=1, size=12), Maps(useful), SEEN
     results = depth.depth(net, train, test, seen, CPU, most=100)
     assert list(results) == ["root", "block1", "pre_logits"] and results["pre_logits"]["shape"] == [4]
     assert max(results, key=lambda name: results[name]["top1"]) == useful and results[useful]["top1"] > 95
@@ -43,7 +43,7 @@ def test_the_layer_that_tells_the_class_is_found(useful):
 def test_a_backbone_without_layers_by_name_is_refused(refused):
     plain = nn.Linear(2, 2)
     plain.dim = 2
-    assert "taps" in refused(lambda: depth.depth(plain, colours(size=12), colours(60, size=12), SEEN, CPU))
+    assert "taps" in refused(lambda: depth.depth(plain, colors(size=12), colors(60, size=12), SEEN, CPU))
 
 
 # ============ the command ============

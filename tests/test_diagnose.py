@@ -1,4 +1,4 @@
-"""What a network looks at: neighbours, gradients, localisation, swap."""
+"""What a network looks at: neighbors, gradients, localization, swap."""
 
 import functools
 import json
@@ -46,7 +46,7 @@ def model(backbone, train=None, test=None, size=16, name=""):
     return SimpleNamespace(name=name, net=net, preprocess=preprocess, train=pairs[0], test=pairs[1])
 
 
-def two_colours(n=90, seed=0):
+def two_colors(n=90, seed=0):
     """Class c has a square object in channel c, at a random place, on a ground in channel c + 1; masks say where."""
     g = torch.Generator().manual_seed(seed)
     y, masks = torch.arange(n) % 3, torch.zeros(n, 16, 16, dtype=torch.uint8)
@@ -56,10 +56,10 @@ def two_colours(n=90, seed=0):
         images[i, (y[i] + 1) % 3] = 200
         images[i, :, top : top + 8, left : left + 8] = 20
         images[i, y[i], top : top + 8, left : left + 8] = 255
-    return sets.Images("two colours", images, y, ["red", "green", "blue"], masks)
+    return sets.Images("two colors", images, y, ["red", "green", "blue"], masks)
 
 
-object_reader = Reads(lambda x: x[:, :, 7:9, 7:9].mean((2, 3)))  # every object covers the centre
+object_reader = Reads(lambda x: x[:, :, 7:9, 7:9].mean((2, 3)))  # every object covers the center
 ground_reader = Reads(lambda x: x[:, :, :1, :1].mean((2, 3)).roll(-1, 1))  # no object covers the corner
 
 
@@ -109,13 +109,13 @@ def test_a_fitted_head_is_the_linear_probe():
     assert torch.allclose(head(test_x), test_x / scale @ w[0].T + b[0, :, 0], atol=1e-5)
 
 
-# ============ localisation ============
+# ============ localization ============
 
 
-def test_localisation_of_networks_that_see_only_the_object_the_ground_or_everything():
-    test = two_colours()
+def test_localization_of_networks_that_see_only_the_object_the_ground_or_everything():
+    test = two_colors()
     masks = test.masks > 0
-    score = lambda what: diagnose.localisation(model(Reads(what)), test, masks, CPU)
+    score = lambda what: diagnose.localization(model(Reads(what)), test, masks, CPU)
     on_object = lambda x: (x > 0.9).any(1, keepdim=True)  # objects are brighter than grounds
     r = score(lambda x: (x * on_object(x)).mean((2, 3)))
     assert r["energy"] == pytest.approx(100) and r["pointing"] == 100 and r["images"] == 90
@@ -137,16 +137,16 @@ def test_localisation_of_networks_that_see_only_the_object_the_ground_or_everyth
     assert r["energy"] == pytest.approx(100 * by_hand.mean().item(), rel=1e-5)
 
 
-def test_localisation_asks_for_the_true_label_and_skips_images_without_label_or_object():
-    test = two_colours(6)
+def test_localization_asks_for_the_true_label_and_skips_images_without_label_or_object():
+    test = two_colors(6)
     masks = test.masks > 0
     left = torch.zeros(3, 16, 16)
-    left[0, 0, 0], left[1, 8, 8], left[2, 8, 8] = 1, 1, 1  # class 0 looks into the corner, the others at the centre
+    left[0, 0, 0], left[1, 8, 8], left[2, 8, 8] = 1, 1, 1  # class 0 looks into the corner, the others at the center
     net = model(Reads(lambda x: (x * left).sum((2, 3))))
-    assert diagnose.localisation(net, test, masks, CPU)["pointing"] == pytest.approx(200 / 3)
+    assert diagnose.localization(net, test, masks, CPU)["pointing"] == pytest.approx(200 / 3)
     test.labels[0] = -1
     masks[1] = False
-    r = diagnose.localisation(net, test, masks, CPU, batch_size=3)
+    r = diagnose.localization(net, test, masks, CPU, batch_size=3)
     assert r["images"] == 4 and r["pointing"] == 75  # of images 2 to 5, only the fourth is of class 0
 
 
@@ -167,7 +167,7 @@ def test_masks_are_cut_as_the_images_are(tmp_path):
         x, _ = next(data.batches(dataset, PLAIN | {"size": size}, len(dataset)))
         assert ((x[:, 0] > 0.5) != masks).float().mean() < 0.03  # the edges
         assert 0.05 < masks.float().mean() < 0.2
-    both = two_colours(30)
+    both = two_colors(30)
     assert torch.equal(diagnose.object_masks(both, 48), both.masks > 0)
 
 
@@ -203,7 +203,7 @@ def test_partners_are_a_permutation_without_fixed_points():
 
 
 def test_composites_show_what_their_names_say():
-    test = two_colours(6)
+    test = two_colors(6)
     around = nn.functional.max_pool2d(test.masks.float(), 3, 1, 1).byte() - test.masks
     test.images[around[:, None].expand(-1, 3, -1, -1) > 0] = 99  # a soft edge, outside the mask
     (made, y), (more, _) = diagnose.composites(test, test.masks > 0, PLAIN, CPU, torch.arange(6), batch_size=3)
@@ -211,30 +211,30 @@ def test_composites_show_what_their_names_say():
     v = {name: (255 * torch.cat([made[name], more[name]])).round().byte() for name in made}
     m = test.masks[:, None] > 0
     assert torch.equal(v["original"], test.images)
-    for name in ("swapped", "grey"):
+    for name in ("swapped", "gray"):
         assert torch.equal(v[name].where(m, torch.tensor(0)), test.images.where(m, torch.tensor(0)))
-    ground = lambda labels: test.images[labels, :, 0, 0][:, :, None, None].int()  # each is of one colour
+    ground = lambda labels: test.images[labels, :, 0, 0][:, :, None, None].int()  # each is of one color
     assert ((v["removed"].int() - ground(torch.arange(6))).abs() <= 1).all()
     elsewhere = v["swapped"].where(~m, ground(diagnose.partners(6, 0)).byte().expand_as(v["swapped"]))
     assert ((elsewhere.int() - ground(diagnose.partners(6, 0))).abs() <= 1).all()
-    assert ((v["grey"] == 128) | m).all()
+    assert ((v["gray"] == 128) | m).all()
 
 
 def test_swap_tells_readers_of_the_ground_from_readers_of_the_object():
-    train, test = two_colours(120, seed=1), two_colours()
+    train, test = two_colors(120, seed=1), two_colors()
     scores = {}
     for reader in (object_reader, ground_reader):
         scores[reader] = diagnose.swap(model(reader, train), test, test.masks > 0, CPU)
     same = 100 * (test.labels == test.labels[diagnose.partners(90, 0)]).float().mean().item()  # by chance
     assert 20 < same < 45
     r = scores[object_reader]
-    assert r["original"] == r["swapped"] == r["grey"] == {"knn": 100.0, "linear": 100.0}
+    assert r["original"] == r["swapped"] == r["gray"] == {"knn": 100.0, "linear": 100.0}
     assert r["removed"] == {"knn": 0.0, "linear": 0.0} and r["images"] == 90  # it takes the ground for another class
     r = scores[ground_reader]
     assert r["original"] == r["removed"] == {"knn": 100.0, "linear": 100.0}
     assert r["object"] == 0 and scores[object_reader]["object"] > 60  # ties, two of one class, are not nearer
     assert r["swapped"]["linear"] == pytest.approx(same, abs=1e-3) == r["swapped"]["knn"]
-    assert r["grey"]["linear"] == pytest.approx(100 / 3, abs=1e-3)
+    assert r["gray"]["linear"] == pytest.approx(100 / 3, abs=1e-3)
 
 
 # ============ pictures ============
@@ -251,8 +251,8 @@ def test_queries_are_of_all_classes_labelled_and_chosen_by_the_seed():
     assert len(diagnose.choose_queries(labels[:8], 20, 0)) == (labels[:8] >= 0).sum()
 
 
-def test_neighbours_of_several_models_side_by_side(monkeypatch):
-    train, test, rows = two_colours(30, seed=1), two_colours(9), torch.tensor([4, 2])
+def test_neighbors_of_several_models_side_by_side(monkeypatch):
+    train, test, rows = two_colors(30, seed=1), two_colors(9), torch.tensor([4, 2])
     train.labels[3] = -1
     for s in (train, test):  # so that no two images are alike, nor their features
         g = torch.Generator().manual_seed(len(s))
@@ -265,7 +265,7 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
     assert -cosines.diff().max() > 1e-5  # so the order is no matter of rounding
     with monkeypatch.context() as patch:
         patch.setattr(pictures, "draw_rows", lambda *args, **kwargs: (args, kwargs))
-        (table, headings), frames = diagnose.neighbours(models, train, test, rows, CPU, k=20)
+        (table, headings), frames = diagnose.neighbors(models, train, test, rows, CPU, k=20)
     assert headings == {0: "query", 1: "a", 22: "b"} and frames == {"frames": True}
     size = (3, 32, 32)  # of the larger of them
     for (name, images, captions, marks), row in zip(table, rows.tolist(), strict=True):
@@ -284,7 +284,7 @@ def test_neighbours_of_several_models_side_by_side(monkeypatch):
 
 
 def test_gradients_picture_has_a_row_for_each_model_and_heat_where_it_looks(monkeypatch):
-    train, test, rows = two_colours(30, seed=1), two_colours(9), torch.tensor([4, 2])
+    train, test, rows = two_colors(30, seed=1), two_colors(9), torch.tensor([4, 2])
     models = [model(object_reader, train, test, name="sees"), model(ground_reader, train, test, name="wrong")]
     models[1].net[1].weight.data = models[1].net[1].weight.data.roll(1, 0)
     monkeypatch.setattr(pictures, "draw_rows", lambda table: table)
@@ -295,7 +295,7 @@ def test_gradients_picture_has_a_row_for_each_model_and_heat_where_it_looks(monk
     assert second[0] == "wrong" and second[2] == ["blue", "red"] and second[3] == [False, False]
     assert (first[1][:, :, 7:9, 7:9] > 0.99).all() and (second[1][:, :, 0, 0] > 0.99).all()  # white
     cold = first[1][:, :, 0, 0]
-    assert (cold == cold[:, :1]).all() and (cold < 0.2).all()  # a darker grey
+    assert (cold == cold[:, :1]).all() and (cold < 0.2).all()  # a darker gray
     assert all(not m.net[0].what(torch.zeros(1, 3, 16, 16)).requires_grad for m in models)
 
 
@@ -321,25 +321,25 @@ def test_command_draws_and_measures_on_shapes(tmp_path, monkeypatch, capsys):
     command(monkeypatch, "analysis.diagnose", run, *ALL, "--beside", other, "--limit", 200)
     out = capsys.readouterr().out
     assert len(fits) == 2  # one for each checkpoint
-    words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "grey", "green frame", "20-NN")
+    words = ("energy", "pointing", "uniform", "TRUE label", "swapped", "removed", "gray", "green frame", "20-NN")
     assert all(word in out for word in words)
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
-    r = results["localisation"]
+    r = results["localization"]
     masks = sets.load("shapes", split="test").masks
     assert r["images"] == 2000 and 0 < r["energy"] < 100
     assert r["area"] == pytest.approx(100 * masks.float().mean().item())
     r = results["swap"]
     command(monkeypatch, "evaluate", run, "--probe", "linear", "--limit", 200)
     results = json.loads((run / "evaluate.json").read_text())["shapes"]
-    assert set(r) == {"original", "swapped", "removed", "grey", "images", "object"} and r["images"] == 2000
+    assert set(r) == {"original", "swapped", "removed", "gray", "images", "object"} and r["images"] == 2000
     assert r["original"]["linear"] == pytest.approx(results["linear"]["top1"], abs=0.11)  # the batches differ
     cell, gap, strip = 96, pictures.GAP, pictures.STRIP
-    sizes = {"neighbours": (strip + gap + 8 * (cell + gap + strip), 1 + 2 * 4),
+    sizes = {"neighbors": (strip + gap + 8 * (cell + gap + strip), 1 + 2 * 4),
              "gradients": (gap + 3 * (cell + gap + strip), 8), "swap": (gap + 4 * (cell + gap + strip), 8)}  # fmt: skip
     for name, (height, columns) in sizes.items():
         with Image.open(run / f"{name}.png") as image:
             assert image.height == height and 20 < image.width - columns * (cell + gap) < 120
-    assert f"{run / 'neighbours.png'}" in out and not list(other.glob("*.png"))
+    assert f"{run / 'neighbors.png'}" in out and not list(other.glob("*.png"))
 
 
 def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypatch, capsys):
@@ -356,29 +356,29 @@ def test_command_on_a_folder_with_masks_and_a_random_network(tmp_path, monkeypat
     beside = make_run(tmp_path / "run", "x", size=48)
     command(monkeypatch, "analysis.diagnose", "random:resnet10_16", *ALL, *flags, "--beside", beside)
     assert "6 test images" in capsys.readouterr().out
-    assert {p.name for p in out.iterdir()} == {"neighbours.png", "gradients.png", "swap.png"}
+    assert {p.name for p in out.iterdir()} == {"neighbors.png", "gradients.png", "swap.png"}
     with Image.open(out / "gradients.png") as image:
         assert image.height == pictures.GAP + 3 * (96 + pictures.GAP + pictures.STRIP)
     run = make_run(tmp_path / "second", folder)
     flags = ("--masks", tmp_path / "masks", "--beside", "random:resnet10_16")
-    command(monkeypatch, "analysis.diagnose", run, "--probe", "localisation", "gradients", *flags)
+    command(monkeypatch, "analysis.diagnose", run, "--probe", "localization", "gradients", *flags)
     with Image.open(run / "gradients.png") as image:  # a random network of the run's size
         assert image.height == pictures.GAP + 3 * (96 + pictures.GAP + pictures.STRIP)
     (results,) = json.loads((run / "evaluate.json").read_text()).values()
-    assert results["localisation"]["images"] == 6 and 20 < results["localisation"]["area"] < 30  # of 40 px wide images
+    assert results["localization"]["images"] == 6 and 20 < results["localization"]["area"] < 30  # of 40 px wide images
 
 
-def test_neighbours_need_no_labels(tmp_path, monkeypatch, capsys):
+def test_neighbors_need_no_labels(tmp_path, monkeypatch, capsys):
     folder = write_images(tmp_path / "flat", 30, classes=1)
     run, other = (make_run(tmp_path / name, folder) for name in ("run", "other"))
     seen = []
     monkeypatch.setattr(pictures, "draw_rows", lambda rows, *_, **__: seen.append(rows) or torch.zeros(3, 8, 8))
     monkeypatch.setattr(evaluate, "fit_linear", lambda *_, **__: pytest.fail("nothing to fit without labels"))
-    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbours", "--beside", other)
+    command(monkeypatch, "analysis.diagnose", run, "--probe", "neighbors", "--beside", other)
     out = capsys.readouterr().out
-    assert "no labels: left out" in out and (run / "neighbours.png").exists() and len(seen[0]) == 8
+    assert "no labels: left out" in out and (run / "neighbors.png").exists() and len(seen[0]) == 8
     for name, images, captions, marks in seen[0]:
-        assert name == "" and len(images) == 1 + 3 + 3  # the query, and three neighbours for each network: no gradients
+        assert name == "" and len(images) == 1 + 3 + 3  # the query, and three neighbors for each network: no gradients
         assert captions[1:] == ("",) * 6 and marks == (None,) * 7
 
 
@@ -387,12 +387,12 @@ def test_neighbours_need_no_labels(tmp_path, monkeypatch, capsys):
     [
         ("gradients", ("--beside", "nowhere"), "nowhere"),
         ("gradients", ("--out", "nowhere"), "--out nowhere"),
-        ("localisation", ("--masks", "nowhere"), "--masks nowhere"),
-        ("localisation", ("--data", "FOLDER"), "--masks"),
+        ("localization", ("--masks", "nowhere"), "nowhere: no such folder"),
+        ("localization", ("--data", "FOLDER"), "--masks"),
         ("swap", ("--data", "FOLDER"), "--masks"),
         ("swap", ("--data", "FLAT"), "too few labels"),
         ("gradients", ("--data", "FLAT"), "too few labels"),
-        ("localisation", ("--limit", "9"), "too few labels"),
+        ("localization", ("--limit", "9"), "too few labels"),
     ],
 )
 def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, probe, flags, words):
@@ -408,7 +408,7 @@ def test_bad_input_is_one_sentence(tmp_path, monkeypatch, capsys, probe, flags, 
 
 
 def test_two_images_with_objects_are_needed(refused):
-    seeing, none = model(object_reader, two_colours(30)), torch.zeros(4, 16, 16, dtype=torch.bool)
-    for dataset, masks in ((two_colours(1), two_colours(1).masks > 0), (two_colours(4), none)):
-        for probe in (diagnose.swap, diagnose.localisation):
+    seeing, none = model(object_reader, two_colors(30)), torch.zeros(4, 16, 16, dtype=torch.bool)
+    for dataset, masks in ((two_colors(1), two_colors(1).masks > 0), (two_colors(4), none)):
+        for probe in (diagnose.swap, diagnose.localization):
             assert "2 test images with labels" in refused(functools.partial(probe, seeing, dataset, masks, CPU))

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import ROOT, Maps, clusters, colours, command, write_images
+from helpers import ROOT, Maps, clusters, colors, command, write_images
 from torch import nn
 
 import backbones
@@ -220,7 +220,7 @@ def test_extraction_leaves_the_backbone_as_it_was():
 
 
 def test_two_processes_extract_what_one_does(monkeypatch):
-    images, net = colours(7, size=12), nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 5))
+    images, net = colors(7, size=12), nn.Sequential(nn.Flatten(), nn.Linear(3 * 24 * 24, 5))
     images.labels[5] = -1
     alone, kept = evaluate.extract(net, images, SEEN, CPU), {}
 
@@ -263,7 +263,7 @@ def test_no_probe_takes_a_copy_of_the_features(monkeypatch):
 
 
 def test_every_probe_runs_and_says_its_protocol():
-    train, test = colours(300, size=12), colours(150, seed=1, size=12)
+    train, test = colors(300, size=12), colors(150, seed=1, size=12)
     torch.manual_seed(0)
     net, said = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 8)), []
     pairs = [evaluate.extract(net, s, SEEN, CPU) for s in (train, test)]
@@ -394,11 +394,11 @@ def test_a_full_disk_is_one_sentence(tiny_run, monkeypatch, refused):
     def full(number):
         raise OSError(28, "No space left on device")
 
-    command(monkeypatch, "analysis.diagnose", tiny_run, "--probe", "neighbours")
-    picture = (tiny_run / "neighbours.png").read_bytes()
+    command(monkeypatch, "analysis.diagnose", tiny_run, "--probe", "neighbors")
+    picture = (tiny_run / "neighbors.png").read_bytes()
     monkeypatch.setattr(runs.os, "fsync", full)
-    assert "No space left" in refused("analysis.diagnose", tiny_run, "--probe", "neighbours")
-    assert (tiny_run / "neighbours.png").read_bytes() == picture
+    assert "No space left" in refused("analysis.diagnose", tiny_run, "--probe", "neighbors")
+    assert (tiny_run / "neighbors.png").read_bytes() == picture
 
 
 @pytest.mark.parametrize(
@@ -431,13 +431,13 @@ def ending(tmp_path, dataset, probes, test=None):
     said, recorded = [], {}
     log = SimpleNamespace(out=tmp_path, rank=0, say=said.append, record=lambda kind, step, **numbers: recorded.update(numbers),
                           writer=SimpleNamespace(add_embedding=lambda *_: None, close=lambda: None))  # fmt: skip
-    args = SimpleNamespace(probes=probes, seed=0, amp=False, data="colours", epochs=7, out=tmp_path)
+    args = SimpleNamespace(probes=probes, seed=0, amp=False, data="colors", epochs=7, out=tmp_path)
     result = evaluate.report(pairs, test or dataset, SMALL, args, log, "byol", 3)
     return said, recorded, result, pairs
 
 
 def test_the_last_point_of_a_knn_curve_is_of_the_same_protocol(tmp_path, monkeypatch):
-    train, test, knn, calls = colours(240), colours(90, seed=1), evaluate.knn, []
+    train, test, knn, calls = colors(240), colors(90, seed=1), evaluate.knn, []
     monkeypatch.setattr(evaluate, "knn", lambda *args, **kwargs: calls.append(len(args[0])) or knn(*args, **kwargs))
     monitor = lambda: evaluate.monitor(nn.Flatten(), train, test, SMALL | {"mean": (0,) * 3, "std": (1 / 255,) * 3}, CPU)
     names = ("knn20", "knn200", "feature_std", "effective_rank")
@@ -452,7 +452,7 @@ def test_the_last_point_of_a_knn_curve_is_of_the_same_protocol(tmp_path, monkeyp
 
 
 def test_a_run_without_labels_ends_with_its_health_and_collapse_is_said(tmp_path):
-    images = colours(60).images
+    images = colors(60).images
     said, _, result, _ = ending(tmp_path, sets.Images("no labels", images), ["knn", "linear"])
     assert "feature_std" in result and "effective_rank" in result and not any("collapse): " in line for line in said)
     said, recorded, result, _ = ending(tmp_path, sets.Images("flat", images[:1].expand(60, -1, -1, -1)), ["knn"])

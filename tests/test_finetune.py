@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import colours, command, small_backbone, write_images
+from helpers import colors, command, small_backbone, write_images
 from torch import nn
 
 import checkpoints
@@ -24,7 +24,7 @@ def same(a, b):
 
 def test_fine_tuning_learns_and_moves_trunk_and_head():
     backbone = small_backbone()
-    net, r = tuning.finetune(backbone, colours(), colours(60, seed=1), SMALL, CPU, [(0.02, 0.5)], epochs=6)
+    net, r = tuning.finetune(backbone, colors(), colors(60, seed=1), SMALL, CPU, [(0.02, 0.5)], epochs=6)
     assert r["top1"] > 90 and r["top5"] == 100 and r["images"] == 96 and r["updates"] == 6 * (96 // 32)
     assert not any(same(net[0], backbone)) and all(same(backbone, small_backbone()))  # a copy is tuned
     assert not torch.equal(net[0].bn1.running_mean, backbone.bn1.running_mean)  # BatchNorm in train mode
@@ -32,7 +32,7 @@ def test_fine_tuning_learns_and_moves_trunk_and_head():
 
 
 def test_trunk_and_head_have_rates_of_their_own():
-    backbone, args = small_backbone(), (colours(), SMALL, CPU)
+    backbone, args = small_backbone(), (colors(), SMALL, CPU)
     net, _ = tuning.fit_finetune(backbone, *args, 0.0, 0.5, epochs=2, batch_size=32)
     assert all(same(net[0], backbone)) and net[1].weight.abs().max() > 0
     net, loss = tuning.fit_finetune(backbone, *args, 0.5, 0.0, epochs=2, batch_size=32)
@@ -88,7 +88,7 @@ def test_rates_drop_at_60_and_80_per_cent(monkeypatch):
     seen, step = [], torch.optim.SGD.step
     record = lambda self: (seen.append([g["lr"] for g in self.param_groups]), step(self))
     monkeypatch.setattr(torch.optim.SGD, "step", record)
-    tuning.fit_finetune(small_backbone(), colours(12), SMALL, CPU, 0.01, 0.1, epochs=10, batch_size=12)
+    tuning.fit_finetune(small_backbone(), colors(12), SMALL, CPU, 0.01, 0.1, epochs=10, batch_size=12)
     factors = [1.0] * 6 + [0.2] * 2 + [0.04] * 2
     assert torch.tensor(seen).allclose(torch.tensor([[0.01 * f, 0.1 * f] for f in factors]))
 
@@ -97,7 +97,7 @@ def test_rates_are_chosen_on_a_tenth_of_train_and_never_on_test(monkeypatch):
     sizes, fit = [], tuning.fit_finetune
     spy = lambda backbone, train, *args: (sizes.append(len(train)), fit(backbone, train, *args))[1]
     monkeypatch.setattr(tuning, "fit_finetune", spy)
-    train, test = colours(), colours(60, seed=1)
+    train, test = colors(), colors(60, seed=1)
     settings = (SMALL, CPU, [(0.0, 1e38), (0.0, 0.0), (0.0, 0.5)])  # one that diverges, one that learns nothing
     net, r = tuning.finetune(small_backbone(), train, test, *settings, epochs=3)
     assert sizes == [87, 87, 87, 96] and r["head_lr"] == 0.5

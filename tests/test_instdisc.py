@@ -196,8 +196,8 @@ def test_table_1_is_cumulative():
     view = instdisc.RECIPES["imagenet"]["views"][0]
     full = data.view(224, **view)
     got = {name: data.view(224, **instdisc.augmented(view, name)) for name in instdisc.TABLE_1}
-    assert got["grey"] == full
-    assert [got[n]["grey"] for n in instdisc.TABLE_1] == [0, 0, 0, 0, 0, 0.2]
+    assert got["gray"] == full
+    assert [got[n]["gray"] for n in instdisc.TABLE_1] == [0, 0, 0, 0, 0, 0.2]
     assert [got[n]["jitter_p"] for n in instdisc.TABLE_1] == [0, 0, 0, 0, 1, 1]
     assert [got[n]["flip"] for n in instdisc.TABLE_1] == [0, 0.5, 0.5, 0.5, 0.5, 0.5]
     assert got["scale"]["scale"] == (0.2, 1.0) and got["scale"]["ratio"] == (3 / 4, 4 / 3)

@@ -250,7 +250,7 @@ def test_two_processes_hold_the_queue_of_one(tmp_path):
     queue, pointer, _ = updated(slice(16))
     assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])  # the two agree bit for bit
     assert torch.allclose(one[0], queue, atol=1e-6) and torch.equal(one[1], pointer)
-    # In train mode each process normalised a random half of all keys: as BatchNorm in two parts of the shuffled batch.
+    # In train mode each process normalized a random half of all keys: as BatchNorm in two parts of the shuffled batch.
     order = torch.randperm(16, generator=data.generator("shuffle", 0, 9))
     net = tiny_model().key
     halves = torch.cat([F.normalize(net["g"](net["f"](views(16)[0][rows])), dim=1) for rows in order.chunk(2)])

@@ -32,13 +32,13 @@ def test_frames_and_headings():
     gap, strip = pictures.GAP, pictures.STRIP
     assert framed.shape[1] == plain.shape[1] + strip == gap + strip + 2 * (96 + gap + strip)
     left = framed.shape[2] - 3 * (96 + gap)
-    colours = [pictures.RIGHT, pictures.WRONG, (128, 128, 128)]
+    colors = [pictures.RIGHT, pictures.WRONG, (128, 128, 128)]
     for row in range(2):
         top = gap + strip + row * (96 + gap + strip)
-        for i, colour in enumerate(colours):
+        for i, color in enumerate(colors):
             at = left + i * (96 + gap)
             for y, x in ((top, at + 50), (top + 95, at + 50), (top + 50, at), (top + 50, at + 95)):
-                assert (255 * framed[:, y, x]).round().tolist() == pytest.approx(colour, abs=1)
+                assert (255 * framed[:, y, x]).round().tolist() == pytest.approx(color, abs=1)
             assert (255 * framed[:, top + 50, at + 50]).round().tolist() == pytest.approx([128] * 3, abs=1)
     words = framed[:, 2:strip].amin(0) < 0.5
     assert words[:, left + 96 + gap :].any() and not words[:, : left + 96].any()

@@ -320,7 +320,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("transform", ["jigsaw", "rotation"])
-def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform, tmp_path, monkeypatch):
+def test_parts_have_colors_of_their_own_and_come_from_the_second_crop(transform, tmp_path, monkeypatch):
     views, seen = [], []
     augment, loader = data.augment, data.Loader
     monkeypatch.setattr(data, "Loader", lambda *a: [views.append(a[1]), loader(*a)][1])
@@ -329,14 +329,14 @@ def test_parts_have_colours_of_their_own_and_come_from_the_second_crop(transform
     with pytest.raises(Stop):
         pirl.main([*SMALL[1:], "--transform", transform, "--eval-every", "0", "--out", str(tmp_path / "run")])
     (image, crop), side = views[0], 36 if transform == "jigsaw" else 32
-    assert image["size"] == 32 and image["jitter_p"] == 1 and image["grey"] == 0.5
+    assert image["size"] == 32 and image["jitter_p"] == 1 and image["gray"] == 0.5
     assert crop["size"] == side and crop["scale"] == ((0.6, 1.0) if transform == "jigsaw" else (0.5, 1.0))
     (_, one), (second, two), (parts, three) = seen  # the image, the crop, and what is made of it
-    assert one == image and two == crop and crop["jitter_p"] == crop["grey"] == 0 and three == image
+    assert one == image and two == crop and crop["jitter_p"] == crop["gray"] == 0 and three == image
     assert parts.shape == ((144, 3, 10, 10) if transform == "jigsaw" else (16, 3, 32, 32))
     numbers = pirl.draw_share(heads(transform)[1], 16, 0, 1, "cpu", 0, transform, 0, 1)
     assert torch.allclose(heads(transform)[1].transform(second, *numbers).flatten(0, 1), parts, atol=1e-6)
-    assert parts.min() >= 0 and parts.max() <= 1  # not normalised yet
+    assert parts.min() >= 0 and parts.max() <= 1  # not normalized yet
 
 
 def test_rotation_needs_no_grid_and_dry_run_writes_nothing(tmp_path):

@@ -24,14 +24,14 @@ TASKS = list(pretext.TASKS)
 
 
 def args(**changed):
-    given = dict(task="rotation", size=32, embedding=16, head=32, copies=3, margin=0.5, permutations=20, colour="keep")
-    given |= {"normalise": "embedding"}
+    given = dict(task="rotation", size=32, embedding=16, head=32, copies=3, margin=0.5, permutations=20, color="keep")
+    given |= {"normalize": "embedding"}
     return SimpleNamespace(**given | dict(batch_size=8, accumulate=1) | changed)
 
 
-def build(task, normalise="embedding", **changed):
+def build(task, normalize="embedding", **changed):
     torch.manual_seed(0)
-    a = args(**{"task": task, "arch": "resnet10_16", "normalise": normalise} | changed)
+    a = args(**{"task": task, "arch": "resnet10_16", "normalize": normalize} | changed)
     f = backbones.build(pretext.trunk_name(a), pretext.geometry(a.size)[1] if task in pretext.PATCHES else a.size)
     prior = [torch.full((313,), 1 / 313)] if task == "colorization" else []
     return pretext.Pretext(f, pretext.TASKS[task](f, a, *prior))
@@ -72,7 +72,7 @@ def test_patches_come_from_where_they_should(size, cell, patch, stride, monkeypa
         assert [inside_row, inside_column] == where[i, k].tolist()
 
 
-def test_patches_move_over_all_of_their_cell_and_two_thirds_are_grey():
+def test_patches_move_over_all_of_their_cell_and_two_thirds_are_gray():
     where, mix = pretext.draw_patches(2000, 10, 8, "keep", data.generator(0))
     assert torch.bincount(where.flatten()).tolist() == pytest.approx([12_000] * 3, rel=0.05)
     assert (mix == pretext.GRAY).float().mean().item() == pytest.approx(2 / 3, abs=0.02)
@@ -80,7 +80,7 @@ def test_patches_move_over_all_of_their_cell_and_two_thirds_are_grey():
     assert pretext.draw_patches(2000, 10, 8, "drop", data.generator(0))[1].unique().tolist() == [0, 1, 2]
 
 
-def test_colours_of_patches_are_mixed_and_then_standardised():
+def test_colors_of_patches_are_mixed_and_then_standardized():
     x, where = views("jigsaw", 1)[0], torch.zeros(1, 9, 2, dtype=torch.long)
     mix = torch.tensor([[0, 1, 2, 3, 4, 4, 4, 4, 4]])
     got = pretext.cut(x, where, mix, 10, 8)
@@ -100,11 +100,11 @@ def test_rotations_turn_against_the_clock():
         quarter = quarter.flip(3).transpose(2, 3)  # flip left to right, then transpose (code)
 
 
-def test_copies_of_an_image_share_grey():
+def test_copies_of_an_image_share_gray():
     task, xs = build("exemplar").task, views("exemplar", 4)
     x = task.inputs(xs, torch.tensor([True, False, True, False])).unflatten(0, (4, 3))
-    grey = (x - x.mean(2, keepdim=True)).abs().amax((2, 3, 4)) < 1e-5
-    assert grey.tolist() == [[True] * 3, [False] * 3, [True] * 3, [False] * 3]
+    gray = (x - x.mean(2, keepdim=True)).abs().amax((2, 3, 4)) < 1e-5
+    assert gray.tolist() == [[True] * 3, [False] * 3, [True] * 3, [False] * 3]
     plain = xs[2][1]
     assert torch.allclose(x[1, 2], (plain - plain.mean()) / plain.std(correction=0), atol=1e-5)
 
@@ -154,12 +154,12 @@ def test_semi_hard_triplets_equal_a_loop_also_where_no_negative_is_farther():
     assert got.item() == pytest.approx(naive_semi_hard(d, 3, 0.5), rel=1e-5)
 
 
-def test_exemplar_embeds_each_copy_and_counts_nearest_neighbours():
+def test_exemplar_embeds_each_copy_and_counts_nearest_neighbors():
     model = build("exemplar").eval()
-    xs, grey = batch("exemplar", 5)
-    loss, z = model(xs, grey), []
+    xs, gray = batch("exemplar", 5)
+    loss, z = model(xs, gray), []
     for i, x in itertools.product(range(5), xs):
-        one = x[i].mean(0, keepdim=True).expand(3, -1, -1) if grey[i] else x[i]
+        one = x[i].mean(0, keepdim=True).expand(3, -1, -1) if gray[i] else x[i]
         v = model.task.head(model.f(((one - one.mean()) / one.std(correction=0))[None]))[0]
         z.append(v / v.norm())
     z = torch.stack(z).detach()
@@ -169,20 +169,20 @@ def test_exemplar_embeds_each_copy_and_counts_nearest_neighbours():
     assert model.figures["accuracy"].item() == pytest.approx(100 * sum(right) / 15)
 
 
-def test_normalised_over_the_batch_each_dimension_has_unit_length():
+def test_normalized_over_the_batch_each_dimension_has_unit_length():
     """As the authors' code has it: what is one long is a dimension of all embeddings, not an embedding."""
-    model = build("exemplar", normalise="batch").eval()
-    xs, grey = batch("exemplar", 5)
-    z = model.task.head(model.f(model.task.inputs(xs, grey))).detach().double()
+    model = build("exemplar", normalize="batch").eval()
+    xs, gray = batch("exemplar", 5)
+    z = model.task.head(model.f(model.task.inputs(xs, gray))).detach().double()
     z = torch.stack([column / column.square().sum().sqrt() for column in z.T], 1)
     d = (z[:, None] - z).square().sum(2)
-    assert model(xs, grey).item() == pytest.approx(naive_semi_hard(d, 3, 0.5), rel=1e-3)
-    assert build("exemplar").eval()(xs, grey).item() != pytest.approx(naive_semi_hard(d, 3, 0.5), rel=0.02)
+    assert model(xs, gray).item() == pytest.approx(naive_semi_hard(d, 3, 0.5), rel=1e-3)
+    assert build("exemplar").eval()(xs, gray).item() != pytest.approx(naive_semi_hard(d, 3, 0.5), rel=0.02)
     right = [int(d[a].masked_fill(torch.arange(15) == a, 99).argmin()) // 3 == a // 3 for a in range(15)]
     assert model.figures["accuracy"].item() == pytest.approx(100 * sum(right) / 15)
     given = ["--task", "exemplar"]
-    assert pretext.parse_args(given).normalise == "embedding" == args().normalise
-    assert pretext.Exemplar(model.f, pretext.parse_args([*given, "--normalise", "batch"])).over_batch
+    assert pretext.parse_args(given).normalize == "embedding" == args().normalize
+    assert pretext.Exemplar(model.f, pretext.parse_args([*given, "--normalize", "batch"])).over_batch
 
 
 def patch_features(model, xs, drawn):
@@ -205,7 +205,7 @@ def test_jigsaw_asks_for_the_order_of_features():
     assert model.figures["accuracy"].item() == pytest.approx(100 * sum(right) / 24)
 
 
-def test_relative_asks_where_a_neighbour_of_the_middle_lies():
+def test_relative_asks_where_a_neighbor_of_the_middle_lies():
     model = build("relative").eval()
     xs, *drawn = batch("relative", 3)
     z, losses = patch_features(model, xs, drawn), []
@@ -228,11 +228,11 @@ def test_the_first_loss_is_that_of_chance(task):
     assert loss.item() == pytest.approx(model.task.chance(32)[0], rel=0.12)
 
 
-# ============ colours ============
+# ============ colors ============
 
 
 def to_rgb(lab):
-    """CIE Lab (D65) back to sRGB by the standard's own constants, for one colour of three floats."""
+    """CIE Lab (D65) back to sRGB by the standard's own constants, for one color of three floats."""
     fy = (lab[0] + 16) / 116
     xyz = [(t**3 if t**3 > 0.008856 else (t - 16 / 116) / 7.787) for t in (fy + lab[1] / 500, fy, fy - lab[2] / 200)]
     x, y, z = (v * w for v, w in zip(xyz, (0.95047, 1.0, 1.08883), strict=True))
@@ -243,17 +243,17 @@ def to_rgb(lab):
 def test_lab_goes_back_to_rgb_and_lightness_is_its_first_channel():
     rgb = torch.rand(50, 3, generator=torch.Generator().manual_seed(0))
     lab = backbones.to_lab(rgb.T[None, :, None])  # [1, 3, 1, 50]
-    for colour, wanted in zip(lab[0, :, 0].T.tolist(), rgb.tolist(), strict=True):
-        assert to_rgb(colour) == pytest.approx(wanted, abs=2e-3)
-    grey = backbones.to_lab(torch.tensor([0.0, 0.5, 1.0])[None, None].expand(1, 3, 3))
-    assert torch.allclose(grey[:, 1:], torch.zeros(1, 2, 3), atol=0.02)
+    for color, wanted in zip(lab[0, :, 0].T.tolist(), rgb.tolist(), strict=True):
+        assert to_rgb(color) == pytest.approx(wanted, abs=2e-3)
+    gray = backbones.to_lab(torch.tensor([0.0, 0.5, 1.0])[None, None].expand(1, 3, 3))
+    assert torch.allclose(gray[:, 1:], torch.zeros(1, 2, 3), atol=0.02)
     assert backbones.lightness(backbones.to_lab(torch.ones(1, 3, 2, 2))).eq(1).all()
     x = torch.rand(2, 3, 8, 8)
     seen = build("colorization").task.inputs([2 * x - 1])
     assert seen.shape == x.shape and torch.allclose(seen[:, 2], backbones.to_lab(x)[:, 0] / 50 - 1, atol=1e-4)
 
 
-def test_there_are_313_colours():
+def test_there_are_313_colors():
     bins = pretext.ab_bins()
     assert bins.shape == (313, 2) and (bins % 10 == 0).all()
     primary = backbones.to_lab(torch.eye(3).T[None])[0, 1:].T  # the farthest that sRGB reaches
@@ -274,15 +274,15 @@ def test_soft_targets_weights_and_the_loss_equal_loops():
     assert torch.allclose(task.w, w / (w * prior).sum(), rtol=1e-3)
 
     x = torch.rand(3, 3, 32, 32, generator=g)
-    x[1] = x[1, :1]  # without colour
+    x[1] = x[1, :1]  # without color
     model = pretext.Pretext(f, task).eval()
     logits = task.head(f.stages(backbones.lightness(backbones.to_lab(x)))[-1])
     assert logits.shape == (3, 313, 8, 8)
     ab, total, hits, weights = backbones.to_lab(x)[:, 1:], 0.0, 0.0, 0.0
     for i, row, column in itertools.product(range(3), range(8), range(8)):
-        colour = ab[i, :, 4 * row, 4 * column].tolist()
-        nearest = sorted(range(313), key=lambda q: math.dist(colour, bins[q].tolist()))[:5]
-        q = [math.exp(-(math.dist(colour, bins[k].tolist()) ** 2) / 50) for k in nearest]
+        color = ab[i, :, 4 * row, 4 * column].tolist()
+        nearest = sorted(range(313), key=lambda q: math.dist(color, bins[q].tolist()))[:5]
+        q = [math.exp(-(math.dist(color, bins[k].tolist()) ** 2) / 50) for k in nearest]
         log_p = logits[i, :, row, column].log_softmax(0)
         weight = task.w[nearest[0]].item() * (i != 1)
         total -= weight * sum(a / sum(q) * log_p[k].item() for a, k in zip(q, nearest, strict=True)) / (3 * 64)
@@ -293,7 +293,7 @@ def test_soft_targets_weights_and_the_loss_equal_loops():
 
 def test_the_prior_counts_the_nearest_bins():
     images = torch.zeros(6, 3, 8, 8, dtype=torch.uint8)
-    images[:2, 0], images[2:] = 255, 90  # a third red, two thirds grey
+    images[:2, 0], images[2:] = 255, 90  # a third red, two thirds gray
     bins = pretext.ab_bins()
     prior = pretext.ab_prior(sets.Images("x", images), 8, bins, "cpu", 0)
     red = (bins - backbones.to_lab(torch.tensor([[[1.0], [0.0], [0.0]]]))[0, 1:, 0]).square().sum(1).argmin()
@@ -310,26 +310,26 @@ def shifts(patches):
     return (windows * red[:, None, None]).mean((3, 4)).flatten(1)
 
 
-def told_by_colour(colour, grey=True):
+def told_by_color(color, gray=True):
     """Top-1 (%) of a linear model that tells from channel shifts alone which of nine places a patch comes from."""
     n, g = 1500, torch.Generator().manual_seed(0)
     noise = torch.rand(n, 1, 30, 30, generator=g).expand(-1, 3, -1, -1)
     wider = F.interpolate(noise[:, :1], scale_factor=1.15, mode="bilinear")[:, :, 2:32, 2:32]  # red, magnified by the lens
     x = torch.cat([wider, noise[:, 1:]], 1) * (0.5 + torch.rand(n, 3, 1, 1, generator=g))
-    where, mix = pretext.draw_patches(n, 10, 8, colour, g)
-    features = shifts(pretext.cut(x, where, mix if grey else torch.full_like(mix, pretext.COLOR), 10, 8))
+    where, mix = pretext.draw_patches(n, 10, 8, color, g)
+    features = shifts(pretext.cut(x, where, mix if gray else torch.full_like(mix, pretext.COLOR), 10, 8))
     features, y = (features - features.mean(0)) / features.std(0), torch.arange(9).repeat(n)
     w, b = evaluate.fit_lbfgs(features[:9000], y[:9000], 9, 1e-3, iterations=60)
     return ((features[9000:] @ w + b).argmax(1) == y[9000:]).float().mean().item() * 100
 
 
 def test_channel_shifts_tell_nothing_after_the_counter_measures():
-    chance, raw = 100 / 9, told_by_colour("keep", grey=False)
+    chance, raw = 100 / 9, told_by_color("keep", gray=False)
     assert raw > 60
-    # The paper's are not enough: a third keeps its colours, and the mean of displaced channels is blurred the more, the farther
+    # The paper's are not enough: a third keeps its colors, and the mean of displaced channels is blurred the more, the farther
     # they are apart. That is at its worst here, where the image is noise.
-    assert told_by_colour("keep") < raw - 25
-    assert told_by_colour("drop") == pytest.approx(chance, abs=1.5)
+    assert told_by_color("keep") < raw - 25
+    assert told_by_color("drop") == pytest.approx(chance, abs=1.5)
 
 
 # ============ one batch in parts ============
@@ -467,12 +467,12 @@ def test_the_test_accuracy_is_that_of_the_last_weights_and_always_the_same(finis
     assert numbers[0] == numbers[1] == pytest.approx(told, abs=1e-4)
 
 
-def test_natural_shapes_stand_and_have_their_colours():
+def test_natural_shapes_stand_and_have_their_colors():
     (natural, y, up), (plain, labels, turned) = (shapes.draw_shapes(2000, natural=natural) for natural in (True, False))
     assert torch.equal(y, labels)
 
     def pointing_up(masks):
-        """The share of triangles whose centre of mass lies below the middle of their height."""
+        """The share of triangles whose center of mass lies below the middle of their height."""
         rows = masks[y == 2].sum(2).float()  # [T, 32]
         row = torch.arange(32.0)
         middle = torch.stack([row[r > 0].sum() / (r > 0).sum() for r in rows])
@@ -480,13 +480,13 @@ def test_natural_shapes_stand_and_have_their_colours():
 
     assert pointing_up(up) > 0.95 and 0.3 < pointing_up(turned) < 0.7
 
-    def told_by_colour(images, masks):
-        """The share of objects whose class has the nearest mean colour."""
-        colour = (images * masks[:, None]).float().sum((2, 3)) / masks.sum((1, 2))[:, None]
-        means = torch.stack([colour[:1000][y[:1000] == k].mean(0) for k in range(10)])
-        return (torch.cdist(colour[1000:], means).argmin(1) == y[1000:]).float().mean().item()
+    def told_by_color(images, masks):
+        """The share of objects whose class has the nearest mean color."""
+        color = (images * masks[:, None]).float().sum((2, 3)) / masks.sum((1, 2))[:, None]
+        means = torch.stack([color[:1000][y[:1000] == k].mean(0) for k in range(10)])
+        return (torch.cdist(color[1000:], means).argmin(1) == y[1000:]).float().mean().item()
 
-    assert told_by_colour(natural, up) > 0.4 > 0.25 > told_by_colour(plain, turned)
+    assert told_by_color(natural, up) > 0.4 > 0.25 > told_by_color(plain, turned)
 
 
 # ============ bad input ============

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torchvision
-from helpers import colours, command, write_images
+from helpers import colors, command, write_images
 from torch import nn
 
 import data
@@ -59,7 +59,7 @@ def test_what_is_no_classifier_is_refused_in_one_sentence(tiny_run, tmp_path, ca
 
 
 class Brightest(nn.Module):
-    """Classifies `colours` without a mistake."""
+    """Classifies `colors` without a mistake."""
 
     classes = 3
 
@@ -84,7 +84,7 @@ class Constant(nn.Module):
 
 
 def test_perceptual_test_of_a_perfect_and_of_a_blind_autoencoder():
-    test = colours(60)
+    test = colors(60)
     perfect = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(3, affine=False, eps=0).eval())  # the identity in eval mode
     r = reconstruct.perceptual(perfect, Brightest(), test, 16, CPU, batch_size=7)
     assert r == {"mse": 0.0, "top1": 100.0, "top5": 100.0, "originals_top1": 100.0, "originals_top5": 100.0}
@@ -93,7 +93,7 @@ def test_perceptual_test_of_a_perfect_and_of_a_blind_autoencoder():
     assert r["top1"] == pytest.approx(100 / 3) and r["originals_top1"] == 100 and r["top5"] == 100
     by_hand = (test.images.double() / 127.5 - 1 - 0.25).square().mean().item()
     assert r["mse"] == pytest.approx(by_hand, rel=1e-5)
-    twelve = colours(60, classes=12)
+    twelve = colors(60, classes=12)
     r = reconstruct.perceptual(Constant(), Ranked(12), twelve, 16, CPU)
     assert r["top1"] == pytest.approx(100 / 12) and r["top5"] == pytest.approx(500 / 12)
     for classifier, dataset in ((Ranked(4), test), (Ranked(3), sets.Images("plain", test.images))):
@@ -110,7 +110,7 @@ def rows_of(monkeypatch, *args, **kwargs):
 def test_reconstructions_show_the_same_images_in_every_row(monkeypatch, tmp_path):
     views = [data.view(16, scale=(0.5, 1.0), mean=data.HALF, std=data.HALF)] * 2
     folder = sets.load(str(write_images(tmp_path / "images", 48, classes=3, size=16)))
-    for dataset in (colours(), folder):
+    for dataset in (colors(), folder):
         rows = rows_of(monkeypatch, {"": nn.Identity()}, dataset, views, CPU, Brightest(), n=6)
         assert [name for name, *_ in rows] == ["image", "recovered", "view 1", "recovered", "view 2", "recovered"]
         order = [Brightest()(x).argmax(1).tolist() for _, x, _, _ in rows]
@@ -128,13 +128,13 @@ def test_reconstructions_are_judged_by_five_guesses_or_one(monkeypatch):
     views = [data.view(16, mean=data.HALF, std=data.HALF)]
     painters = {"a": nn.Identity(), "b": nn.Sequential(nn.Dropout(0.9), Constant())}
     for classes, guesses in ((3, 1), (10, 1), (12, 5)):
-        dataset = colours(classes=classes)
+        dataset = colors(classes=classes)
         rows = rows_of(monkeypatch, painters, dataset, views, CPU, Ranked(classes), n=96)
         assert [r[0] for r in rows] == [n for s in ("image", "view 1") for n in (s, "recovered (a)", "recovered (b)")]
         assert sum(rows[1][3]) == (dataset.labels < guesses).sum() and rows[1][3] == rows[2][3]
         assert float(rows[2][2][0]) == pytest.approx((rows[0][1][0] - 0.25).square().mean().item(), abs=6e-4)
     assert painters["b"].training and painters["b"][0].training
-    dataset = colours(n=4)
+    dataset = colors(n=4)
     dataset.labels[:] = -1
     assert rows_of(monkeypatch, {"": Constant()}, dataset, views, CPU, Ranked(3))[1][3] == [None] * 4
 
@@ -146,7 +146,7 @@ def test_command_tests_and_pictures_the_autoencoder_of_a_run(tiny_run, tmp_path,
     command(monkeypatch, "downstream.finetune", tiny_run, "--labels", "100", "--epochs", "1", "--save", file)
     opened = []
     autoencoder = lambda folder: opened.append(folder) or Constant()
-    method = SimpleNamespace(autoencoder=autoencoder, RECIPES={"imagenet": {"views": [dict(flip=0.0), dict(grey=1.0)]}})
+    method = SimpleNamespace(autoencoder=autoencoder, RECIPES={"imagenet": {"views": [dict(flip=0.0), dict(gray=1.0)]}})
     monkeypatch.setattr(reconstruct, "importlib", SimpleNamespace(import_module=lambda name: method))
     flags = ("--classifier", file, "--beside", beside)
     command(monkeypatch, "analysis.reconstruct", tiny_run, *flags)

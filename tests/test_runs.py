@@ -331,8 +331,8 @@ class PIRL(InstDisc):
         key = step, micro
         numbers = self.model.head_g.draw(self.world * self.n, data.generator(self.args.seed, "jigsaw", *key))
         parts = self.model.head_g.transform(xs[1], *(t.chunk(self.world)[self.rank] for t in numbers))
-        colours = data.generator(self.args.seed, "colours", *key, self.rank)
-        parts = data.augment(parts.flatten(0, 1), self.views[0], colours).unflatten(0, (self.n, 9))
+        colors = data.generator(self.args.seed, "colours", *key, self.rank)
+        parts = data.augment(parts.flatten(0, 1), self.views[0], colors).unflatten(0, (self.n, 9))
         return self.model(xs[:1], parts, index, self.negatives(step))
 
 

@@ -192,6 +192,6 @@ def test_recipes_are_those_of_the_codes_commands():
     for recipe, strength, blur in ((imagenet, 1.0, 0.5), (cifar, 0.5, 0.0)):
         for view in (data.view(recipe["size"], **v) for v in recipe["views"]):
             assert view["jitter"] == pytest.approx([0.8 * strength] * 3 + [0.2 * strength]) and view["jitter_p"] == 0.8
-            assert (view["grey"], view["blur"], view["scale"], view["interpolation"]) == (0.2, blur, (0.08, 1.0), "bicubic")
+            assert (view["gray"], view["blur"], view["scale"], view["interpolation"]) == (0.2, blur, (0.08, 1.0), "bicubic")
             x = torch.rand(2, 3, 4, 4)
             assert torch.equal(data.normalize(x, view["mean"], view["std"]), x)

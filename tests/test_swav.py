@@ -273,7 +273,7 @@ def test_accumulated_gradients_are_those_of_the_mean_but_for_the_codes(monkeypat
     check_accumulation(tiny_model, batch)
 
 
-# ============ the optimiser ============
+# ============ the optimizer ============
 
 
 def test_larc_equals_a_loop_and_leaves_the_gradient_where_a_norm_is_0():

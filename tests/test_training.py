@@ -122,7 +122,7 @@ def test_own_photographs_get_a_recipe_that_fits(method, tmp_path, no_work, capsy
 @pytest.mark.parametrize("task", ["exemplar", "jigsaw", "relative", "colorization"])
 def test_every_pretext_task_has_a_recipe_for_folders(task, tmp_path, no_work, capsys):
     write_images(tmp_path / "images", 48, size=100)
-    if task == "colorization":  # its prior of colours is counted on the images
+    if task == "colorization":  # its prior of colors is counted on the images
         importlib.import_module("pretext").parse_args(["--data", str(tmp_path / "images"), "--task", task])
     else:
         dry("pretext", "--data", tmp_path / "images", "--task", task, "--workers", 0)
