@@ -3,10 +3,10 @@
     python benchmarks/contrastive.py                               minutes on a CPU
     python benchmarks/contrastive.py --batch-size 32 --repeats 2   short
 
-Both sides train the same network, torchvision's ResNet-18, with heads 512-512-128, 512 prototypes, and SwAV's two large and
-six small crops. First as lightly's examples stand: with their stem, which is that for large images, and with the views made in
-the step, each side by its own code. Then with the stem for small images, on views that are made already. Last, memory
-and time of SimCLR's loss for large batches.
+Both sides train the same network, torchvision's ResNet-18, with heads 512-512-128, 512 prototypes, and SwAV's two large
+and six small crops. First as lightly's examples stand: with their stem, which is that for large images, and with the
+views made in the step, each side by its own code. Then with the stem for small images, on views that are made already.
+Last, memory and time of SimCLR's loss for large batches.
 """
 
 import argparse
@@ -74,7 +74,8 @@ class Ours:
 
 
 class Lightly(nn.Module):
-    """Models and steps of lightly's examples/pytorch/{simclr,moco,swav}.py, as they stand or with the stem for small images."""
+    """Models and steps of lightly's examples/pytorch/{simclr,moco,swav}.py, as they stand or with the stem for small
+    images."""
 
     def __init__(self, method, device, amp, small_stem):
         super().__init__()
@@ -135,7 +136,8 @@ def our_views(method, images, batch_size, device):
 
 
 def lightly_views(method, images, batch_size, device):
-    """The same by lightly's transforms, without blur as ours, of Pillow images, as torchvision's CIFAR10 hands them out."""
+    """The same by lightly's transforms, without blur as ours, of Pillow images, as torchvision's CIFAR10 hands them
+    out."""
     if method == "SimCLR":
         transform = transforms.SimCLRTransform(input_size=SIZE, gaussian_blur=0.0)
     elif method == "MoCo":

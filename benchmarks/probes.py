@@ -1,4 +1,5 @@
-"""Probes: k-NN against its bare products and against lightly's, the linear probe against a frozen-backbone loop, and memory.
+"""Probes: k-NN against its bare products and against lightly's, the linear probe against a frozen-backbone loop, and
+memory.
 
     python benchmarks/probes.py                                          about ten minutes on two CPU cores
     python benchmarks/probes.py --size 5000 --epochs 5 --repeats 2       short
@@ -39,7 +40,8 @@ def features(n, g, centers):
 
 
 def peak_bytes(f, device):
-    """The most that tensors take while `f` runs, on top of what they took before: by torch's own count of allocations."""
+    """The most that tensors take while `f` runs, on top of what they took before: by torch's own count of
+    allocations."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -52,7 +54,8 @@ def peak_bytes(f, device):
 
 
 def memory_benchmark(device, n, dim, classes=100):
-    """Peaks beside the features themselves, in sizes of these; one epoch of the linear probe, whose memory epochs leave alone."""
+    """Peaks beside the features themselves, in sizes of these; one epoch of the linear probe, whose memory epochs leave
+    alone."""
     g = data.generator("memory")
     x, y = torch.randn(n, dim, generator=g).to(device), torch.randint(classes, (n,), generator=g).to(device)
     settings = {"batch_size": max(256, n // 100), "epochs": 1}  # fewer steps: each leaves its notes in the profiler

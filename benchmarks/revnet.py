@@ -4,8 +4,8 @@ the plain graph of the same network and ResNet v2 of the same widening factor.
     python benchmarks/revnet.py                                             small, a minute on a CPU
     python benchmarks/revnet.py --size 224 --batch-size 64 --depth 50       on a GPU
 
-"kept" is what autograd holds between the two passes, each storage once, parameters aside: it grows with the batch. "peak"
-is all that a process needs at most for three passes of each kind, less what it held before the network.
+"kept" is what autograd holds between the two passes, each storage once, parameters aside: it grows with the batch.
+"peak" is all that a process needs at most for three passes of each kind, less what it held before the network.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/saliency.py [IMAGES]                            stages of saliency.py, and images/s
     python benchmarks/saliency.py IMAGES --peer FILE.py --repeats 3   the same images, in turns, in one run
 
-Without a folder the images are drawn. A peer is a Python file that defines rbd(path), the RBD map of an image file; both
-sides then read the files, one after the other there, in batches here.
+Without a folder the images are drawn. A peer is a Python file that defines rbd(path), the RBD map of an image file;
+both sides then read the files, one after the other there, in batches here.
 """
 
 import argparse

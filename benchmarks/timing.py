@@ -56,8 +56,9 @@ def interleaved(variants, device, repeats, seconds=0.0):
 
 
 def peak_memory(build, device, words):
-    """MB that three calls of the function that `build()` returns need at most, less what was held before. On a CPU, which
-    keeps freed memory, it is measured in a process of its own: `python WORDS`, which is to call `print_peak(build)`."""
+    """MB that three calls of the function that `build()` returns need at most, less what was held before. On a CPU,
+    which keeps freed memory, it is measured in a process of its own: `python WORDS`, which is to call
+    `print_peak(build)`."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated(device)

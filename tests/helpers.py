@@ -41,7 +41,8 @@ import data  # noqa: E402
 import sets  # noqa: E402
 import shapes  # noqa: E402
 
-# Small tensors gain nothing by a second thread, and on a machine that does something else, too, threads wait for each other.
+# Small tensors gain nothing by a second thread, and on a machine that does something else, too, threads wait for each
+# other.
 torch.set_num_threads(1)
 
 TINY = [
@@ -71,9 +72,9 @@ def start(*args, processes=1, **kwargs):
 
 
 # ============ the same, without the wait for imports ============
-# A command that `start` starts imports torch and torchvision for three to four seconds first. A server of multiprocessing
-# has them imported already and forks a process for each command. It is a process like any other, with signals, an exit
-# code and output of its own, and it reads the project's files anew: none of them is in the server.
+# A command that `start` starts imports torch and torchvision for three to four seconds first. A server of
+# multiprocessing has them imported already and forks a process for each command. It is a process like any other, with
+# signals, an exit code and output of its own, and it reads the project's files anew: none of them is in the server.
 
 SERVER = mp.get_context("forkserver")
 SERVER.set_forkserver_preload(["pytest", "torch", "torchvision", "torch.utils.tensorboard", "tqdm"])
@@ -98,8 +99,9 @@ def script(words, folder, env):
 
 
 class fork:
-    """`start` by the server; what it returns does what the tests ask of a Popen. With `processes`, each has the variables
-    that torchrun sets, but there is no torchrun: a signal goes to each, and one that fails does not end the others."""
+    """`start` by the server; what it returns does what the tests ask of a Popen. With `processes`, each has the
+    variables that torchrun sets, but there is no torchrun: a signal goes to each, and one that fails does not end the
+    others."""
 
     def __init__(self, *args, processes=1):
         self.folder = tempfile.TemporaryDirectory()
@@ -176,8 +178,8 @@ def in_process():
 
 
 def run(*args, code=0, processes=1):
-    """`python ARGS`, from start to end: checks the exit code and returns (stdout, stderr). In this process, which costs no start,
-    or in several forked ones."""
+    """`python ARGS`, from start to end: checks the exit code and returns (stdout, stderr). In this process, which costs
+    no start, or in several forked ones."""
     if processes > 1:
         forks = fork(*args, processes=processes)
         out, err = forks.communicate(timeout=300)
@@ -222,8 +224,9 @@ def equal(a, b):
 
 
 # ============ a batch in parts ============
-# `build()` gives the model, the same at every call; `batch(n)` what its forward takes for n images, as a tuple. Of that,
-# tensors with n rows (views, also in lists, or the images' places) are cut; all else (negatives, say) goes whole to every part.
+# `build()` gives the model, the same at every call; `batch(n)` what its forward takes for n images, as a tuple. Of
+# that, tensors with n rows (views, also in lists, or the images' places) are cut; all else (negatives, say) goes whole
+# to every part.
 
 
 def part(x, k, n):

@@ -31,7 +31,8 @@ import swav
 
 @pytest.fixture
 def undrawn(monkeypatch):
-    """Where only shapes count, networks are on the meta device, whose random numbers, though none are made, take long."""
+    """Where only shapes count, networks are on the meta device, whose random numbers, though none are made, take
+    long."""
     for name in ("normal_", "uniform_"):
         original = getattr(torch.Tensor, name)
         draw = lambda self, *args, original=original, **given: self if self.is_meta else original(self, *args, **given)
@@ -53,7 +54,9 @@ def test_deeper_resnets_are_torchvisions(name, undrawn):
         ours, theirs = backbones.build(name, 224), getattr(torchvision.models, name)()
         theirs.fc = torch.nn.Identity()
         theirs.load_state_dict(ours.state_dict())  # strict
-        assert [type(m) for m in ours.modules()][1:] == [type(m) for m in theirs.modules() if not hasattr(m, "output_size")][1:-1]
+        assert [type(m) for m in ours.modules()][1:] == [
+            type(m) for m in theirs.modules() if not hasattr(m, "output_size")
+        ][1:-1]
 
 
 @pytest.mark.parametrize("name", [n for n in backbones.PLAIN if "101" not in n and "152" not in n])
@@ -136,7 +139,11 @@ def count(net):
 
 def test_networks_of_distilling_localization_are_read_at_the_penultimate_layer(undrawn):
     with torch.device("meta"):
-        alexnet, vgg, x = backbones.build("alexnet_bn", 224), backbones.build("vgg16_bn", 224), torch.randn(1, 3, 224, 224)
+        alexnet, vgg, x = (
+            backbones.build("alexnet_bn", 224),
+            backbones.build("vgg16_bn", 224),
+            torch.randn(1, 3, 224, 224),
+        )
         theirs = torchvision.models.alexnet(), torchvision.models.vgg16_bn()
         vector, maps = alexnet(x), alexnet.stages(x)
     fc8 = 4097 * 1000
@@ -174,7 +181,16 @@ def tiny_vit(name, weights, image_size):
 def quick(script, tmp_path, monkeypatch, *flags):
     """A method's main in this process, two updates on sixteen images; returns the run folder."""
     monkeypatch.setattr(common, "catch_signals", list)
-    data = ["--data", str(write_images(tmp_path / "images", 32)), "--recipe", "shapes", "--workers", "0", "--limit", "16"]
+    data = [
+        "--data",
+        str(write_images(tmp_path / "images", 32)),
+        "--recipe",
+        "shapes",
+        "--workers",
+        "0",
+        "--limit",
+        "16",
+    ]
     script.main([*TINY, *data, "--batch-size", "8", "--epochs", "1", *flags, "--out", str(tmp_path / "run")])
     return tmp_path / "run"
 
@@ -194,13 +210,24 @@ def test_byol_and_every_depth_of_a_mobilenet(tmp_path, monkeypatch, capsys):
     start, found = backbones.build("mobilenet_v3_small", 32).state_dict(), runs.load(out / "backbone.pt")["state_dict"]
     assert list(found) == list(start) and not torch.equal(found["features.0.0.weight"], start["features.0.0.weight"])
     command(monkeypatch, "analysis.depth", out)
-    shapes = dict(line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith(("block", "pre_")))
-    assert shapes == {"block1": "16x16x16", "block2": "8x8x16", "block3": "4x4x24", "block4": "2x2x48", "block5": "1x1x576",
-                      "pre_logits": "576"}  # fmt: skip
+    shapes = dict(
+        line.split()[:2] for line in capsys.readouterr().out.splitlines() if line.startswith(("block", "pre_"))
+    )
+    assert shapes == {"block1": "16x16x16", "block2": "8x8x16", "block3": "4x4x24", "block4": "2x2x48",
+                      "block5": "1x1x576", "pre_logits": "576"}  # fmt: skip
 
 
 def test_sage_recovers_images_from_a_mobilenets_maps(tmp_path, monkeypatch):
-    arch = ["--arch", "mobilenet_v3_small", "--evaluator", "random:mobilenet_v3_small", "--width", "16", "--bottleneck", "16"]
+    arch = [
+        "--arch",
+        "mobilenet_v3_small",
+        "--evaluator",
+        "random:mobilenet_v3_small",
+        "--width",
+        "16",
+        "--bottleneck",
+        "16",
+    ]
     found = runs.load(quick(sage, tmp_path, monkeypatch, *arch, "--hidden", "16", "--probes") / "checkpoint.pt")
     assert found["step"] == 2 and found["model"]["bottleneck.weight"].shape == (16, 576, 1, 1)
 
@@ -246,9 +273,12 @@ def test_a_network_of_your_own_takes_two_lines(tmp_path, monkeypatch, capsys):
     text, first = Path(backbones.__file__).read_text(), "    n = parts(name)\n    kind"
     assert text.count(first) == 1
     copied = ModuleType("copied")
-    text = text.replace(first, f'''    if name == "mine":
+    text = text.replace(
+        first,
+        f"""    if name == "mine":
         return Mine()
-{first}''')
+{first}""",
+    )
     exec(compile(text, "backbones.py", "exec"), vars(copied))
     copied.Mine = Mine
     for module in (byol, checkpoints):
@@ -680,7 +710,8 @@ def test_gradients_in_single_precision(layout):
 
 
 def test_padding_comes_back_as_exact_zeros():
-    """At the first BatchNorm of a stage, whose bias starts at 0: with rounding in place of zeros its gradient is noise."""
+    """At the first BatchNorm of a stage, whose bias starts at 0: with rounding in place of zeros its gradient is
+    noise."""
     torch.manual_seed(0)
     net = backbones.build("revnet26_k1", 32)
     net(torch.randn(8, 3, 32, 32)).square().sum().backward()

@@ -23,7 +23,10 @@ SEEN = {"mean": data.HALF, "std": data.HALF, "size": 24, "interpolation": "bilin
 @pytest.mark.parametrize(("size", "patch", "cell"), [(24, 8, 8), (37, 8, 11), (36, 7, 12)])
 def test_patches_equal_a_loop(standardize, size, patch, cell):
     torch.manual_seed(0)
-    f, x = nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), torch.rand(2, 3, size, size)
+    f, x = (
+        nn.Sequential(nn.Conv2d(3, 5, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        torch.rand(2, 3, size, size),
+    )
     f.dim = 5
     border, inside = round((size - 3 * cell) / 2), (cell - patch) // 2
     expected = torch.zeros(2, 5)
@@ -68,7 +71,11 @@ def test_a_trunk_comes_from_what_a_checkpoint_says(refused):
     ("arch", "sees", "words"),
     [
         ("resnet18", {}, "RGB images, 32 px (bilinear), (x / 255 - mean) / std: mean (0.485, 0.456, 0.406)"),
-        ("resnet10_16", {"patch": 8, "cell": 11, "standardize": True}, "InputAdapter(net, patch=8, cell=11, standardize=True)"),
+        (
+            "resnet10_16",
+            {"patch": 8, "cell": 11, "standardize": True},
+            "InputAdapter(net, patch=8, cell=11, standardize=True)",
+        ),
         ("resnet10_16_ln", {"patch": 8, "stride": 4, "gray": True}, "InputAdapter(net, patch=8, stride=4, gray=True)"),
         ("resnet10_16", {"standardize": True}, "InputAdapter(net, standardize=True)"),
         ("resnet10_16", {"lightness": True}, "InputAdapter(net, lightness=True)"),

@@ -116,7 +116,9 @@ def test_each_network_sees_its_channels_only(split, monkeypatch):
 def test_luma_is_all_that_the_first_network_knows():
     net, x = backbones.build("resnet10_16_ydbdr", 16).eval(), 0.4 + 0.2 * images(3)
     to_rgb = torch.linalg.inv(backbones.to_ydbdr(torch.eye(3)).T)  # columns: what a step of Y, Db, Dr is in RGB
-    other_colors = x + torch.einsum("rc,bchw->brhw", to_rgb, F.pad(0.2 * images(3, seed=1)[:, 1:] - 0.1, (0, 0, 0, 0, 1, 0)))
+    other_colors = x + torch.einsum(
+        "rc,bchw->brhw", to_rgb, F.pad(0.2 * images(3, seed=1)[:, 1:] - 0.1, (0, 0, 0, 0, 1, 0))
+    )
     brighter = x + 0.1
     (luma, color), (luma_of_colors, colors), (bright, same) = (
         net(v).split(net.widths, 1) for v in (x, other_colors, brighter)
@@ -163,7 +165,12 @@ def plain(n, views=2, dim=16, temperature=0.2, contrast="nce", graph="full", mom
     return model
 
 
-PAIRS = {("core", 2): [(0, 1)], ("full", 2): [(0, 1)], ("core", 3): [(0, 1), (0, 2)], ("full", 3): [(0, 1), (0, 2), (1, 2)]}
+PAIRS = {
+    ("core", 2): [(0, 1)],
+    ("full", 2): [(0, 1)],
+    ("core", 3): [(0, 1), (0, 2)],
+    ("full", 3): [(0, 1), (0, 2), (1, 2)],
+}
 
 
 @pytest.mark.parametrize(("graph", "views"), PAIRS)

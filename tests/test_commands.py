@@ -80,7 +80,14 @@ def test_commands_are_found_and_a_flag_that_is_none_is_refused(monkeypatch, caps
         ("-m experiments.ablate", ["sage", "--dry-run"]), ("byol.py", ["--seed", "0", "--epochs", "3"]),
         ("moco.py", ["--lr", "3"]), ("swav.py", ["--amp"]),
     ]  # fmt: skip
-    for script in ("byol.py", "evaluate.py", "saliency.py", "data.py", "-m experiments.compare", "-m experiments.ablate"):
+    for script in (
+        "byol.py",
+        "evaluate.py",
+        "saliency.py",
+        "data.py",
+        "-m experiments.compare",
+        "-m experiments.ablate",
+    ):
         with pytest.raises(SystemExit):
             check(script, ["--no-such-flag"], monkeypatch)
     assert sum(len(list(commands(page.read_text()))) for page in PAGES) > 100

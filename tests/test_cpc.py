@@ -36,8 +36,8 @@ V = pytest.mark.parametrize("flags", [["--v", "1"], ["--v", "2"]], ids=["v1", "v
 
 @pytest.mark.parametrize(
     ("size", "v", "patch", "stride"),
-    [(256, 1, 64, 32), (96, 1, 24, 12), (64, 1, 16, 8), (32, 1, 8, 4), (260, 2, 80, 36), (96, 2, 36, 12), (64, 2, 24, 8),
-     (32, 2, 12, 4)],
+    [(256, 1, 64, 32), (96, 1, 24, 12), (64, 1, 16, 8), (32, 1, 8, 4), (260, 2, 80, 36), (96, 2, 36, 12),
+     (64, 2, 24, 8), (32, 2, 12, 4)],
 )  # fmt: skip
 def test_geometry(size, v, patch, stride):
     assert cpc.layout(size, v) == (patch, stride)
@@ -47,19 +47,25 @@ def test_geometry(size, v, patch, stride):
     assert args.skip * stride < patch <= (args.skip + 1) * stride  # without a common pixel, and no row is wasted
 
 
-@pytest.mark.parametrize(("size", "patch", "stride", "border"), [(32, 8, 4, 0), (32, 8, 6, 1), (96, 24, 12, 1), (64, 24, 8, 3)])
+@pytest.mark.parametrize(
+    ("size", "patch", "stride", "border"), [(32, 8, 4, 0), (32, 8, 6, 1), (96, 24, 12, 1), (64, 24, 8, 3)]
+)
 def test_patches_come_from_where_they_should(size, patch, stride, border):
     row, column = torch.meshgrid(2 * [torch.arange(float(size))], indexing="ij")
     x = torch.stack([torch.stack([row, column, torch.full_like(row, b)]) for b in range(3)])
     rows = cpc.rows_of(size, patch, stride)
     shift = torch.randint(2 * border + 1, (3, rows**2, 2), generator=torch.Generator().manual_seed(0))
-    patches = cpc.cut_grid(x, shift, patch, stride, border).view(3, rows, rows, 3, patch - 2 * border, patch - 2 * border)
+    patches = cpc.cut_grid(x, shift, patch, stride, border).view(
+        3, rows, rows, 3, patch - 2 * border, patch - 2 * border
+    )
     shift = shift.view(3, rows, rows, 2)
     for b in range(3):
         for i in range(rows):
             for j in range(rows):
                 top, left = i * stride + shift[b, i, j, 0], j * stride + shift[b, i, j, 1]
-                assert torch.equal(patches[b, i, j], x[b, :, top : top + patch - 2 * border, left : left + patch - 2 * border])
+                assert torch.equal(
+                    patches[b, i, j], x[b, :, top : top + patch - 2 * border, left : left + patch - 2 * border]
+                )
 
 
 def test_each_process_and_each_pass_draws_patches_of_its_own(monkeypatch):
@@ -69,7 +75,9 @@ def test_each_process_and_each_pass_draws_patches_of_its_own(monkeypatch):
     monkeypatch.setattr(common, "dist", group)
     assert torch.equal(model.patches(x, (0,)), alone) and not torch.equal(model.patches(x, (1,)), alone)
     rank = 1
-    assert not torch.equal(model.patches(x, (0,)), alone) and torch.equal(model.patches(x, (0,)), model.patches(x, (0,)))
+    assert not torch.equal(model.patches(x, (0,)), alone) and torch.equal(
+        model.patches(x, (0,)), model.patches(x, (0,))
+    )
 
 
 def test_borders_are_gray_in_training_and_windows_stay_within_their_patches():
@@ -92,9 +100,13 @@ def test_each_patch_is_changed_by_itself_in_training_only():
     colors = lambda key: model.patches(x, (key,)).mean((2, 3))
     assert len(colors(0).unique(dim=0)) == 6 * 25
     assert torch.equal(colors(0), colors(0)) and not torch.equal(colors(0), colors(1))
-    share = lambda p: (tiny("--patch-jitter", "0", "--patch-gray", p).patches(x, (0,)).std(1).amax((1, 2)) < 1e-5).float().mean()
+    share = lambda p: (
+        (tiny("--patch-jitter", "0", "--patch-gray", p).patches(x, (0,)).std(1).amax((1, 2)) < 1e-5).float().mean()
+    )
     assert share("1") == 1 and share("0") == 0 and 0.1 < share("0.25") < 0.4
-    assert torch.equal(model.eval().patches(x, (0,)), data.normalize(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [data.HALF]))
+    assert torch.equal(
+        model.eval().patches(x, (0,)), data.normalize(x[:1, :, :4, :4].repeat(150, 1, 1, 1), *2 * [data.HALF])
+    )
 
 
 # ============ the loss ============
@@ -102,7 +114,11 @@ def test_each_patch_is_changed_by_itself_in_training_only():
 
 def test_loss_equals_a_naive_loop_and_known_values():
     g = torch.Generator().manual_seed(0)
-    p, targets, labels = torch.randn(6, 5, generator=g), torch.randn(9, 5, generator=g), torch.tensor([0, 8, 3, 3, 1, 7])
+    p, targets, labels = (
+        torch.randn(6, 5, generator=g),
+        torch.randn(9, 5, generator=g),
+        torch.tensor([0, 8, 3, 3, 1, 7]),
+    )
     loss, right = cpc.info_nce_loss(p, targets, labels)
     naive, hits = 0.0, 0
     for a, own in zip(p, labels.tolist(), strict=True):
@@ -215,7 +231,8 @@ def test_no_pixel_of_a_target_reaches_its_prediction(context):
                 pixels = grad[0].abs().sum(0)
                 before, behind = {  # rows or columns of pixels that come before the target, and from it on
                     (1, 0): (pixels[:row], pixels[row:]), (-1, 0): (pixels[row + 4 :], pixels[: row + 4]),
-                    (0, 1): (pixels[:, :column], pixels[:, column:]), (0, -1): (pixels[:, column + 4 :], pixels[:, : column + 4]),
+                    (0, 1): (pixels[:, :column], pixels[:, column:]),
+                    (0, -1): (pixels[:, column + 4 :], pixels[:, : column + 4]),
                 }[down, right]  # fmt: skip
                 assert before.sum() > 0 and (leaks or behind.abs().max() == 0)
             assert (max(reached) > 0) == (leaks and p is found[2 * turn][0])  # of the nearest row only
@@ -244,7 +261,9 @@ def test_four_directions_are_four_tasks():
 # ============ the encoder ============
 
 
-@pytest.mark.parametrize("name", ["resnet10_16_ln", "resnet10_16_nobn_s4", "resnet14v2_k1_ln_s8", "resnet14v2_k1_minus_nobn_s8"])
+@pytest.mark.parametrize(
+    "name", ["resnet10_16_ln", "resnet10_16_nobn_s4", "resnet14v2_k1_ln_s8", "resnet14v2_k1_minus_nobn_s8"]
+)
 def test_features_of_a_patch_do_not_depend_on_the_others(name):
     torch.manual_seed(0)
     f, x = backbones.build(name, 8).train(), torch.randn(6, 3, 8, 8)
@@ -262,10 +281,13 @@ def test_features_of_a_patch_do_not_depend_on_the_others(name):
 
 
 def test_tiny_patches_have_gradients_in_bf16():
-    """Where a stride meets a map of one pixel, torch leaves the outer weights' gradients undefined on CPUs with bf16."""
+    """Where a stride meets a map of one pixel, torch leaves the outer weights' gradients undefined on CPUs with
+    bf16."""
     torch.manual_seed(0)
     f, x = backbones.build("resnet10_16_ln", 8), torch.randn(64, 3, 8, 8)
-    assert [c.stride for c in (f.conv1, f.layer2[0].conv1, f.layer3[0].conv1, f.layer4[0].conv1)] == [(2, 2)] * 3 + [(1, 1)]
+    assert [c.stride for c in (f.conv1, f.layer2[0].conv1, f.layer3[0].conv1, f.layer4[0].conv1)] == [(2, 2)] * 3 + [
+        (1, 1)
+    ]
     for _ in range(3):  # what is undefined is sometimes 0
         with torch.autocast("cpu", torch.bfloat16):
             f(x).float().square().mean().backward()
@@ -326,7 +348,9 @@ def test_an_accumulated_pass_has_only_its_own_candidates():
     t, terms = whole.target(z).flatten(0, 1), []
     half = (torch.arange(200) // 100)[None]  # of candidates
     for p, place in whole.predictions(z.transpose(1, 2).unflatten(2, (5, -1))):
-        logits = (0.1 * p.flatten(0, 1) @ t.T).masked_fill(half != half.T[::25].repeat_interleave(len(place), 0), -math.inf)
+        logits = (0.1 * p.flatten(0, 1) @ t.T).masked_fill(
+            half != half.T[::25].repeat_interleave(len(place), 0), -math.inf
+        )
         terms.append(F.cross_entropy(logits, (25 * torch.arange(8)[:, None] + place).flatten()))
     torch.stack(terms).mean().backward()
     for p, q in zip(parts.parameters(), whole.parameters(), strict=True):
@@ -342,7 +366,20 @@ def pictures(tmp_path_factory):
 
 
 def flags(v, folder, out, *more):
-    quick = ["--data", folder, "--recipe", "shapes", "--batch-size", 16, "--epochs", 2, "--log-every", 1, "--workers", 0]
+    quick = [
+        "--data",
+        folder,
+        "--recipe",
+        "shapes",
+        "--batch-size",
+        16,
+        "--epochs",
+        2,
+        "--log-every",
+        1,
+        "--workers",
+        0,
+    ]
     quick += ["--device", "cpu", "--no-amp", "--probes", "knn", "--clip", 0.5]
     return [str(word) for word in ["--version", v, *GRID, *quick, "--out", out, *more]]
 
@@ -358,7 +395,9 @@ def finished(pictures, tmp_path_factory):
 
 def test_a_run_writes_what_it_promises(finished):
     for out in finished.values():
-        assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= {p.name for p in out.iterdir()}
+        assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= {
+            p.name for p in out.iterdir()
+        }
         lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert "knn20" in lines[0] and {"loss", "bound", "right", "feature_std"} <= set(lines[1])
         assert lines[1]["bound"] == pytest.approx(math.log(16 * 25) - lines[1]["loss"], abs=1e-4)

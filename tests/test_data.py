@@ -229,6 +229,7 @@ def test_noise_is_another_for_each_step_rank_epoch_and_seed(tmp_path):
     colors, crops = data.view(12, jitter=(0.4,) * 4, jitter_p=1.0, **whole), data.view(12)
     memory = sets.Images("x", one.expand(16, -1, -1, -1).contiguous())
     for dataset, view in ((memory, colors), (sets.load(str(tmp_path)), colors), (memory, crops)):
+
         def first(seed=0, epoch=0, rank=0, step=0, dataset=dataset, view=view):
             return next(data.Loader(dataset, [view], 4, seed, rank, 2).epoch(epoch, step))[1][0]
 

@@ -137,7 +137,10 @@ def test_accuracy_counts_top_five():
     logits = torch.eye(6)[None].repeat(2, 1, 1)
     assert evaluate.accuracy(logits, torch.arange(6))[0].tolist() == [100.0, 100.0]
     ramp = torch.arange(6.0).repeat(6, 1)
-    for top1, top5 in (evaluate.accuracy(ramp, torch.arange(6)), evaluate.accuracy(-ramp, torch.arange(6), torch.neg, 4)):
+    for top1, top5 in (
+        evaluate.accuracy(ramp, torch.arange(6)),
+        evaluate.accuracy(-ramp, torch.arange(6), torch.neg, 4),
+    ):
         assert top1.item() == pytest.approx(100 / 6) and top5.item() == pytest.approx(500 / 6)
 
 
@@ -200,7 +203,9 @@ def test_the_hidden_layers_of_several_rates_do_not_mix():
     x, y = clusters(64, spread=0.8)
     together = evaluate.fit_mlp(x, y, 5, [0.0, 1e-3], 1, 16, 32, seed=3)
     (start,) = evaluate.fit_mlp(x, y, 5, [0.0], 1, 16, 32, seed=3)
-    assert torch.equal(together[0][0].weight, start[0].weight) and not torch.equal(together[1][0].weight, start[0].weight)
+    assert torch.equal(together[0][0].weight, start[0].weight) and not torch.equal(
+        together[1][0].weight, start[0].weight
+    )
     assert not together[1].training and isinstance(together[1][2], nn.Dropout) and together[1][2].p == 0.5
 
 
@@ -230,8 +235,8 @@ def test_two_processes_extract_what_one_does(monkeypatch):
         elif (source, tensor.dtype) in kept:
             tensor.copy_(kept[source, tensor.dtype])
 
-    group = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank, broadcast=broadcast,
-                            all_reduce=lambda *_: None, ReduceOp=SimpleNamespace(MIN=None))  # fmt: skip
+    group = SimpleNamespace(is_initialized=lambda: True, get_world_size=lambda: 2, get_rank=lambda: rank)
+    group.broadcast = broadcast
     monkeypatch.setattr(evaluate, "dist", group)
     monkeypatch.setattr(common, "dist", group)
     for rank in (1, 0):  # noqa: B007, `group` reads it
@@ -243,14 +248,17 @@ def test_two_processes_extract_what_one_does(monkeypatch):
 
 
 def test_no_probe_takes_a_copy_of_the_features(monkeypatch):
-    """Peaks by torch's own count of allocations, features included: 1.3 x at most, and of k-NN the parts that it says."""
+    """Peaks by torch's own count of allocations, features included: 1.3 x at most, and of k-NN the parts that it
+    says."""
     x, y = clusters(20_000, classes=10, d=256, spread=0.8)
     few = x[:500], y[:500]
     peak = lambda f: 1 + probes.peak_bytes(f, CPU) / x.nbytes
     assert peak(lambda: x + 1) == pytest.approx(2)  # the count itself
     assert peak(lambda: evaluate.linear_sgd(x, y, *few, epochs=1)) < 1.3
     monkeypatch.setattr(evaluate.nearest, "__defaults__", (*evaluate.nearest.__defaults__[:-1], 2000 * 256))
-    assert peak(lambda: evaluate.knn(x, y, *few)) < 1.6  # a tenth, normalized and as it comes; 500 x 2000 cosines are a fifth
+    assert (
+        peak(lambda: evaluate.knn(x, y, *few)) < 1.6
+    )  # a tenth, normalized and as it comes; 500 x 2000 cosines are a fifth
     images = sets.Images("numbers", torch.zeros(20_000, 3, 1, 1, dtype=torch.uint8), y)
     wide = nn.Sequential(nn.Flatten(), nn.Linear(3, 256))
     seen = SEEN | {"size": 1}
@@ -290,13 +298,21 @@ def test_command_probes_caches_and_writes_json(tiny_run, monkeypatch, capsys):
     votes = lambda out: [line for line in out.splitlines() if line.startswith(("weighted", "T 0.07", "majority"))]
     assert votes(first) == votes(second) and len(votes(first)) == 3
     (results,) = json.loads((tiny_run / "evaluate.json").read_text()).values()
-    assert {"knn", "linear", "lbfgs", "health"} <= set(results) and set(results["knn"]["1"]) == {"weighted", "majority", "T 0.07"}
+    assert {"knn", "linear", "lbfgs", "health"} <= set(results) and set(results["knn"]["1"]) == {
+        "weighted",
+        "majority",
+        "T 0.07",
+    }
 
 
 def test_cache_is_made_again_when_data_or_checkpoint_change_or_it_is_broken(tiny_run, monkeypatch):
     made, extract = [], evaluate.extract
     monkeypatch.setattr(evaluate, "extract", lambda *args, **kwargs: made.append(args[1]) or extract(*args, **kwargs))
-    extracted = lambda *flags: (made.clear(), command(monkeypatch, "evaluate", tiny_run, "--probe", "knn", *flags), len(made))[-1]
+    extracted = lambda *flags: (
+        made.clear(),
+        command(monkeypatch, "evaluate", tiny_run, "--probe", "knn", *flags),
+        len(made),
+    )[-1]
     caches = lambda: {f.name for f in tiny_run.glob("features-*")}
     assert extracted("--limit", 40) == 2
     names = caches()
@@ -317,7 +333,19 @@ def test_other_data_random_baseline_and_few_images(tiny_run, tmp_path, monkeypat
     folder = write_images(tmp_path / "others", 40)
     command(monkeypatch, "evaluate", tiny_run, "--data", folder)
     assert "36 training and 4 test images" in capsys.readouterr().out
-    command(monkeypatch, "evaluate", "random:resnet10_16", "--data", "shapes", "--size", 32, "--limit", 200, "--probe", "knn")
+    command(
+        monkeypatch,
+        "evaluate",
+        "random:resnet10_16",
+        "--data",
+        "shapes",
+        "--size",
+        32,
+        "--limit",
+        200,
+        "--probe",
+        "knn",
+    )
     assert "k=200" in capsys.readouterr().out
     flat = write_images(tmp_path / "flat", 8, classes=1)
     command(monkeypatch, "evaluate", tiny_run, "--data", flat)
@@ -429,7 +457,8 @@ def ending(tmp_path, dataset, probes, test=None):
     pairs = [(s.images.flatten(1).float(), s.labels if s.labels is not None else torch.full((len(s),), -1))
              for s in (dataset, test or dataset)]  # fmt: skip
     said, recorded = [], {}
-    log = SimpleNamespace(out=tmp_path, rank=0, say=said.append, record=lambda kind, step, **numbers: recorded.update(numbers),
+    log = SimpleNamespace(out=tmp_path, rank=0, say=said.append,
+                          record=lambda kind, step, **numbers: recorded.update(numbers),
                           writer=SimpleNamespace(add_embedding=lambda *_: None, close=lambda: None))  # fmt: skip
     args = SimpleNamespace(probes=probes, seed=0, amp=False, data="colors", epochs=7, out=tmp_path)
     result = evaluate.report(pairs, test or dataset, SMALL, args, log, "byol", 3)
@@ -439,7 +468,9 @@ def ending(tmp_path, dataset, probes, test=None):
 def test_the_last_point_of_a_knn_curve_is_of_the_same_protocol(tmp_path, monkeypatch):
     train, test, knn, calls = colors(240), colors(90, seed=1), evaluate.knn, []
     monkeypatch.setattr(evaluate, "knn", lambda *args, **kwargs: calls.append(len(args[0])) or knn(*args, **kwargs))
-    monitor = lambda: evaluate.monitor(nn.Flatten(), train, test, SMALL | {"mean": (0,) * 3, "std": (1 / 255,) * 3}, CPU)
+    monitor = lambda: evaluate.monitor(
+        nn.Flatten(), train, test, SMALL | {"mean": (0,) * 3, "std": (1 / 255,) * 3}, CPU
+    )
     names = ("knn20", "knn200", "feature_std", "effective_rank")
     for asked, most, computed in ((["knn"], 50_000, [240, 240]), ([], 50_000, [240]), (["knn"], 210, [240, 210])):
         monkeypatch.setattr(evaluate, "TRAIN_IMAGES", most)

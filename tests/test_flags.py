@@ -162,7 +162,8 @@ CASES = {
 
 @pytest.fixture
 def stops(tmp_path, capsys):
-    """`method.main(flags)` ends with one sentence, which has `words` (argparse: after its usage), and writes nothing."""
+    """`method.main(flags)` ends with one sentence, which has `words` (argparse: after its usage), and writes
+    nothing."""
 
     def check(method, words, *flags):
         out = [] if "--out" in flags else ["--out", tmp_path / "run"]

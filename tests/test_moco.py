@@ -53,7 +53,8 @@ def test_equal_logits_give_the_logarithm_of_k_plus_1():
 
 
 def test_the_first_loss_is_that_of_a_queue_of_random_vectors():
-    """A cosine of random unit vectors has variance 1 / D; q.k is that of the untrained networks, whose keys are alike."""
+    """A cosine of random unit vectors has variance 1 / D; q.k is that of the untrained networks, whose keys are
+    alike."""
     model = tiny_model(queue=4096, dim=128, temperature=0.2)
     loss, T = model(views(16)), 0.2
     expected = math.log1p(4096 * math.exp(1 / (2 * 128 * T**2) - model.figures["own_cosine"].item() / T))

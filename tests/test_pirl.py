@@ -113,7 +113,18 @@ def test_Z_is_that_of_the_first_pass_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "monitor", lambda *_: {})
     monkeypatch.setattr(evaluate, "final_probes", lambda *_: "done")
     monkeypatch.setattr(pirl.PIRL, "forward", lambda m, *a, **k: [forward(m, *a, **k), seen.append(m.Z.item())][0])
-    flags = ["--nce", "constant-z", "--accumulate", "2", "--epochs", "1", "--eval-every", "0", "--out", str(tmp_path / "run")]
+    flags = [
+        "--nce",
+        "constant-z",
+        "--accumulate",
+        "2",
+        "--epochs",
+        "1",
+        "--eval-every",
+        "0",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     pirl.main([*SMALL[1:], *flags])
     assert len(seen) == 6 and len({*seen}) == 1 and 48 / math.e < seen[0] < 480  # 0 if it were never set
     assert runs.load(tmp_path / "run" / "checkpoint.pt")["model"]["Z"] == seen[0]
@@ -183,7 +194,9 @@ def test_lambda_weighs_the_two_terms(lam):
 # ============ the transformations ============
 
 
-@pytest.mark.parametrize(("size", "cell", "patch"), [(224, 85, 64), (96, 36, 28), (64, 24, 18), (32, 12, 10), (31, 12, 10)])
+@pytest.mark.parametrize(
+    ("size", "cell", "patch"), [(224, 85, 64), (96, 36, 28), (64, 24, 18), (32, 12, 10), (31, 12, 10)]
+)
 def test_the_grid_keeps_the_proportions_of_the_code(size, cell, patch):
     assert pirl.puzzle_grid(size) == (cell, patch)
 
@@ -226,7 +239,9 @@ def test_patches_in_another_order_are_features_in_another_order():
     g = model.head_g(z.flatten(0, 1))
     by_hand = torch.cat([model.head_g.each(z[:, j]) for j in range(9)], 1)
     assert torch.allclose(g, model.head_g.joined(by_hand), atol=1e-5)
-    assert not torch.allclose(g, model.head_g(features(places, asis).flatten(0, 1)), atol=1e-3)  # the order matters to g
+    assert not torch.allclose(
+        g, model.head_g(features(places, asis).flatten(0, 1)), atol=1e-3
+    )  # the order matters to g
 
 
 def test_rotation_turns_each_image_by_its_own_number():

@@ -52,7 +52,8 @@ def batch(task, n, seed=0):
 
 
 @pytest.mark.parametrize(
-    ("size", "cell", "patch", "stride"), [(224, 85, 64, 8), (128, 42, 32, 8), (96, 32, 24, 4), (64, 21, 16, 4), (32, 10, 8, 4)]
+    ("size", "cell", "patch", "stride"),
+    [(224, 85, 64, 8), (128, 42, 32, 8), (96, 32, 24, 4), (64, 21, 16, 4), (32, 10, 8, 4)],
 )
 def test_patches_come_from_where_they_should(size, cell, patch, stride, monkeypatch):
     assert pretext.geometry(size) == (cell, patch, stride)
@@ -116,7 +117,9 @@ def test_permutations_have_the_published_statistics():
     p = pretext.permutations(100)
     assert torch.equal(p.sort(1).values, torch.arange(9).expand(100, 9)) and len({*map(tuple, p.tolist())}) == 100
     apart = (p[:, None] != p).sum(2)[~torch.eye(100, dtype=torch.bool)]
-    assert apart.float().mean().item() == pytest.approx(8.08, abs=0.005) and apart.min() == 2  # Noroozi and Favaro: 8.08
+    assert (
+        apart.float().mean().item() == pytest.approx(8.08, abs=0.005) and apart.min() == 2
+    )  # Noroozi and Favaro: 8.08
     assert torch.equal(pretext.permutations.__wrapped__(100), p)  # nothing random in it
 
 
@@ -236,7 +239,11 @@ def to_rgb(lab):
     fy = (lab[0] + 16) / 116
     xyz = [(t**3 if t**3 > 0.008856 else (t - 16 / 116) / 7.787) for t in (fy + lab[1] / 500, fy, fy - lab[2] / 200)]
     x, y, z = (v * w for v, w in zip(xyz, (0.95047, 1.0, 1.08883), strict=True))
-    linear = (3.2406 * x - 1.5372 * y - 0.4986 * z, -0.9689 * x + 1.8758 * y + 0.0415 * z, 0.0557 * x - 0.2040 * y + 1.0570 * z)
+    linear = (
+        3.2406 * x - 1.5372 * y - 0.4986 * z,
+        -0.9689 * x + 1.8758 * y + 0.0415 * z,
+        0.0557 * x - 0.2040 * y + 1.0570 * z,
+    )
     return [12.92 * v if v <= 0.0031308 else 1.055 * v ** (1 / 2.4) - 0.055 for v in linear]
 
 
@@ -304,7 +311,8 @@ def test_the_prior_counts_the_nearest_bins():
 
 
 def shifts(patches):
-    """How well red and blue agree at each displacement of up to 2 px, [N, 25]: what chromatic aberration leaves behind."""
+    """How well red and blue agree at each displacement of up to 2 px, [N, 25]: what chromatic aberration leaves
+    behind."""
     red, blue = patches[:, 0], F.pad(patches[:, 2], (2, 2, 2, 2))
     windows = blue.unfold(1, red.shape[1], 1).unfold(2, red.shape[2], 1)  # [N, 5, 5, p, p]
     return (windows * red[:, None, None]).mean((3, 4)).flatten(1)
@@ -314,7 +322,9 @@ def told_by_color(color, gray=True):
     """Top-1 (%) of a linear model that tells from channel shifts alone which of nine places a patch comes from."""
     n, g = 1500, torch.Generator().manual_seed(0)
     noise = torch.rand(n, 1, 30, 30, generator=g).expand(-1, 3, -1, -1)
-    wider = F.interpolate(noise[:, :1], scale_factor=1.15, mode="bilinear")[:, :, 2:32, 2:32]  # red, magnified by the lens
+    wider = F.interpolate(noise[:, :1], scale_factor=1.15, mode="bilinear")[
+        :, :, 2:32, 2:32
+    ]  # red, magnified by the lens
     x = torch.cat([wider, noise[:, 1:]], 1) * (0.5 + torch.rand(n, 3, 1, 1, generator=g))
     where, mix = pretext.draw_patches(n, 10, 8, color, g)
     features = shifts(pretext.cut(x, where, mix if gray else torch.full_like(mix, pretext.COLOR), 10, 8))
@@ -326,8 +336,8 @@ def told_by_color(color, gray=True):
 def test_channel_shifts_tell_nothing_after_the_counter_measures():
     chance, raw = 100 / 9, told_by_color("keep", gray=False)
     assert raw > 60
-    # The paper's are not enough: a third keeps its colors, and the mean of displaced channels is blurred the more, the farther
-    # they are apart. That is at its worst here, where the image is noise.
+    # The paper's are not enough: a third keeps its colors, and the mean of displaced channels is blurred the more, the
+    # farther they are apart. That is at its worst here, where the image is noise.
     assert told_by_color("keep") < raw - 25
     assert told_by_color("drop") == pytest.approx(chance, abs=1.5)
 
@@ -358,7 +368,9 @@ EVERY = (*TASKS, "exemplar-batch")
 
 
 def test_two_processes_equal_one(tmp_path):
-    check_two_processes(functools.partial(build_all, EVERY), functools.partial(batch_all, tasks=EVERY), tmp_path, atol=1e-5)
+    check_two_processes(
+        functools.partial(build_all, EVERY), functools.partial(batch_all, tasks=EVERY), tmp_path, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -368,11 +380,15 @@ def test_processes_share_out_the_numbers_of_one(task):
     parts = [pretext.draw_share(module, 4, rank, 2, "cpu", 3, "key") for rank in range(2)]
     for t, one, two in zip(whole, *parts, strict=True):
         assert torch.equal(t, torch.cat([one, two]) if len(t) == 8 else one) and (len(t) == 8 or torch.equal(one, two))
-    assert all(torch.equal(a, b) for a, b in zip(whole, pretext.draw_share(module, 8, 0, 1, "cpu", 3, "key"), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole, pretext.draw_share(module, 8, 0, 1, "cpu", 3, "key"), strict=True)
+    )
 
 
 FAMILIES = ["resnet14v1_k0.5", "resnet14v2_k0.5", "revnet14_k0.5", "vgg11_k0.5"]
-TRAINABLE = [pair for pair in itertools.product(TASKS, FAMILIES) if pair != ("colorization", "vgg11_k0.5")]  # that is refused
+TRAINABLE = [
+    pair for pair in itertools.product(TASKS, FAMILIES) if pair != ("colorization", "vgg11_k0.5")
+]  # that is refused
 
 
 @pytest.mark.parametrize(("task", "family"), TRAINABLE)
@@ -429,7 +445,9 @@ def finished(pictures, tmp_path_factory):
 @pytest.mark.parametrize("task", TASKS)
 def test_a_run_writes_what_it_promises(task, finished, pictures):
     out = finished[task]
-    assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= {p.name for p in out.iterdir()}
+    assert {"checkpoint.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "views.png"} <= {
+        p.name for p in out.iterdir()
+    }
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert {"knn20", "pretext_accuracy"} <= set(lines[0])
     assert {"loss", "accuracy"} <= set(lines[1])

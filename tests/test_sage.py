@@ -119,7 +119,8 @@ def test_a_frozen_evaluator_stays_in_eval_mode_and_one_that_is_not_does_not():
 
 
 def test_loss_equals_a_naive_one():
-    """Eq. 3 and 4 written out: every term a mean over all elements, summed over the two views, each with its own recovery."""
+    """Eq. 3 and 4 written out: every term a mean over all elements, summed over the two views, each with its own
+    recovery."""
     model, xs = tiny_model(), views(6)
     reference = copy.deepcopy(model)
     loss = model(xs)
@@ -198,9 +199,7 @@ def test_only_what_learns_gets_gradients_and_only_what_should_move_moves():
 def test_nothing_is_encoded_twice_and_originals_build_no_graph():
     model, seen = tiny_model(), []
     for name, net in (("f", model.f), ("target", model.target["f"]), ("h", model.h.net)):
-        net.conv1.register_forward_hook(
-            lambda _, x, y, name=name: seen.append((name, len(x[0]), y.requires_grad))
-        )
+        net.conv1.register_forward_hook(lambda _, x, y, name=name: seen.append((name, len(x[0]), y.requires_grad)))
     model(views(4))
     assert seen == [("f", 4, True)] * 2 + [("target", 4, False)] * 2 + [("h", 8, False), ("h", 8, True)]
 
@@ -268,13 +267,22 @@ def test_stage_1_is_trained_by_byol_when_there_is_none(unbroken):
     assert "stage 1" in printed and "byol shapes: knn" in printed
     assert printed.splitlines()[-1].startswith("sage shapes: knn ")
     trained = torch.load(evaluator / "backbone.pt", weights_only=True)
-    inside = {k.removeprefix("h.net."): v for k, v in runs.load(out / "checkpoint.pt")["model"].items() if "h.net." in k}
+    inside = {
+        k.removeprefix("h.net."): v for k, v in runs.load(out / "checkpoint.pt")["model"].items() if "h.net." in k
+    }
     assert trained["method"] == "byol" and equal(inside, trained["state_dict"])  # loaded, and still as it was
 
 
 def test_a_run_writes_what_it_promises(unbroken):
     out = unbroken[0]
-    files = {"checkpoint.pt", "checkpoint.prev.pt", "backbone.pt", "metrics.jsonl", "evaluate.json", "reconstructions.png"}
+    files = {
+        "checkpoint.pt",
+        "checkpoint.prev.pt",
+        "backbone.pt",
+        "metrics.jsonl",
+        "evaluate.json",
+        "reconstructions.png",
+    }
     assert files <= set(os.listdir(out))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [line for line in lines if "loss" in line]

@@ -1,4 +1,5 @@
-"""What all method scripts promise together: one structure, the same plumbing word for word, no script importing another."""
+"""What all method scripts promise together: one structure, the same plumbing word for word, no script importing
+another."""
 
 import argparse
 import ast
@@ -47,8 +48,8 @@ return common.STOPPED
 run.finish(
 """
 # Variables of main that are the method's; all others are set by the same words wherever they are.
-DIFFER = {"views", "preprocess", "model", "ddp", "f", "lr", "groups", "optimizer", "run", "lr_now", "loss", "start", "negatives",
-          "group['lr']"}  # fmt: skip
+DIFFER = {"views", "preprocess", "model", "ddp", "f", "lr", "groups", "optimizer", "run", "lr_now", "loss", "start",
+          "negatives", "group['lr']"}  # fmt: skip
 
 
 @pytest.mark.parametrize("method", METHODS)

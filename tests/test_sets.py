@@ -98,6 +98,7 @@ def test_shapes_are_deterministic_balanced_and_masked():
 
 def test_the_background_of_shapes_does_not_tell_the_class():
     """Mean color outside the mask, classified by 20-NN: chance is 10 %."""
+
     def background(n, seed):
         images, labels, masks = draw_shapes(n, seed=seed)
         outside = ~masks.bool()[:, None]

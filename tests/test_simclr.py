@@ -115,7 +115,10 @@ def test_projector_is_the_codes():
         linear = [m for m in g if isinstance(m, nn.Linear)]
         assert [tuple(m.weight.shape) for m in linear] == widths
         assert all(m.bias is None and m.weight.std().item() == pytest.approx(0.01, rel=0.02) for m in linear)
-        assert sum(isinstance(m, nn.BatchNorm1d) for m in g) == layers and sum(isinstance(m, nn.ReLU) for m in g) == layers - 1
+        assert (
+            sum(isinstance(m, nn.BatchNorm1d) for m in g) == layers
+            and sum(isinstance(m, nn.ReLU) for m in g) == layers - 1
+        )
         assert isinstance(g[-1], nn.BatchNorm1d) and not g[-1].bias.any() and not g[-1].bias.requires_grad
         assert all(m.bias.requires_grad for m in g[:-1] if isinstance(m, nn.BatchNorm1d))
 
@@ -149,7 +152,8 @@ def test_an_untrained_network_starts_at_chance():
 
 
 def seen_model():
-    """With running averages as after a batch, so that BatchNorm passes vectors of ordinary size on in eval mode, too."""
+    """With running averages as after a batch, so that BatchNorm passes vectors of ordinary size on in eval mode,
+    too."""
     model = tiny_model()
     with torch.no_grad():
         for _ in range(20):
@@ -188,10 +192,18 @@ def test_dry_run_prints_the_recipe_and_leaves_no_folder(tmp_path, capsys):
 def test_recipes_are_those_of_the_codes_commands():
     imagenet, cifar = simclr.RECIPES["imagenet"], simclr.RECIPES["cifar10"]
     assert imagenet["lr"] * imagenet["batch_size"] ** 0.5 == pytest.approx(4.8) == 0.3 * 4096 / 256
-    assert cifar["lr"] * cifar["batch_size"] / 256 == 2.0 and (imagenet["scaling"], cifar["scaling"]) == ("sqrt", "linear")
+    assert cifar["lr"] * cifar["batch_size"] / 256 == 2.0 and (imagenet["scaling"], cifar["scaling"]) == (
+        "sqrt",
+        "linear",
+    )
     for recipe, strength, blur in ((imagenet, 1.0, 0.5), (cifar, 0.5, 0.0)):
         for view in (data.view(recipe["size"], **v) for v in recipe["views"]):
             assert view["jitter"] == pytest.approx([0.8 * strength] * 3 + [0.2 * strength]) and view["jitter_p"] == 0.8
-            assert (view["gray"], view["blur"], view["scale"], view["interpolation"]) == (0.2, blur, (0.08, 1.0), "bicubic")
+            assert (view["gray"], view["blur"], view["scale"], view["interpolation"]) == (
+                0.2,
+                blur,
+                (0.08, 1.0),
+                "bicubic",
+            )
             x = torch.rand(2, 3, 4, 4)
             assert torch.equal(data.normalize(x, view["mean"], view["std"]), x)

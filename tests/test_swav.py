@@ -31,7 +31,8 @@ def cosines(*shape, seed=0):
 
 
 def exponentials(S, epsilon, iterations=3):
-    """The authors' form, in double: Q = exp(S^T / epsilon), rows to 1 / K, columns to 1 / B, at the end columns to 1."""
+    """The authors' form, in double: Q = exp(S^T / epsilon), rows to 1 / K, columns to 1 / B, at the end columns to
+    1."""
     Q = (S.double() / epsilon).exp().T
     K, B = Q.shape
     Q = Q / Q.sum()
@@ -54,7 +55,9 @@ def test_sinkhorn_equals_the_form_with_exponentials(b, K, epsilon):
 def test_sinkhorn_ends_with_even_shares_and_does_not_overflow():
     S = cosines(64, 10) + torch.arange(10) * 0.1  # prototypes of which some are nearer to all
     off = lambda q: (q.sum(0) - 6.4).abs().max()
-    assert off((S / 0.05).softmax(1)) > 10 and off(swav.sinkhorn(S, 0.05)) < 4 and off(swav.sinkhorn(S, 0.05, 50)) < 0.01
+    assert (
+        off((S / 0.05).softmax(1)) > 10 and off(swav.sinkhorn(S, 0.05)) < 4 and off(swav.sinkhorn(S, 0.05, 50)) < 0.01
+    )
     assert not (S / 0.001).exp().isfinite().all()
     for epsilon in (0.001, 1e-6):
         q = swav.sinkhorn(S, epsilon)
@@ -95,9 +98,13 @@ def test_loss_equals_naive_loops():
 def test_loss_has_known_values():
     hard = F.one_hot(torch.arange(6), 6).float()
     for V in (2, 5):
-        assert swav.swapped_prediction(torch.zeros(V, 6, 6), hard.expand(2, -1, -1), 0.1).item() == pytest.approx(math.log(6))
+        assert swav.swapped_prediction(torch.zeros(V, 6, 6), hard.expand(2, -1, -1), 0.1).item() == pytest.approx(
+            math.log(6)
+        )
         right, wrong = hard.expand(V, -1, -1), hard.roll(1, 1).expand(V, -1, -1)
-        assert swav.swapped_prediction(right, right[:2], 0.1).item() == pytest.approx(math.log(1 + 5 * math.exp(-10)), abs=1e-6)
+        assert swav.swapped_prediction(right, right[:2], 0.1).item() == pytest.approx(
+            math.log(1 + 5 * math.exp(-10)), abs=1e-6
+        )
         assert swav.swapped_prediction(right, wrong[:2], 0.1).item() == pytest.approx(10, abs=1e-3)
 
 
@@ -327,7 +334,17 @@ def test_shares_and_rounds_are_those_of_the_flags(tmp_path, monkeypatch):
     monkeypatch.setattr(common, "catch_signals", list)
     monkeypatch.setattr(data, "Loader", lambda *a: [views.extend(a[1]), loader(*a)][1])
     monkeypatch.setattr(swav, "sinkhorn", lambda S, *a: [rounds.append(a[1]), (_ for _ in ()).throw(Stop)][1])
-    flags = ["--min-scale", "0.3", "0.1", "--small-crops", "1", "--sinkhorn-iterations", "7", "--out", str(tmp_path / "run")]
+    flags = [
+        "--min-scale",
+        "0.3",
+        "0.1",
+        "--small-crops",
+        "1",
+        "--sinkhorn-iterations",
+        "7",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(Stop):
         swav.main([*SMALL[1:], *flags])
     assert [v["scale"] for v in views] == [(0.3, 1.0)] * 2 + [(0.1, 0.5)] and rounds == [7]
@@ -342,7 +359,18 @@ def test_show_has_views_of_both_sizes(tmp_path, capsys):
 
 # ============ whole runs ============
 
-QUEUED = ["--queue-length", "32", "--queue-epoch", "2", "--freeze-epochs", "1.3", "--prototypes", "20", "--eval-every", "0"]
+QUEUED = [
+    "--queue-length",
+    "32",
+    "--queue-epoch",
+    "2",
+    "--freeze-epochs",
+    "1.3",
+    "--prototypes",
+    "20",
+    "--eval-every",
+    "0",
+]
 
 
 def test_prototypes_rest_at_first_and_the_queue_waits_for_its_epoch_and_until_it_is_full(tmp_path, monkeypatch):
@@ -361,7 +389,20 @@ def test_prototypes_rest_at_first_and_the_queue_waits_for_its_epoch_and_until_it
     still = [torch.allclose(a, b, atol=1e-6) for a, b in itertools.pairwise(C)]
     assert still == [True] * 4 + [False] * 7  # 1.3 epochs: 4 updates
     calls.clear()
-    swav.main([*flags, *QUEUED, "--queue-length", "48", "--queue-epoch", "0", "--epochs", "2", "--out", str(tmp_path / "early")])
+    swav.main(
+        [
+            *flags,
+            *QUEUED,
+            "--queue-length",
+            "48",
+            "--queue-epoch",
+            "0",
+            "--epochs",
+            "2",
+            "--out",
+            str(tmp_path / "early"),
+        ]
+    )
     queued, full, _ = zip(*calls, strict=True)
     assert queued == full == (False,) * 3 + (True,) * 3  # 48 = 3 batches
 
