@@ -265,8 +265,8 @@ class Log:
                     f.write(json.dumps({"step": step, **numbers}) + "\n")
             except OSError as error:
                 fail(f"could not write {self.out / 'metrics.jsonl'} ({reason(error)}); the last checkpoint is intact")
-            for name, value in numbers.items():
-                self.writer.add_scalar(f"{kind}/{name}", value, step)
+            for name in numbers.keys() - {"epoch"}:
+                self.writer.add_scalar(f"{kind}/{name}", numbers[name], step)
 
     def image(self, name, picture, step=0):
         """A float [3, H, W] in [0, 1] for TensorBoard, and as OUT/NAME.png, which the next of that name replaces."""
