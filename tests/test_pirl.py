@@ -338,7 +338,7 @@ class Stop(Exception):
 def test_parts_have_colors_of_their_own_and_come_from_the_second_crop(transform, tmp_path, monkeypatch):
     views, seen = [], []
     augment, loader = data.augment, data.Loader
-    monkeypatch.setattr(data, "Loader", lambda *a: [views.append(a[1]), loader(*a)][1])
+    monkeypatch.setattr(data, "Loader", lambda *a: [views.append(a[1]), loader(*a, augment=data.augment)][1])
     monkeypatch.setattr(data, "augment", lambda x, view, *a: [seen.append((x.clone(), view)), augment(x, view, *a)][1])
     monkeypatch.setattr(pirl.PIRL, "forward", lambda *_, **__: (_ for _ in ()).throw(Stop))
     with pytest.raises(Stop):

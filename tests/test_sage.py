@@ -361,7 +361,7 @@ def test_an_evaluator_of_another_architecture_is_trained_beside_the_run(tmp_path
     ("change", "words"),
     [
         ({"method": "rotation"}, "was trained by rotation"),
-        ({"method": None}, "what it says of method"),
+        ({"method": None}, "was trained by None"),
         ({"preprocess": {**SIGNED, "size": 48, "interpolation": "bilinear"}}, "was trained at 48 px"),
         ({"arch": "resnet18"}, "does not fit the architecture"),
         ({"state_dict": {}}, "does not fit the architecture"),
