@@ -12,7 +12,6 @@ an exponential moving average of the online network and gets no gradient, and on
     target at start   -                           another random init         copy of the online network
     random crop       Inception crop, bicubic     one try, clipped: area .52  up to ten tries (torchvision): area .43
     resizing          -                           bicubic, no antialiasing    bicubic, antialiased; test images bilinear
-    brightness        -                           added, U(-.4, .4)           multiplied, U(.6, 1.4), as in torchvision
     initial weights   -                           truncated normal, fan-in    f: He, fan-out; heads: torch's default
     linear probe      80 epochs, crops and flips  the same                    un-augmented frozen features, 100 epochs
     small images      -                           imagenette at 128 px only   recipes below; 3x3 stem under 64 px
@@ -93,7 +92,8 @@ def parse_args(argv=None):
     p.add_argument("--predictor-lr", type=float, help="factor on the predictor's learning rate; 1 in the paper")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "hidden", "dim")
-    common.at_least(0, args, "tau", "predictor_lr")
+    common.at_least(0, args, "tau", most=1)
+    common.at_least(0, args, "predictor_lr")
     return args
 
 
@@ -179,7 +179,7 @@ def main(argv=None):
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, q {args.predictor_lr:g}x",
         f"{args.optimizer}: {optim.count(optimizer)}; tau {args.tau:g} -> 1; chance-level loss 4",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

@@ -285,7 +285,7 @@ def main(argv=None):
         f"tau {args.temperature:g}",
         f"views of {args.split}, {args.graph} graph: {len(model.directions)} directions; chance-level loss {start:.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

@@ -26,16 +26,21 @@ def fail(sentence):
 
 
 class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """--help with the script's docstring as it stands, and every default."""
+    """--help with the script's docstring as it stands, and the defaults that the texts do not name."""
+
+    def _get_help_string(self, action):
+        named = action.default is None or "default" in (action.help or "")
+        return action.help if named else super()._get_help_string(action)
 
 
 def at_least(least, args, *names, most=math.inf):
-    """Refuse flags (by their names in `args`) that are not in [least, most], or infinite."""
+    """Refuse flags (by their names in `args`; lists, too) outside [least, most], or infinite. None: not given."""
     for name in names:
-        value = getattr(args, name)
-        if not least <= value <= most or value == math.inf:
-            most = " and finite" if not math.isfinite(value) else f" and at most {most}" if most < math.inf else ""
-            fail(f"--{name.replace('_', '-')} {value}: it must be at least {least}{most}")
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if not least <= value <= most or value == math.inf:
+                most = " and finite" if not math.isfinite(value) else f" and at most {most}" if most < math.inf else ""
+                fail(f"--{name.replace('_', '-')} {value}: it must be at least {least}{most}")
 
 
 def keep_freed_memory():
@@ -193,7 +198,7 @@ def catch_signals():
 
 
 def end_at_signals():
-    """Where there is nothing to save (before and after training, in probes) a signal ends the process at once."""
+    """Where all is saved (before and after training, in probes) a signal ends the process at once."""
 
     def handler(number, frame):
         for other in SIGNALS:

@@ -33,7 +33,7 @@ def prepare(args, train, device, say):
     maps = open_maps(args, train, device).cpu()
     masks, cut, area, unusable = object_masks(maps, args.soft_masks)
     if unusable.all():
-        common.fail(f"--masks {args.masks}: no mask is neither empty nor full, so there is nothing to paste")
+        common.fail(f"--masks {args.masks}: every mask is nearly empty or full: nothing to paste")
     say(f"copy-paste {args.copy_paste:g} by {args.masks} on {args.background}: objects cover "
         f"{100 * area[~unusable].mean():.0f} % of their images; {int(unusable.sum())} of {len(masks)} masks are nearly "
         f"empty or full, their images are not pasted; {masks.numel() / 1e6:.0f} MB a rank")  # fmt: skip
@@ -94,12 +94,13 @@ def open_maps(args, train, device):
 
 
 def object_masks(maps, soft=False, chunk=1024):
-    """(masks uint8 [N, h, w], cut uint8 [N] or None, area [N], unusable bool [N]) of maps uint8 [N, h, w].
+    """(masks uint8 [N, h, w], cut uint8 [N] or None, area [N], unusable bool [N]) of saliency maps uint8 [N, h, w].
 
-    Hard: the masks are the maps, and the object is where a map reaches its cut: twice its mean, the usual threshold of
-    saliency maps, but at most half its maximum, as large objects would be lost. area: the object's share of the image.
-    Soft: the masks are the maps stretched to 0..255, without a cut. Unusable: an object of less than 5 % or more than
-    90 % of the image, or a constant map; such a mask covers the whole image, which the paste leaves as it is."""
+    The object is where a map is at least its cut: twice its mean, the usual threshold, but at most half its maximum, as
+    large objects would be lost. The masks are the maps as they are; `masks_at` compares them with the cut at the
+    image's size. soft: the maps stretched to 0..255, without a cut. area: the object's share of the image. unusable: an
+    object below 5 % or above 90 % of the image, or a constant map; its mask is the whole image, so nothing is pasted.
+    """
     masks, found = torch.empty_like(maps) if soft else maps, []
     for part, mask in zip(maps.split(chunk), masks.split(chunk), strict=True):
         m = part / 255

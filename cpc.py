@@ -125,7 +125,7 @@ def views_of(args):
 
 
 def parse_args(argv=None):
-    p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--v", "--version", type=int)
+    p, known = training.flags(METHOD, __doc__, RECIPES, argv, (("--v", "--version"), {"type": int}))
     p.add_argument("--clip", type=float, help="largest norm of the gradient (0: no clipping)")
     # CPC
     # --version: under torchrun --v is ambiguous, as it also abbreviates torchrun's own flags
@@ -383,7 +383,7 @@ def main(argv=None):
         f"logits of {predictions * candidates * 4 / 1e6:.1f} MB",
         f"chance-level loss ln(N) = {math.log(candidates):.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

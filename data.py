@@ -170,7 +170,7 @@ def blur(x, sigma, size):
     """Gaussian blur, sigma [B] in pixels, kernel of `size` pixels, reflected at the border (as torchvision's)."""
     (b, c, h, w), half = x.shape, size // 2
     kernel = torch.exp(-0.5 * (torch.arange(-half, half + 1, device=x.device) / sigma[:, None]) ** 2)  # [B, size]
-    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # [B * 3, size]
+    kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(c, 0)  # [B * C, size]
     x = F.pad(x.reshape(1, b * c, h, w), (half, half, half, half), mode="reflect")
     x = F.conv2d(x, kernel[:, None, None, :], groups=b * c)
     return F.conv2d(x, kernel[:, None, :, None], groups=b * c).view(b, c, h, w)
@@ -181,7 +181,7 @@ def solarize(x):
 
 
 def normalize(x, mean=MEAN, std=STD):
-    mean, std = (torch.tensor(t).to(x.device, non_blocking=True).view(3, 1, 1) for t in (mean, std))
+    mean, std = (torch.tensor(t).to(x.device, non_blocking=True).view(-1, 1, 1) for t in (mean, std))
     return (x - mean).div_(std)
 
 
@@ -346,7 +346,7 @@ class Plain(Dataset):
         self.files, self.size, self.interpolation = files, size, interpolation
 
     def __getitem__(self, index):
-        said, black = {}, torch.zeros(3, self.size, self.size, dtype=torch.uint8)
+        said, black = {}, torch.zeros(self.files.channels, self.size, self.size, dtype=torch.uint8)
         image, label = read(self.files, index, said) or (black, -1)
         return label, [fit(image, self.size, self.interpolation)], said
 
@@ -378,7 +378,7 @@ def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=N
 
 def pixels(x, view):
     """Images [B, 3, H, W] of a view with the normalization undone: in [0, 1]."""
-    mean, std = (torch.tensor(view[k], device=x.device).view(3, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(view[k], device=x.device).view(-1, 1, 1) for k in ("mean", "std"))
     return x.float() * std + mean
 
 

@@ -208,9 +208,9 @@ def held_out(n, seed):
 
 @torch.no_grad()
 def fit_linear(x, y, classes, epochs=100, batch_size=256, lrs=LRS, decays=DECAYS, seed=0):
-    """A softmax regression: the grid is trained on nine tenths of the training features, and the pair that is best on
-    the last tenth then on all of them (in BYOL it is not). Features are divided by their mean norm, so that one grid
-    fits every method.
+    """A softmax regression. All pairs of the grid are trained on nine tenths of the training features; the one that is
+    best on the last tenth is trained again on all (BYOL's authors do not train again). Features are divided by their
+    mean norm, so that one grid fits every method.
 
     Returns the mean norm, w [1, C, d], b [1, C, 1] and {"lr", "weight_decay", "grid": {pair: held-out top-1}}.
     """
@@ -503,14 +503,6 @@ def label_flags(p, default):
     p.add_argument("--label-list", help="instead: a file that names the labelled images, one a line (folders only)")
 
 
-def within(least, most, args, *names):
-    """`common.at_least` for flags that may be lists, or not given (None)."""
-    for name in names:
-        given = getattr(args, name)
-        for value in given if isinstance(given, list) else [] if given is None else [given]:
-            common.at_least(least, argparse.Namespace(**{name: value}), name, most=most)
-
-
 class Subject:
     """What a command works on, from the flags of `flags`: `backbone` on its `device`, its `preprocess`, `about` (what
     the file says about it), `path` (that file; None for random:ARCH), and `sets`, {"train", "test"}, of the data
@@ -519,8 +511,8 @@ class Subject:
     def __init__(self, args):
         if int(os.environ.get("WORLD_SIZE", 1)) > 1:
             common.fail("this command runs in one process: start it with python, not torchrun")
-        within(0, math.inf, args, "limit", "workers")
-        within(*checkpoints.SIZES, argparse.Namespace(size=args.size or None), "size")
+        common.at_least(0, args, "limit", "workers")
+        common.at_least(checkpoints.SIZES[0] if args.size else 0, args, "size", most=checkpoints.SIZES[1])
         self.device, self.workers = common.setup(args.device)[2], args.workers
         self.amp = common.bf16_is_fast(self.device) if args.amp is None else args.amp
         opened = checkpoints.open_backbone(args.checkpoint, args.arch, args.size, args.seed)
@@ -547,7 +539,7 @@ class Subject:
     def label_shares(self, args, what, default=()):
         """{name: places of the labelled training images} for --labels (or the `default`, per cent) or --label-list."""
         labels = sets.labels_of(self.sets["train"])
-        within(1e-6, 100, args, "labels")
+        common.at_least(1e-6, args, "labels", most=100)
         if args.labels and args.label_list:
             common.fail("--labels and --label-list exclude each other")
         if args.label_list:

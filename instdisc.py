@@ -252,10 +252,10 @@ def probe_bank(model, train, y, test, preprocess, device, workers, amp, recomput
     embed = lambda images: evaluate.extract(net, images, preprocess, device, workers=workers, amp=amp)
     queries, query_labels = evaluate.with_labels(*embed(evaluate.first(test, 10_000)))
     if (y >= 0).any() and len(queries):
-        banks = {"bank_knn200": model.bank} | ({"embedding_knn200": embed(train)[0]} if recompute else {})
+        banks = {"bank": model.bank} | ({"embedding": embed(train)[0]} if recompute else {})
         for name, bank in banks.items():
             found = evaluate.knn(*evaluate.with_labels(bank, y), queries, query_labels, (200,), model.temperature)
-            numbers[name] = next(iter(found.values()))[0]
+            numbers |= {f"{name}_knn{k}": weighted for k, (weighted, _, *_) in found.items()}
     return numbers
 
 
@@ -312,7 +312,7 @@ def main(argv=None):
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights on every rank
     bank_labels = sets.labels_of(train).clone()
-    labels = bank_labels.clone() if args.loss == "supervised" else None
+    labels = bank_labels if args.loss == "supervised" else None
     if labels is not None and (labels < 0).any():
         common.fail(f"--loss supervised: {train.name} has images without labels")
     if labelled is not train:  # the unlabeled images that train also has may be the probes' test set
@@ -347,7 +347,7 @@ def main(argv=None):
         *bank,
         f"chance-level loss {start:.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
     if args.copy_paste:  # the same loader, with masks
         masked, augment = prepare(args, train, device, run.say)

@@ -107,7 +107,7 @@ def views_of(args):
 
 
 def parse_args(argv=None):
-    p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--v", "--version", type=int)
+    p, known = training.flags(METHOD, __doc__, RECIPES, argv, (("--v", "--version"), {"type": int}))
     p.add_argument("--schedule", choices=("steps", "cosine"), help="steps: x 0.1 after 60 %% and 80 %% of the epochs")
     # MoCo
     p.add_argument("--v", "--version", type=int, choices=(1, 2), help="of the paper; sets the other defaults")
@@ -298,7 +298,7 @@ def main(argv=None):
         f"tau {args.temperature:g}; {layers} in g; {bn}",
         f"chance-level loss ln(K + 1){' x 2' if args.symmetric else ''} = {chance:.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

@@ -359,7 +359,7 @@ def main(argv=None):
         f"bank {n} x {args.dim}, {size:.1f} MB a rank; {args.nce} at tau {args.temperature:g}",
         f"{args.negatives} negatives; lambda {args.lam:g}; chance-level loss {start:.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

@@ -120,7 +120,7 @@ def recipe_of_task(name, task):
 def parse_args(argv=None):
     # The objects of `shapes` have random rotation and color, so these cannot be predicted.
     dataset = lambda known: "shapes-natural" if known.task in ("rotation", "colorization") else "shapes"
-    p, known = training.flags(METHOD, __doc__, RECIPES, argv, "--task", default="rotation", dataset=dataset)
+    p, known = training.flags(METHOD, __doc__, RECIPES, argv, (("--task",), {"default": "rotation"}), dataset)
     p.add_argument("--drop-at", type=float, nargs="*", help="shares of the run, lr / 10 after each (none: cosine)")
     # pretext tasks
     p.add_argument("--task", choices=TASKS, help="pretext task")
@@ -597,7 +597,7 @@ def main(argv=None):
         f"{args.optimizer}: {optim.count(optimizer)}",
         f"chance-level loss {loss:.2f}, accuracy {accuracy:.3g} %",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     def accuracies():

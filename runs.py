@@ -5,8 +5,8 @@
     metrics.jsonl        one JSON object per log line and probe; the same numbers as TensorBoard events beside it
     run.lock             held by the process that trains
 
-All files of torch.save hold tensors and plain values only and load with weights_only=True. A run never touches files
-that it did not write: checkpoint.pt is the first one, and only --fresh deletes, by exact name, what runs write.
+All files of torch.save hold tensors and plain values only and load with weights_only=True. A run replaces only files of
+its own; only --fresh deletes, by their names (`OWN`), and nothing else in the folder.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from common import any_rank, fail, rank, world_size
 
-# What a run and its evaluation write (not checkpoint.new.pt: see `save`), and in the last line TensorBoard's projector.
+# What a run and its evaluation write; the last line is TensorBoard's projector.
 OWN = re.compile(
     r"(checkpoint(\.prev)?\.pt|backbone\.pt|features-backbone-.+-(train|test)-[0-9a-f]{16}\.pt|metrics\.jsonl|"
     r"evaluate\.json|(views|reconstructions|neighbors|gradients|swap)\.png|schedule\.csv|"
@@ -81,7 +81,7 @@ def write_picture(path, picture):
 
 def save(out, content):
     """OUT/checkpoint.pt; the one before it stays as OUT/checkpoint.prev.pt. Rank 0 only."""
-    new, last = Path(out, "checkpoint.new.pt"), Path(out, "checkpoint.pt")
+    new, last = Path(out, "checkpoint.new.pt"), Path(out, "checkpoint.pt")  # new is not in OWN: see `clear`
     write(new, content)
     if last.exists():
         os.replace(last, Path(out, "checkpoint.prev.pt"))
@@ -159,12 +159,12 @@ def lock(out):
 
 
 def clear(out, fresh):
-    """Before a run begins: `fresh` deletes what an older one wrote; otherwise such files are refused."""
+    """Before a run begins: `fresh` deletes what an older one wrote; otherwise such files are refused (but for
+    checkpoint.new.pt, all that a run leaves which is killed in its first save)."""
     found = [path.relative_to(out) for depth in ("*", "*/*", "*/*/*") for path in Path(out).glob(depth)]
     own = [path for path in found if OWN.fullmatch(path.as_posix())]
     if own and not fresh:
-        names = ", ".join(map(str, own))
-        fail(f"{out} holds {names} but no checkpoint: choose another --out, or --fresh to delete them")
+        fail(f"{out} holds {', '.join(map(str, own))} but no checkpoint: another --out, or --fresh to delete them")
     for path in reversed(own):  # what is in a folder before the folder
         try:
             Path(out, path).rmdir() if Path(out, path).is_dir() else Path(out, path).unlink()

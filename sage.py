@@ -130,10 +130,9 @@ def parse_args(argv=None):
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
     p.add_argument("--classifier", help="marks recovered images that it recognizes (from downstream.finetune --save)")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
-    common.at_least(1, args, "hidden", "dim", "bottleneck", "width")
-    if args.evaluator_epochs is not None:
-        common.at_least(1, args, "evaluator_epochs")
-    common.at_least(0, args, "tau", "predictor_lr", "decoder_lr", *(f"weight_{term}" for term in TERMS))
+    common.at_least(1, args, "hidden", "dim", "bottleneck", "width", "evaluator_epochs")
+    common.at_least(0, args, "tau", most=1)
+    common.at_least(0, args, "predictor_lr", "decoder_lr", *(f"weight_{term}" for term in TERMS))
     return args
 
 
@@ -455,7 +454,7 @@ def main(argv=None):
         f"evaluator {description}; weights {', '.join(f'{k} {w:g}' for k, w in weights.items())}",
         "chance-level L_D 4",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     def picture():

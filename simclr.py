@@ -193,7 +193,7 @@ def main(argv=None):
         f"{2 * B - 2} negatives per view, B = {B}; tau {args.temperature:g}",
         f"chance-level loss ln(2B - 1) = {math.log(2 * B - 1):.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

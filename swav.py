@@ -87,6 +87,9 @@ RECIPES = {
         ],
     ),
 }  # fmt: skip
+# A folder of photographs, for a laptop or one GPU: hyper-parameters of `shapes`, the paper's views.
+LARGE, SMALL = RECIPES["imagenet"]["views"][:2], [RECIPES["imagenet"]["views"][2] | {"size": 48}] * 2
+RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=LARGE + SMALL, lr=3.2e-2, small_size=48)
 
 
 def parse_args(argv=None):
@@ -119,8 +122,8 @@ def parse_args(argv=None):
 
 
 def multi_crop(views, number, size, least=None):
-    """The two large views of a recipe and `number` small ones of `size` px (sec. 3.2): the recipe's, or crops from 5 %
-    up to the minimum area of a large view, as in the code. `least`: overrides the minimum areas (large, small)."""
+    """The large views of a recipe and `number` small ones of `size` px (sec. 3.2): as its small view or, without one,
+    from 5 % up to the minimum area of a large view, as in the code. `least`: other minimum areas (large, small)."""
     small = views[2] if len(views) > 2 else {**views[0], "scale": (0.05, views[0]["scale"][0])}
     views = views[:2] + [{**small, "size": size}] * number
     lows = [*least[:1] * 2, *least[1:] * number] if least else [view["scale"][0] for view in views]
@@ -212,7 +215,7 @@ class SwAV(nn.Module):
 
 
 class LARC(optim.LARS):
-    """LARS as the authors use it (NVIDIA's apex, LARC.py, clip=False):  q = eta |w| / (|g| + lambda |w|);
+    """LARS as the authors use it (NVIDIA's apex, LARC.py, clip=False):  q = eta |w| / (|g| + lambda |w| + 1e-8);
     v <- mu v + q (g + lambda w);  w <- w - lr v. It adapts and decays all tensors, also biases and BatchNorm; where |w|
     or |g| is 0, v <- mu v + g."""
 
@@ -232,9 +235,6 @@ class LARC(optim.LARS):
             torch._foreach_add_(w, v, alpha=-group["lr"])
 
 
-# A folder of photographs, for a laptop or one GPU: hyper-parameters of `shapes`, the paper's views.
-LARGE, SMALL = RECIPES["imagenet"]["views"][:2], [RECIPES["imagenet"]["views"][2] | {"size": 48}] * 2
-RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=LARGE + SMALL, lr=3.2e-2, small_size=48)
 OPTIMIZERS = optim.OPTIMIZERS | {"lars": LARC}
 
 
@@ -262,8 +262,8 @@ def main(argv=None):
 
     # ============ model ============
     torch.manual_seed(args.seed)  # the same initial weights on every rank
-    f, a = backbones.build(args.arch, args.size), args
-    model = SwAV(f, a.prototypes, a.hidden, a.dim, a.temperature, a.epsilon, a.queue_length, a.sinkhorn_iterations)
+    f, codes = backbones.build(args.arch, args.size), (args.epsilon, args.queue_length, args.sinkhorn_iterations)
+    model = SwAV(f, args.prototypes, args.hidden, args.dim, args.temperature, *codes)
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
@@ -296,7 +296,7 @@ def main(argv=None):
         f"{queue}, used from step {queue_from}" if args.queue_length else "no queue",
         f"chance-level loss ln {args.prototypes} = {uniform:.2f}, of random vectors {random:.2f}",
     )
-    if run.resume():
+    if not run.begin():
         return
 
     # ============ training ============

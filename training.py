@@ -19,18 +19,18 @@ import runs
 import sets
 
 # Settings that may differ when a run goes on.
-SAME_RESULT = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes", "study",
-               "classifier", "changed_data", "given", "why")  # fmt: skip
+MAY_DIFFER = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes",
+              "classifier", "changed_data", "given", "why")  # fmt: skip
 
 
-def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **how):
+def flags(method, doc, recipes, argv, early=None, dataset=lambda known: "shapes"):
     """(a parser with the flags of every method, the parsed flags that decide defaults of others: --data, --recipe and
-    `early`, another flag with the keywords `how` for argparse). `dataset(known)`: the default of --data."""
+    `early`, another flag as (its names, its keywords)). `dataset(known)`: the default of --data."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--data")
     first.add_argument("--recipe", choices=recipes)
     if early:
-        first.add_argument(*early, **how)
+        first.add_argument(*early[0], **early[1])
     known = first.parse_known_args(argv)[0]
     known.data = known.data or dataset(known)
     known.recipe = known.recipe or sets.recipe_for(known.data, recipes)
@@ -55,7 +55,7 @@ def flags(method, doc, recipes, argv, *early, dataset=lambda known: "shapes", **
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 autocast (default: where it is fast)")
     p.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="torch.compile the networks")
     p.add_argument("--log-every", type=int, default=10, help="steps between log lines; each waits for the device")
-    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: only at the end)")
+    p.add_argument("--eval-every", type=int, help="epochs between k-NN probes (0: at start and end alone)")
     p.add_argument("--probes", nargs="*", default=["knn", "linear"], choices=evaluate.PROBES, help="probes at the end")
     # optimization
     p.add_argument("--arch", help=f"backbone f: {', '.join(backbones.NAMES)}")
@@ -177,26 +177,27 @@ class Run:
         self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
         self.say("\n".join(lines))
 
-    def resume(self):
-        """Load what is in --out. True if nothing is left to do: a finished run, or --dry-run. Collective."""
+    def begin(self):
+        """Load what is in --out. False if nothing is left to do: a finished run, or --dry-run. Collective."""
         a, train = self.args, self.loader.data
         if a.dry_run:
-            return True
-        self.settings = {k: v for k, v in vars(a).items() if k not in SAME_RESULT} | {"views": self.views}
+            return False
+        self.settings = {k: v for k, v in vars(a).items() if k not in MAY_DIFFER} | {"views": self.views}
         self.settings |= {"images": len(train), "contents": train.contents()}
         self.step, result = runs.resume(a.out, self.method, self.settings, self.states, a.fresh, a.changed_data)
         if result:
             self.say(f"{a.out} is finished; --fresh starts over\n{result}")
-            return True
+            return False
         if self.step:
             self.say(f"{a.out}: going on from step {self.step} of {self.total}")
-        return False
+        return True
 
     def is_training(self):
-        """Whether updates are left to be made and no signal has stopped the run. Collective."""
+        """Whether updates are left to be made and no signal has stopped the run. The first call opens the log and saves
+        the random init of a new run: from then on the folder is this run's. Collective."""
         if self.log is None:
             if self.step == 0:
-                self.save()  # the first file in the folder, which is this run's from now on
+                self.save()
             a, text = self.args, f"{self.command}\n\n{self.settings}"
             self.log = runs.Log(a.out, self.method, self.step, self.total, a.batch_size, text)
         if self.stopped:
@@ -218,7 +219,9 @@ class Run:
         """Log k-NN and health of the backbone (and k-NN of `head` on top of it) with the method's own numbers `more`.
         Collective."""
         a, epoch = self.args, self.step // self.steps
+        common.end_at_signals()  # the epoch is saved
         numbers = evaluate.monitor(self.backbone, *self.probed, a.workers, a.amp, head) | more
+        self.caught = common.catch_signals()
         self.log.record("eval", self.step, epoch=epoch, **numbers)
         self.log.say(f"epoch {epoch:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
@@ -267,6 +270,5 @@ class Run:
         if self.rank == 0 and more:
             evaluate.write_json(self.log.out, self.args.data, more)
         self.save(result and result + note)
-        file = self.log.out / "backbone.pt"
-        lines = backbones.loading_lines(self.arch, self.built_for, file, self.preprocess)
+        lines = backbones.loading_lines(self.arch, self.built_for, self.log.out / "backbone.pt", self.preprocess)
         self.say(f"load the backbone anywhere:\n{lines}\n{result}{note}")

@@ -5,8 +5,6 @@
 RUN/evaluate.json has the accuracy after every epoch.
 """
 
-import math
-
 import torch
 from tqdm import tqdm
 
@@ -43,7 +41,7 @@ def main():
     p = evaluate.flags(__doc__)
     p.add_argument("--decay-at", type=int, nargs="+", default=[30, 120, 480], help="epochs until the first decay")
     args = p.parse_args()
-    evaluate.within(1, math.inf, args, "decay_at")
+    common.at_least(1, args, "decay_at")
     s = evaluate.Subject(args)
     s.need_labels("schedule")
     (x, y), (test_x, test_y) = (evaluate.with_labels(*pair) for pair in s.features())

@@ -126,9 +126,9 @@ def main():
     p.add_argument("--weight-decay", type=float, default=0.0, help="on all weights")
     p.add_argument("--save", help="write the last fine-tuned network here, for the --classifier of other commands")
     args = p.parse_args()
-    evaluate.within(1, math.inf, args, "epochs")
-    evaluate.within(2, math.inf, args, "batch_size")
-    evaluate.within(0, 1e6, args, "trunk_lr", "head_lr", "weight_decay")
+    common.at_least(1, args, "epochs")
+    common.at_least(2, args, "batch_size")
+    common.at_least(0, args, "trunk_lr", "head_lr", "weight_decay", most=1e6)
     if args.protocol and (args.trunk_lr or args.head_lr or args.weight_decay):
         common.fail(f"--protocol {args.protocol} has its own --trunk-lr, --head-lr and --weight-decay")
     if args.save and not Path(args.save).parent.is_dir():

@@ -210,7 +210,7 @@ def training(own, args, columns, folder, flags, seed):
     """The run of one row with one seed, a Job."""
     path = own.out / f"seed{seed}" / folder
     words = [*own.flags, *flags, "--seed", seed, "--out", path]
-    measured = lambda: jobs.lookup(jobs.read_metrics(path, args.data), columns)
+    measured = lambda: jobs.lookup(jobs.read_results(path, args.data), columns)
     return jobs.Job(path, own.method, words, measured, own.processes, args.fresh)
 
 
@@ -229,13 +229,13 @@ def probing(own, args, probes, classifier, paths):
     """The probes that the runs in `paths` end without. The perceptual test of the first also draws what all recover."""
     drawn = [path for path in paths if path.parent == paths[0].parent and path.name not in NO_DECODER]
     for path, probe in itertools.product(paths, probes):
-        words, made = ["--probe", probe], args.probes if own.dry_run else jobs.read_metrics(path, args.data)
+        words, made = ["--probe", probe], args.probes if own.dry_run else jobs.read_results(path, args.data)
         if probe == "perceptual":
             words = ["--classifier", classifier, "--recipe", args.recipe]
             if drawn[:1] == [path]:
                 words += ["--out", own.out, *["--beside", *drawn[1:]] * bool(drawn[1:])]
         words += [*evaluation_flags(args), "--seed", path.parent.name.removeprefix("seed")]
-        measured = lambda path=path, probe=probe: jobs.read_metrics(path, args.data).get(probe)
+        measured = lambda path=path, probe=probe: jobs.read_results(path, args.data).get(probe)
         if (probe in PROBED_BY or probe not in made) and not (probe == "perceptual" and path.name in NO_DECODER):
             yield jobs.Job(Path(f"{path}-{probe}"), PROBED_BY.get(probe, "evaluate"), [path, *words], measured)
 
@@ -313,7 +313,7 @@ def main(argv=None):
         report(own, args, table, tables[table], columns, trained)
     print("\nFirst the paper's numbers, then ours. Compare the order of the rows, not their values.")
     print(NOTES[own.method])
-    found = (jobs.read_metrics(job.path, args.data).get("perceptual") for job in every)
+    found = (jobs.read_results(job.path, args.data).get("perceptual") for job in every)
     if images := next(filter(None, found), None):
         print(f"of the images themselves: top-1 {images['originals_top1']:.1f}, top-5 {images['originals_top5']:.1f}")
         print(f"recoveries: {own.out}/reconstructions.png")

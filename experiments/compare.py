@@ -79,9 +79,9 @@ def training(own, dataset, method, seed):
 
 def measured(path, dataset):
     """The columns of the run in `path`, {} before its end."""
-    found = jobs.lookup(jobs.read_metrics(path, dataset), ACCURACIES)
+    found = jobs.lookup(jobs.read_results(path, dataset), ACCURACIES)
     if found:
-        log = [line for line in jobs.read_log(path) if "loss" in line]
+        log = [line for line in jobs.read_metrics(path) if "loss" in line]
         about, seconds = runs.load(path / "backbone.pt"), jobs.record(path).get("seconds")
         f = backbones.build(about["arch"], about.get("built_for", about["preprocess"]["size"]))
         found |= {"random init": jobs.initial_knn(path), "minutes": seconds and seconds / 60}

@@ -113,7 +113,7 @@ class Job:
     def end(self, code, stopping):
         """Its process has ended: update the record. Returns a message if the whole experiment fails with it."""
         known, failure = {} if self.fresh else record(self.path), None
-        if "command" not in known:  # else it had finished before, and its script said so
+        if "command" not in known:  # a finished run only repeats its result
             known["seconds"] = round(known.get("seconds", 0) + time.monotonic() - self.began, 1)
         known.pop("refused", None)
         printed = Path(f"{self.path}.log").read_text(errors="replace").rpartition(f"{self.shown}\n")[2]
@@ -137,8 +137,8 @@ class Job:
 def launch(jobs, at_once=1):
     """Start the jobs, `at_once` at a time, and wait for them.
 
-    A signal is passed on to all that run and ends this program once they have ended, with exit code 85; so does one
-    that stopped a single run. A run that fails stops the others in the same way, and its exit code is this program's.
+    A signal, to this program or to one of its runs, stops all runs; then the program exits with 85. A run that fails
+    stops the others in the same way, and its exit code is this program's.
     """
     waiting, running, exit_code, began = list(jobs), {}, 0, time.monotonic()  # running: {job: process}
 
@@ -181,8 +181,8 @@ def launch(jobs, at_once=1):
 
 
 def run(jobs, own):
-    """Run the jobs that are not finished, own.jobs at a time; with --dry-run print their commands. Of several with one
-    path the first counts. What a job needs of others must be there."""
+    """Run the jobs that are not finished, own.jobs at a time; with --dry-run print their commands. Jobs with the
+    same path are run once. Jobs that need results of others go into a later call."""
     unique = {}
     for job in jobs:
         unique.setdefault(job.path, job)
@@ -208,7 +208,7 @@ def read_json(file):
     return json.loads(file.read_text()) if file.exists() else {}
 
 
-def read_log(folder):
+def read_metrics(folder):
     """The lines of a run's log, each a dict."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
@@ -217,7 +217,7 @@ def record(path):
     return read_json(Path(f"{path}.json"))  # not with_suffix: names may have a point
 
 
-def read_metrics(folder, data_name):
+def read_results(folder, data_name):
     return read_json(folder / "evaluate.json").get(data_name, {})
 
 
@@ -229,7 +229,7 @@ def lookup(metrics, columns):
 
 def initial_knn(folder):
     """20-NN of the random init, with which every run begins its log."""
-    return next((line.get("knn20") for line in read_log(folder) if line["step"] == 0), None)
+    return next((line.get("knn20") for line in read_metrics(folder) if line["step"] == 0), None)
 
 
 def mean_std(values, digits=1):

@@ -127,7 +127,7 @@ def read_cells(out):
             row |= {"seed": int(path.parent.name.removeprefix("seed")), "refused": record.get("refused")}
             if found := measured(path):
                 row |= {**found, "random_knn20": jobs.initial_knn(path)}
-                row |= {"epochs": max(line.get("epoch", 0) for line in jobs.read_log(path))}
+                row |= {"epochs": max(line.get("epoch", 0) for line in jobs.read_metrics(path))}
                 row |= {name: record.get(name) for name in ("seconds", "command")}
             rows.append(row)
     return sorted(rows, key=lambda r: (TASKS.index(r["task"]), family_order(r["family"]), r["width"], r["seed"]))

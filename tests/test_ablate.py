@@ -256,7 +256,7 @@ def test_a_signal_reaches_the_run_and_the_same_command_goes_on(toy, capfd):
 
 
 def test_a_run_that_was_stopped_by_others_is_no_row(toy, capfd, monkeypatch):
-    monkeypatch.setattr(jobs, "read_metrics", lambda folder, name: {})
+    monkeypatch.setattr(jobs, "read_results", lambda folder, name: {})
     with pytest.raises(SystemExit) as stopped:
         ablate.main(["toy", "--out", str(toy)])
     assert stopped.value.code == 1 and "has not come to its end" in capfd.readouterr().err
