@@ -410,6 +410,7 @@ def main(argv=None):
 
     # ============ model ============
     evaluator, description = open_evaluator(args, source) if uses_evaluator else (None, "none")
+    description = "stage 1's BYOL run" if args.dry_run and uses_evaluator and not args.evaluator else description
     if classifier:
         reconstruct.check_classifier(classifier, test)
     torch.manual_seed(args.seed)  # the same initial weights on every rank

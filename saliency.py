@@ -516,7 +516,7 @@ def main(argv=None):
     p.add_argument("--split", choices=("pretrain", "train", "test"), default="pretrain", help="which images of the set")
     p.add_argument("--size", type=int, default=64, help="px, height and width of a mask, whatever the image's")
     p.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    p.add_argument("--workers", type=int, default=4, help="loader workers")
+    p.add_argument("--workers", type=int, default=min(4, common.cores()), help="loader workers")
     p.add_argument("--limit", type=int, default=0, help="N images, the same as a training script's --limit N (0: all)")
     p.add_argument("--seed", type=int, default=0, help="which ones --limit takes")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")

@@ -87,8 +87,7 @@ def parse(p, method, recipe, argv):
     words = sys.argv[1:] if argv is None else argv  # what is given on the command line
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
     if "workers" not in args.given:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
-        args.workers = min(args.workers, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+        args.workers = min(args.workers, max(1, common.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args.why = "as asked for" if "recipe" in args.given else "by --data"
     if args.recipe == "folder" and (images := sets.count(args.data)):
         size_folder(args, min(images, args.limit or images))
@@ -271,4 +270,4 @@ class Run:
             evaluate.write_json(self.log.out, self.args.data, more)
         self.save(result and result + note)
         lines = backbones.loading_lines(self.arch, self.built_for, self.log.out / "backbone.pt", self.preprocess)
-        self.say(f"load the backbone anywhere:\n{lines}\n{result}{note}")
+        self.say(f"load the backbone:\n{lines}\n{result}{note}")

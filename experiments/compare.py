@@ -1,7 +1,6 @@
-"""Every method of the project at one small, equal budget: accuracy and cost. One table per data set, in the order of
-the report's table 1.
+"""Every method of the project at one small, equal budget: accuracy and cost, one table per data set.
 
-    python -m experiments.compare                                     `shapes` and CIFAR-10, into results/methods.md
+    python -m experiments.compare                                     `shapes` and CIFAR-10, into OUT/methods.md
     python -m experiments.compare --data shapes --methods byol simclr --seeds 0 1 2     a part of it, mean and spread
     python -m experiments.compare --data cifar10 --epochs 100 --limit 0 --jobs 4    other flags go to every run
     python -m experiments.compare --show                              the tables of what is there; runs nothing
@@ -20,7 +19,7 @@ import common
 import runs
 from experiments import jobs, study
 
-# Name: script, its flags, how the table calls it, linear top-1 on ImageNet (ResNet-50) in the report's table 1.
+# Name: script, its flags, how the table calls it, published linear top-1 on ImageNet (ResNet-50), in rising order.
 METHODS = {
     "supervised": ("instdisc", ["--loss", "supervised"], "with labels", 76.5),
     "pirl": ("pirl", [], "PIRL", 63.6),
@@ -30,7 +29,7 @@ METHODS = {
     "moco2": ("moco", ["--version", 2], "MoCo v2", 71.1),
     "byol": ("byol", [], "BYOL", 74.3),
     "swav": ("swav", [], "SwAV", 75.3),
-    # Those that the report's table does not have.
+    # Without a published figure of ResNet-50 under that protocol here.
     "instdisc": ("instdisc", [], "InstDisc", None),
     "dilo": ("instdisc", ["--copy-paste", 0.5], "DiLo", None),
     "sage": ("sage", [], "SaGe (evaluator: BYOL above)", None),
@@ -45,7 +44,7 @@ NOTES = """\
 20-NN (weighted, T 0.1) and linear: top-1 of the frozen backbone on the test images; random init: 20-NN of the network
 before its first step. Minutes: all of the run, probes included. MB: the most that rank 0 held at a time, program
 included (on a GPU: tensors there). Images/s: median while training. Parameters: of the backbone, in millions. Several
-seeds: mean ± standard deviation. Report: linear top-1 of ResNet-50 on ImageNet in the report's table 1, after far
+seeds: mean ± standard deviation. Published: linear top-1 of ResNet-50 on ImageNet, after far
 longer training (CMC's 66.2 is of two whole ResNet-50s, 47.0 M). A short, equal budget favors what learns fast."""
 
 
@@ -55,7 +54,7 @@ def parse_args(argv):
     p.add_argument("--methods", nargs="+", default=list(METHODS), help="rows of the table")
     p.add_argument("--data", nargs="+", default=["shapes", "cifar10"], help="a table for each")
     p.add_argument("--out", default="runs/compare", help="folder of all runs")
-    p.add_argument("--table", default="results/methods.md", help="the file to write")
+    p.add_argument("--table", help="the file to write (default: OUT/methods.md)")
     own, flags = jobs.parse(p, argv)
     jobs.check_names("--methods", own.methods, METHODS)
     for flag in {"--task", "--v", "--version", "--fresh"} & own.given:
@@ -93,10 +92,10 @@ def measured(path, dataset):
 
 def row(method, seeds):
     """The row of a method from its runs."""
-    *_, title, report = METHODS[method]
+    *_, title, published = METHODS[method]
     found = [numbers for run in seeds if (numbers := run.measured())]
     cells = [jobs.mean_std([numbers[name] for numbers in found], digits) for name, digits in DIGITS.items()]
-    return [title, len(found) or "-", *cells, report or "-"]
+    return [title, len(found) or "-", *cells, published or "-"]
 
 
 def page(own, grid):
@@ -104,7 +103,7 @@ def page(own, grid):
     text = ["# The methods side by side", "", __doc__.split("\n\n", 1)[0], ""]
     for dataset, methods in grid.items():
         rows = [row(method, seeds) for method, seeds in methods.items()]
-        text += [f"## {dataset}", "", *jobs.table([["method", "seeds", *DIGITS, "report"], *rows]), ""]
+        text += [f"## {dataset}", "", *jobs.table([["method", "seeds", *DIGITS, "published"], *rows]), ""]
         every = [run for seeds in methods.values() for run in seeds]
         text += [f"    {jobs.record(run.path).get('command') or f'{run.typed}   (not run)'}" for run in every] + [""]
     return "\n".join([*text, f"Seeds: {' '.join(map(str, own.seeds))}. {NOTES}", ""])
@@ -118,9 +117,10 @@ def main(argv=None):
         jobs.run([run for run in every if run.path.name != "sage"], own)
         jobs.run([run for run in every if run.path.name == "sage"], own)  # its evaluator is BYOL's run
     if not own.dry_run:
-        Path(own.table).parent.mkdir(parents=True, exist_ok=True)
-        runs.write_text(own.table, text := page(own, grid))
-        print(f"{text}\n{own.table}")
+        table = Path(own.table or Path(own.out, "methods.md"))
+        table.parent.mkdir(parents=True, exist_ok=True)
+        runs.write_text(table, text := page(own, grid))
+        print(f"{text}\n{table}")
 
 
 if __name__ == "__main__":

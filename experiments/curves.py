@@ -47,8 +47,10 @@ def curve(run):
 
 def draw(panels):
     """A matplotlib Figure of panels {title: {name of a curve: run}}."""
-    from matplotlib.figure import Figure
-
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        common.fail("figures need matplotlib: pip install -r requirements-dev.txt")
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     places = figure.subplots(1, len(panels), sharey=True, width_ratios=(2.4, 1)[: len(panels)], squeeze=False)[0]
     for panel, (data, methods) in zip(places, panels.items(), strict=True):

@@ -192,8 +192,7 @@ def run(jobs, own):
         return
     print(f"{len(unique)} runs, {len(unique) - len(todo)} of them finished", flush=True)
     if own.jobs > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // (own.jobs * own.processes)))
+        os.environ["OMP_NUM_THREADS"] = str(max(1, common.cores() // (own.jobs * own.processes)))
         print(f"{own.jobs} runs at a time, {os.environ['OMP_NUM_THREADS']} CPU threads each", flush=True)
     launch(todo, own.jobs)
     refused = [record(path).get("refused") for path in unique]
