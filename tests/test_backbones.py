@@ -287,7 +287,7 @@ def test_a_network_of_your_own_takes_two_lines(tmp_path, monkeypatch, capsys):
     out = quick(byol, tmp_path, monkeypatch, "--arch", "mine", "--hidden", "16")
     printed = capsys.readouterr().out
     assert "mine, 0.00 M parameters, 8-d, 3x3 stem\n" in printed
-    lines = printed.split("load the backbone anywhere:\n")[1].splitlines()[:2]
+    lines = printed.split("load the backbone:\n")[1].splitlines()[:2]
     exec("\n".join(lines), scope := {})
     found = runs.load(out / "checkpoint.pt")
     assert found["step"] == 2 and torch.equal(scope["net"].layer.weight, found["model"]["f.layer.weight"])
