@@ -9,6 +9,7 @@ import math
 
 import torch
 from torch import Tensor
+from torchvision.ops import masks_to_boxes
 
 CLASSES = ("disc", "square", "triangle", "star", "cross", "ring", "heart", "crescent", "flower", "pill")
 TURN = 2 * math.pi
@@ -116,3 +117,39 @@ def draw_shapes(n: int, size: int = 32, seed: int = 0, hard: bool = False, natur
             masks[part[i]] = (distance < 0).byte()
         images[part] = (canvas * 255).round().clamp(0, 255).to(torch.uint8)
     return images, labels, masks
+
+
+def draw_scenes(n: int, size: int = 64, seed: int = 0, most: int = 3, hard: bool = False):
+    """The first `n` scenes of the endless list `seed`: one to `most` objects of `draw_shapes` (32 px, cut out by their
+    masks) on one soft background, later ones in front. For detection and segmentation.
+
+    Returns images uint8 [N, 3, H, W], a list of N dicts of what is visible, {"boxes" [k, 4] (x1, y1, x2, y2 in px,
+    x2 and y2 exclusive), "labels" int64 [k] (0 to 9), "masks" bool [k, H, W]}, and the semantic map uint8 [N, H, W]
+    (0: background, class + 1). An object of which less than a quarter is visible is in the map alone.
+    """
+    rows = torch.rand(n, 1 + 2 * most + 12, generator=torch.Generator().manual_seed(seed + 2**32))
+    objects, labels, cutouts = draw_shapes(most * n, 32, seed, hard)
+    count, (px, py) = (rows[:, 0] * most).long() + 1, (rows[:, 1 : 1 + 2 * most] * (size - 31)).long().split(most, 1)
+    u = iter(rows[:, 1 + 2 * most :].unbind(1))
+    ground = color(6 * next(u), 0.2 + 0.3 * next(u), 0.45 + 0.2 * next(u))
+    other = (ground + 0.8 * torch.stack([next(u) for _ in range(3)], 1)[..., None, None] - 0.4).clamp(0, 1)
+    grid, turn = (torch.arange(size) + 0.5) / size * 2 - 1, TURN * next(u)[:, None, None]
+    slope = (turn.cos() * grid[None, None] + turn.sin() * grid[None, :, None])[:, None]
+    images = ((ground + (other - ground) * (0.5 + 0.35 * slope).clamp(0, 1)) * 255).round().to(torch.uint8)
+    semantic, masks = torch.zeros(n, size, size, dtype=torch.uint8), torch.zeros(n, most, size, size, dtype=torch.bool)
+    scene, whole = torch.arange(n)[:, None, None], torch.zeros(n, most)
+    for j in range(most):
+        y, x = torch.arange(size) - py[:, j, None], torch.arange(size) - px[:, j, None]  # in the object's own pixels
+        place = scene * most + j, y.clamp(0, 31)[:, :, None], x.clamp(0, 31)[:, None]
+        inside = ((y >= 0) & (y < 32))[:, :, None] & ((x >= 0) & (x < 32))[:, None] & (j < count)[:, None, None]
+        mask = (cutouts[place] > 0) & inside  # [N, H, W]
+        images = torch.where(mask[:, None], objects.movedim(1, -1)[place].movedim(-1, 1), images)
+        semantic[mask] = (labels[j::most, None, None].expand(n, size, size)[mask] + 1).byte()
+        masks[:, :j] &= ~mask[:, None]
+        masks[:, j], whole[:, j] = mask, mask.sum((1, 2)).float()
+    seen, targets = masks.sum((2, 3)) > whole / 4, []
+    for i in range(n):
+        found = masks[i, seen[i]]
+        boxes = masks_to_boxes(found) + torch.tensor([0, 0, 1, 1])
+        targets.append({"boxes": boxes, "labels": labels[i * most : (i + 1) * most][seen[i]], "masks": found})
+    return images, targets, semantic
