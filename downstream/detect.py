@@ -50,14 +50,12 @@ SIZE, TRAIN_SEED, TEST_SEED, TEST_SCENES = 64, 10, 11, 300  # px; lists of draw_
 def parse_args(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help, allow_abbrev=False)
     p.add_argument("checkpoint", help="a run folder, its backbone.pt, or random:ARCH; a ResNet")
-    p.add_argument(
-        "--frozen", action="store_true", help="conv1 to layer3 are not trained, and their BatchNorm is fixed"
-    )
+    p.add_argument("--frozen", action="store_true", help="do not train conv1 to layer3")
     p.add_argument("--hard", action="store_true", help="scenes whose objects come from shapes-hard")
     p.add_argument("--limit", type=int, default=500, help="scenes to train on")
-    p.add_argument("--updates", type=int, default=250)
+    p.add_argument("--updates", type=int, default=250, help="the schedule stretches with it")
     p.add_argument("--batch-size", type=int, default=16, help="scenes per update, over all ranks")
-    p.add_argument("--lr", type=float, default=0.02)
+    p.add_argument("--lr", type=float, default=0.02, help="of SGD with momentum 0.9; warm-up over an eighth")
     p.add_argument("--seed", type=int, default=0, help="of the new layers, order, flips and sampling of RoIs")
     p.add_argument("--out", help="run folder (default: runs/detect-NAME)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
@@ -222,10 +220,8 @@ def main(argv=None):
     if step == 0:
         save()
     log = runs.Log(args.out, "detect", step, args.updates, args.batch_size, f"{settings}")
-    trained = "layer4 and heads are trained" if args.frozen else "all is trained"
-    log.say(
-        f"{args.checkpoint} on {len(images)} {name}, {args.updates} updates of {args.batch_size}; {trained} trained"
-    )
+    trained = "layer4 and heads" if args.frozen else "all layers"
+    log.say(f"{args.checkpoint} on {name}: {trained}, {args.updates} updates of {args.batch_size}")
     log.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {len(test_images)} test scenes")
 
     # ============ training ============
