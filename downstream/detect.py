@@ -83,7 +83,7 @@ def build(net, preprocess, classes):
         rpn_pre_nms_top_n_test=128, rpn_post_nms_top_n_test=64,
         rpn_batch_size_per_image=32, box_batch_size_per_image=32, box_roi_pool=MultiScaleRoIAlign(["0"], 8, 2),
         box_head=head, box_predictor=FastRCNNPredictor(net.channels, classes + 1),
-        image_mean=preprocess["mean"], image_std=preprocess["std"], _skip_resize=True,
+        image_mean=preprocess["mean"], image_std=preprocess["std"], min_size=SIZE, max_size=SIZE,
     )  # fmt: skip
 
 

@@ -54,6 +54,14 @@ def test_frozen_parts_do_not_move(tmp_path):
     assert not torch.equal(end["roi_heads.box_head.0.0.conv1.weight"], start["layer4.0.conv1.weight"])
 
 
+def test_scenes_keep_their_size():
+    model, images = detect.build(backbones.build("resnet10_16", 32), {"mean": data.MEAN, "std": data.STD}, 10), []
+    for training in (True, False):
+        model.transform.train(training)
+        images.append(model.transform([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))])[0].tensors)
+    assert images[0].shape == (1, 3, 64, 64) and torch.allclose(images[0], images[1], atol=1e-6)
+
+
 def test_norms_do_not_decay():
     model = detect.build(backbones.build("resnet10_16", 32), {"mean": data.MEAN, "std": data.STD}, 10)
     decayed, not_decayed = detect.param_groups(model)
