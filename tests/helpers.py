@@ -45,20 +45,8 @@ import shapes  # noqa: E402
 # other.
 torch.set_num_threads(1)
 
-TINY = [
-    "--limit",
-    "64",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "2",
-    "--probes",
-    "knn",
-    "--log-every",
-    "1",
-    "--device",
-    "cpu",
-]
+TINY = ["--limit", "64", "--batch-size", "16", "--epochs", "2", "--probes", "knn", "--log-every", "1",
+        "--device", "cpu"]  # fmt: skip
 
 
 def start(*args, processes=1, **kwargs):

@@ -3,26 +3,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import METHODS, fork
+from helpers import METHODS, TINY, fork
 
 import backbones
 import runs
 from experiments import compare, jobs
 
-SMALL = [
-    "--limit",
-    "64",
-    "--batch-size",
-    "16",
-    "--epochs",
-    "1",
-    "--probes",
-    "knn",
-    "--log-every",
-    "1",
-    "--device",
-    "cpu",
-]
+SMALL = " ".join(TINY).replace("--epochs 2", "--epochs 1").split()
 
 
 def finished(out, dataset, method, knn=50.0, seed=0):
