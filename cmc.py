@@ -221,13 +221,6 @@ class CMC(nn.Module):
         self.bank[:, index] = F.normalize(torch.lerp(z, self.bank[:, index], self.momentum), dim=2)
 
 
-def rate_at(step, total, lr, warmup, drop_at):
-    """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
-    if not drop_at or step < warmup:
-        return optim.cosine(step, total, lr, 0.0, warmup)
-    return lr * 0.1 ** sum(step >= at * total for at in drop_at)
-
-
 def seen(args, xs, views, g):
     """What the networks see, for `python data.py show`."""
     rows = {"view 1": data.pixels(xs[0], views[0])}
@@ -293,7 +286,7 @@ def main(argv=None):
         if run.probe_is_due():
             run.probe()
         for step in run.epoch():
-            lr_now = rate_at(step, run.total, lr, run.warmup, args.drop_at)
+            lr_now = optim.rate(step, run.total, lr, run.warmup, args.drop_at)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             negatives = draw_negatives(n, args.negatives, args.seed, step, device)

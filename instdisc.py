@@ -88,6 +88,7 @@ RECIPES = {
     ),
 }  # fmt: skip
 LOSSES = ("softmax", "nce", "softmax-nce", "supervised")
+DROPS = {"cosine": [], "steps": [120 / 200, 160 / 200]}  # shares of the run; DiLo, sec. 6.1
 TABLE_1 = ("none", "flip", "crop", "scale", "jitter", "gray")  # none: a center crop
 # A folder of photographs, for a laptop or one GPU: the small network's numbers, the paper's views.
 RECIPES["folder"] = RECIPES["shapes"] | training.FOLDER | dict(views=RECIPES["imagenet"]["views"])
@@ -259,19 +260,13 @@ def probe_bank(model, train, y, test, preprocess, device, workers, amp, recomput
     return numbers
 
 
-# ============ views and schedule ============
+# ============ views ============
 
 
 def prepare(args, train, device, say):
     """(the training set, the augmentation) for data.Loader: with --copy-paste, images with masks, and the paste. Also
     for `data.py show`. Collective."""
     return copy_paste.prepare(args, train, device, say) if args.copy_paste else (train, data.augment)
-
-
-def learning_rate(step, total, lr, warmup, schedule):
-    if schedule == "cosine" or step < warmup:
-        return optim.cosine(step, total, lr, 0.0, warmup)
-    return lr * 0.1 ** ((step >= 0.6 * total) + (step >= 0.8 * total))  # epochs 120 and 160 of 200 (DiLo, sec. 6.1)
 
 
 def augmented(view, upto):
@@ -358,7 +353,7 @@ def main(argv=None):
         if run.probe_is_due():
             run.probe(**probe_bank(model, train, bank_labels, test, preprocess, device, args.workers, args.amp))
         for step in run.epoch():
-            lr_now = learning_rate(step, run.total, lr, run.warmup, args.schedule)
+            lr_now = optim.rate(step, run.total, lr, run.warmup, DROPS[args.schedule])
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             negatives = draw_negatives(n, args.negatives, args.seed, step, device) if sampled else None

@@ -13,6 +13,13 @@ def cosine(step, total, start, end, warmup=0):
     return end + (start - end) * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
+def rate(step, total, lr, warmup, drop_at):
+    """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
+    if not drop_at or step < warmup:
+        return cosine(step, total, lr, 0.0, warmup)
+    return lr * 0.1 ** sum(step >= at * total for at in drop_at)
+
+
 def param_groups(module, weight_decay, **settings):
     """Two groups: weights, with weight decay and LARS adaptation, and all other parameters (biases, norms, class
     tokens, position embeddings), with neither. A weight has two or more dimensions and a name that ends in "weight", as

@@ -524,13 +524,6 @@ def shown(task, xs, *numbers):
     return x / 2 if "standardize" in task.sees else x
 
 
-def rate_at(step, total, lr, warmup, drop_at):
-    """Linear warm-up, then a tenth after each share of the run in `drop_at`, or a cosine to 0 where there is none."""
-    if not drop_at or step < warmup:
-        return optim.cosine(step, total, lr, 0.0, warmup)
-    return lr * 0.1 ** sum(step >= at * total for at in drop_at)
-
-
 def seen(args, xs, views, g):
     """What the trunk sees, for `python data.py show`."""
     prior = [torch.ones(len(ab_bins()))] if args.task == "colorization" else []
@@ -609,7 +602,7 @@ def main(argv=None):
         if run.probe_is_due():
             run.probe(**accuracies())
         for step in run.epoch():
-            lr_now = rate_at(step, run.total, lr, run.warmup, args.drop_at)
+            lr_now = optim.rate(step, run.total, lr, run.warmup, args.drop_at)
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             for key, _, xs in run.passes(ddp, picture=False):

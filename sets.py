@@ -292,20 +292,25 @@ def _load(name, root, split, device, limit, seed, memory):
     return in_memory(data, device) if isinstance(data, Files) and (memory or name in IN_MEMORY) else data
 
 
+def first_rank_first(make, name, otherwise):
+    """`make()` on local rank 0, which may download, then on the others. Collective."""
+    try:
+        made = make() if os.environ.get("LOCAL_RANK", "0") == "0" else None
+        if dist.is_initialized():
+            dist.barrier()
+        return make() if made is None else made
+    except (RuntimeError, OSError, ImportError) as error:  # the last: some labels need scipy
+        fail(f"{name} could not be loaded ({str(error).splitlines()[0]}); {otherwise}")
+
+
 def from_torchvision(name, root, split, device):
-    """A named set as torchvision reads it. Local rank 0 comes first, as it may download."""
+    """A named set as torchvision reads it."""
     cls, *kwargs = TORCHVISION[name]
     kwargs = kwargs[("train", "test", "pretrain").index(split)]
     if name not in ("imagenet", "cars"):  # whose files torchvision cannot fetch
         kwargs = kwargs | {"download": True}
-    try:
-        made = cls(root, **kwargs) if os.environ.get("LOCAL_RANK", "0") == "0" else None
-        if dist.is_initialized():
-            dist.barrier()
-        made = cls(root, **kwargs) if made is None else made
-    except (RuntimeError, OSError, ImportError) as error:  # the last: some labels need scipy
-        folders = f"{root}/{name}/train/CLASS/* and {root}/{name}/val/CLASS/*"
-        fail(f"{name} could not be loaded ({str(error).splitlines()[0]}); or lay its images out as {folders}")
+    folders = f"{root}/{name}/train/CLASS/* and {root}/{name}/val/CLASS/*"
+    made = first_rank_first(lambda: cls(root, **kwargs), name, f"or lay its images out as {folders}")
     found = vars(made)  # torchvision has no common names for paths and labels
     classes = found.get("classes", [])
     if name in IN_MEMORY:

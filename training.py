@@ -4,23 +4,17 @@ calls a script, computes a loss or steps an optimizer. Whoever skips it still un
 import argparse
 import contextlib
 import os
-import shlex
 import sys
 from pathlib import Path
-
-import torch
 
 import backbones
 import common
 import data
 import evaluate
+import loop
 import optim
 import runs
 import sets
-
-# Settings that may differ when a run goes on.
-MAY_DIFFER = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes",
-              "classifier", "changed_data", "given", "why")  # fmt: skip
 
 
 def flags(method, doc, recipes, argv, early=None, dataset=lambda known: "shapes"):
@@ -135,36 +129,24 @@ def images_per_pass(args, world, images):
 # ============ a run ============
 
 
-class Run:
-    """A training run around the loop of a script: recipe, resume, epochs and passes, checkpoints, probes.
+class Run(loop.Loop):
+    """The Loop of a method script, with recipe, views, probes and backbone.pt.
 
-    The script owns the model, the loss and the optimizers' steps; `run.step` counts the updates made. Methods marked
-    "collective" must be called by every rank.
-
-        method           name of the script; with `title` (default: the same) for the recipe and the result line
-        optimizers       {name in checkpoint.pt: optimizer}
-        labelled, test   the sets that the probes train on and classify
-        backbone         what the probes see of the model (default: model.f)
-        arch, built_for  name and image size in px that build the exported model.f again (default: --arch, --size)
+    method           name of the script; with `title` (default: the same) for the recipe and the result line
+    optimizers       {name in checkpoint.pt: optimizer}
+    labelled, test   the sets that the probes train on and classify
+    backbone         what the probes see of the model (default: model.f)
+    arch, built_for  name and image size in px that build the exported model.f again (default: --arch, --size)
     """
 
     def __init__(self, method, args, model, optimizers, loader, views, preprocess, labelled, test, device, *,
                  title=None, backbone=None, arch=None, built_for=None):  # fmt: skip
-        self.method, self.title, self.args, self.model, self.device = method, title or method, args, model, device
+        super().__init__(method, args, {"model": model, **optimizers}, loader, accumulate=args.accumulate)
+        self.title, self.model, self.device = title or method, model, device
         self.backbone, self.arch, self.built_for = backbone or model.f, arch or args.arch, built_for or args.size
-        self.loader, self.views, self.preprocess = loader, views, preprocess
+        self.views, self.preprocess = views, preprocess
         self.probed = labelled, test, preprocess, device  # what every probe takes
-        self.states = {"model": model, **optimizers}
-        self.rank, self.world, self.lr, self.log, self.stopped = loader.rank, loader.world, 0.0, None, False
-        self.step, self.steps = 0, loader.steps // args.accumulate  # updates made; updates per epoch
-        self.total = args.epochs * self.steps
         self.warmup = min(round(args.warmup_epochs * self.steps), self.total // 2)  # at most half of a short run
-        self.command = shlex.join(["python", *sys.argv])
-
-    def say(self, text):
-        """Print on rank 0."""
-        if self.rank == 0:
-            print(text)
 
     def describe(self, *lines):
         """Print what is going to be trained: what all methods have in common, then the method's own `lines`."""
@@ -177,37 +159,8 @@ class Run:
         self.say("\n".join(lines))
 
     def begin(self):
-        """Load what is in --out. False if nothing is left to do: a finished run, or --dry-run. Collective."""
-        a, train = self.args, self.loader.data
-        if a.dry_run:
-            return False
-        self.settings = {k: v for k, v in vars(a).items() if k not in MAY_DIFFER} | {"views": self.views}
-        self.settings |= {"images": len(train), "contents": train.contents()}
-        self.step, result = runs.resume(a.out, self.method, self.settings, self.states, a.fresh, a.changed_data)
-        if result:
-            self.say(f"{a.out} is finished; --fresh starts over\n{result}")
-            return False
-        if self.step:
-            self.say(f"{a.out}: going on from step {self.step} of {self.total}")
-        return True
-
-    def is_training(self):
-        """Whether updates are left to be made and no signal has stopped the run. The first call opens the log and saves
-        the random init of a new run: from then on the folder is this run's. Collective."""
-        if self.log is None:
-            if self.step == 0:
-                self.save()
-            a, text = self.args, f"{self.command}\n\n{self.settings}"
-            self.log = runs.Log(a.out, self.method, self.step, self.total, a.batch_size, text)
-        if self.stopped:
-            self.log.say(f"stopped by a signal at step {self.step}; the same command goes on from here")
-        elif self.step < self.total:
-            self.caught = common.catch_signals()
-            return True
-        else:
-            common.end_at_signals()  # nothing is left to save
-            self.log.bar.close()
-        return False
+        """The loop's, which remembers the views, too. Collective."""
+        return super().begin(views=self.views)
 
     def probe_is_due(self):
         """At step 0, where it measures the random init, and every --eval-every epochs."""
@@ -224,18 +177,10 @@ class Run:
         self.log.record("eval", self.step, epoch=epoch, **numbers)
         self.log.say(f"epoch {epoch:4d}  " + "  ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
 
-    def epoch(self):
-        """The number of each update that is left of this epoch; ends early at a signal."""
-        epoch = self.step // self.steps
-        self.batches = self.loader.epoch(epoch, self.step % self.steps * self.args.accumulate)
-        self.log.start_interval(self.step)
-        while self.step < (epoch + 1) * self.steps and not self.stopped:
-            yield self.step
-
     def passes(self, ddp, picture=True):
         """The --accumulate passes of an update: yields (key, index, views). `key` = (step, number of the pass from 1)
         is what a method's random numbers depend on. Gradients are all-reduced in the last pass."""
-        last = self.args.accumulate
+        last = self.accumulate
         for micro in range(1, last + 1):
             index, xs = self.log.next(self.batches)
             if picture and (self.step, micro) == (0, 1):
@@ -243,24 +188,15 @@ class Run:
             with contextlib.nullcontext() if micro == last or self.world == 1 else ddp.no_sync():
                 yield (self.step, micro), index, xs
 
-    def end_step(self, lr, **numbers):
-        """Count the update and log `numbers` every --log-every steps. Collective."""
-        self.step, self.lr = self.step + 1, lr
-        self.stopped = common.any_rank(self.caught)
-        if self.step % self.args.log_every == 0 or self.step % self.steps == 0 or self.stopped:
-            self.log.train(self.step, lr, self.args.amp, epoch=self.step / self.steps, **numbers)
-
     def save(self, result=None):
-        """Write checkpoint.pt and backbone.pt, unless a weight is not finite. Collective."""
-        a, norms = self.args, torch.stack(torch._foreach_norm(list(self.model.parameters())))
-        runs.stop_unless_finite(norms.isfinite().all(), "network", self.step, self.lr, a.amp)
+        """The loop's, and backbone.pt. Collective."""
+        super().save(result)
         if self.rank == 0:
-            head = {"method": self.method, "settings": self.settings, "step": self.step, "result": result}
-            runs.save(a.out, head | {name: state.state_dict() for name, state in self.states.items()})
             weights = {k: v.cpu() for k, v in self.model.f.state_dict().items()}
-            about = {"method": self.method, "data": a.data, "command": self.command, "epoch": self.step // self.steps}
-            about |= {"arch": self.arch, "built_for": self.built_for, "preprocess": self.preprocess}
-            runs.write(Path(a.out, "backbone.pt"), about | {"state_dict": weights})
+            about = {"method": self.method, "data": self.args.data, "command": self.command}
+            about |= {"epoch": self.step // self.steps, "arch": self.arch, "built_for": self.built_for}
+            about |= {"preprocess": self.preprocess, "state_dict": weights}
+            runs.write(Path(self.args.out, "backbone.pt"), about)
 
     def finish(self, note="", **more):
         """The final probes, with the method's own results `more` for evaluate.json and a `note` on the result line;

@@ -1,97 +1,146 @@
-"""Object detection with a pre-trained ResNet: Faster R-CNN in MoCo's C4 form, trained on drawn scenes in minutes.
+"""Object detection with a pre-trained ResNet: Faster R-CNN with C4 or FPN, Mask R-CNN; in minutes on drawn scenes.
 
     python -m downstream.detect runs/byol-shapes                     fine-tune everything
     python -m downstream.detect runs/byol-shapes --frozen            conv1 to layer3 stay as they are
     python -m downstream.detect random:resnet10_16 --frozen          the baseline that every number stands beside
-    torchrun --standalone --nproc_per_node=2 -m downstream.detect runs/byol-shapes
+    python -m downstream.detect RUN --data DIR --mask                a folder in COCO's format, with instance masks
+    torchrun --standalone --nproc_per_node=8 -m downstream.detect RUN --data voc0712 --root DIR
 
-    image -> conv1 ... layer3 -> RPN -> RoIAlign -> layer4 -> BatchNorm -> mean -> class and box (He et al. 2020, A.1)
+    C4     image -> conv1 ... layer3 -> RPN -> RoIAlign -> layer4 -> BatchNorm -> mean -> class and box
+    FPN    image -> conv1 ... layer4 -> pyramid with BatchNorm -> RPN -> RoIAlign -> two layers -> class and box (mask)
 
-    differences     MoCo's code (detectron2)                 here
-    images          VOC, short side 480 to 800 px            scenes of 64 px (shapes.draw_scenes), flips
-    RoIAlign, RoIs  14 x 14 -> 7 x 7, 512 an image           8 x 8 -> 4 x 4, 32 an image
-    anchors         32 to 512 px, 3 ratios                   14, 20, 26 px, 3 ratios
-    box losses      L1                                       smooth L1, beta 1/9 (torchvision's)
-    RoIAlign's grid aligned, half a pixel                    not aligned (torchvision's)
-    updates         24,000 of 16 images, x 0.1 at 75, 92 %   250 of 16 scenes, x 0.1 at 75 and 92 %
-    AP              VOC's 11 recalls                         COCO's 101 recalls (downstream/metrics.py has both)
+    differences     MoCo's code (detectron2)               here
+    box losses      L1                                     the same: torchvision's smooth L1 is replaced
+    RoIAlign        aligned, half a pixel                  the same: torchvision's is not aligned, which is replaced
+    masks at test   pasted at the exact box                at the box in whole pixels (torchvision's)
+    anchors         as they are                            in whole pixels (torchvision's)
+    batches         images of similar aspect ratio         any, padded to the largest
+    warm-up         from lr / 1000                         from 0
+    VOC's scores    rounded to three digits                as they are
+    scenes          -                                      64 px, a hundredth of the network, COCO's AP
 
 The same command goes on where it was stopped. OUT has checkpoint.pt, metrics.jsonl, evaluate.json, detections.png.
 """
 
-import argparse
 import functools
-import math
-from pathlib import Path
+import itertools
+import types
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torchvision.models._utils import IntermediateLayerGetter
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.faster_rcnn import FastRCNNPredictor
-from torchvision.models.detection.rpn import AnchorGenerator
-from torchvision.ops import MultiScaleRoIAlign
-from torchvision.utils import draw_bounding_boxes, make_grid
+from torchvision.models.detection import FasterRCNN, MaskRCNN, roi_heads, rpn
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.backbone_utils import BackboneWithFPN
+from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHead
+from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
+from torchvision.ops import MultiScaleRoIAlign, poolers, roi_align
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks, make_grid
 
-import backbones
-import checkpoints
 import common
-import data
 import evaluate
-import runs
-import shapes
-from downstream import metrics
+import loop
+import optim
+import sets
+from downstream import annotated, dense, metrics
 
-SIZE, TRAIN_SEED, TEST_SEED, TEST_SCENES = 64, 10, 11, 300  # px; lists of draw_scenes unlike those of pre-training
+METHOD = "detect"
+
+# ============ recipes: what is also a flag is its default ============
+
+# What a network is made of: anchors in px (FPN: one for each map); px of a RoI, at `sampling` squared points each (0:
+# as many as fit); RoIs and anchors an image in the losses; proposals before and after NMS, in training and in testing;
+# FPN: its width, that of the box head, and the map (of stride 2^level) for boxes of so many px; px of an image's sides.
+SMALL = dict(
+    anchors=dict(c4=((14, 20, 26),), fpn=((8,), (14,), (20,), (26,), (32,))), pool=dict(c4=8, fpn=7), sampling=2,
+    rois=32, rpn=32, proposals=dict(c4=(128, 64, 128, 64), fpn=(128, 64, 128, 64)), width=64, hidden=256, level=(20, 2),
+    short=(64,), long=64,
+)  # fmt: skip
+FULL = dict(
+    anchors=dict(c4=((32, 64, 128, 256, 512),), fpn=((32,), (64,), (128,), (256,), (512,))), pool=dict(c4=14, fpn=7),
+    sampling=0, rois=512, rpn=256, proposals=dict(c4=(12000, 2000, 6000, 1000), fpn=(2000, 1000, 1000, 1000)),
+    width=256, hidden=1024, level=(224, 4), short=tuple(range(480, 801, 32)), long=1333,
+)  # fmt: skip
+RECIPES = {
+    # Ours, for minutes on a CPU: objects of 32 px as in pre-training, drops as in `voc0712`.
+    "scenes": SMALL | dict(head="c4", updates=250, batch_size=16, lr=0.02, warmup=31, drop_at=(0.75, 0.92), norms=20,
+                           rules="coco", built_for=32),
+    # MoCo's code, configs/pascal_voc_R_50_C4_24k_moco.yaml and Base-RCNN-C4-BN.yaml.
+    "voc0712": FULL | dict(head="c4", updates=24_000, batch_size=16, lr=0.02, warmup=100, norms=200, rules="voc",
+                           drop_at=(18 / 24, 22 / 24), built_for=224),
+    # SaGe, "following MoCo": mmselfsup, coco_R_50_FPN_1x.yaml and Base-RCNN-FPN.yaml.
+    "coco": FULL | dict(head="fpn", updates=90_000, batch_size=16, lr=0.02, warmup=1000, norms=200, rules="coco",
+                        drop_at=(60 / 90, 80 / 90), short=tuple(range(640, 801, 32)), built_for=224),
+}  # fmt: skip
+RECIPES["scenes-hard"] = RECIPES["scenes"]
+RECIPES["voc07"] = RECIPES["voc0712"] | dict(updates=9_000)  # DiLo; where its rate drops is not said
+RECIPES["coco-2x"] = RECIPES["coco"] | dict(updates=180_000)
+# Ours, for some hundred photographs of 320 px and a ResNet-18.
+RECIPES["folder"] = RECIPES["coco"] | dict(
+    anchors=dict(c4=((16, 32, 64, 128, 256),), fpn=((16,), (32,), (64,), (128,), (256,))), sampling=2, rois=64, rpn=64,
+    proposals=dict(c4=(1000, 200, 1000, 200), fpn=(500, 200, 500, 200)), width=128, hidden=512, level=(112, 4),
+    short=(320,), long=320, updates=1_000, batch_size=8, warmup=100, norms=50,
+)  # fmt: skip
 
 
 def parse_args(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=common.Help, allow_abbrev=False)
-    p.add_argument("checkpoint", help="a run folder, its backbone.pt, or random:ARCH; a ResNet")
-    p.add_argument("--frozen", action="store_true", help="do not train conv1 to layer3")
-    p.add_argument("--hard", action="store_true", help="scenes whose objects come from shapes-hard")
-    p.add_argument("--limit", type=int, default=500, help="scenes to train on")
-    p.add_argument("--updates", type=int, default=250, help="the schedule stretches with it")
-    p.add_argument("--batch-size", type=int, default=16, help="scenes per update, over all ranks")
-    p.add_argument("--lr", type=float, default=0.02, help="of SGD with momentum 0.9; warm-up over an eighth")
-    p.add_argument("--seed", type=int, default=0, help="of the new layers, order, flips and sampling of RoIs")
-    p.add_argument("--out", help="run folder (default: runs/detect-NAME)")
-    p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
-    p.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda, else cpu")
-    p.add_argument("--log-every", type=int, default=10, help="updates between log lines")
-    args = p.parse_args(argv)
-    common.at_least(1, args, "limit", "updates", "batch_size", "log_every")
-    common.at_least(0, args, "lr", "seed")
-    name = Path(args.checkpoint).resolve().name if not args.checkpoint.startswith("random:") else args.checkpoint[7:]
-    args.out = args.out or f"runs/detect-{name.removesuffix('.pt')}{'-frozen' * args.frozen}"
-    return args
+    p = dense.flags(__doc__, RECIPES)
+    p.add_argument("--head", choices=("c4", "fpn"), help="c4: layer4 looks at each box; fpn: a pyramid of all stages")
+    p.add_argument("--mask", action="store_true", help="Mask R-CNN, which also segments (fpn)")
+    args, recipe = dense.parse(p, METHOD, RECIPES, argv)
+    if args.mask and args.head == "c4":
+        common.fail("--mask needs --head fpn")
+    return args, recipe
 
 
 # ============ the detector ============
 
 
-def build(net, preprocess, classes):
-    """Faster R-CNN of the ResNet `net`: its layer4 is the box head (C4). A BatchNorm follows layer4 (MoCo's code)."""
-    body = IntermediateLayerGetter(net, {"layer3": "0"})
-    body.out_channels = net.channels // 2
-    head = nn.Sequential(net.layer4, nn.BatchNorm2d(net.channels), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    return FasterRCNN(
-        body, rpn_anchor_generator=AnchorGenerator(((14, 20, 26),), ((0.5, 1.0, 2.0),)),
-        rpn_pre_nms_top_n_train=128, rpn_post_nms_top_n_train=64,
-        rpn_pre_nms_top_n_test=128, rpn_post_nms_top_n_test=64,
-        rpn_batch_size_per_image=32, box_batch_size_per_image=32, box_roi_pool=MultiScaleRoIAlign(["0"], 8, 2),
-        box_head=head, box_predictor=FastRCNNPredictor(net.channels, classes + 1),
-        image_mean=preprocess["mean"], image_std=preprocess["std"], min_size=SIZE, max_size=SIZE,
+def like_detectron2():
+    """torchvision's detectors with L1 for its smooth L1 (beta 1/9), and RoIAlign half a pixel up and left."""
+    l1 = lambda x, y, beta, reduction: F.l1_loss(x, y, reduction=reduction)
+    roi_heads.F = rpn.F = types.SimpleNamespace(**vars(F) | {"smooth_l1_loss": l1})
+    poolers.roi_align = roi_heads.roi_align = functools.partial(roi_align, aligned=True)
+
+
+def build(net, preprocess, classes, head, mask, r):
+    """The detector of the ResNet `net` with the numbers of the recipe `r`. C4: layer4 is the box head and a BatchNorm
+    follows it, as in MoCo's code."""
+    pool, anchors, proposals = (r[name][head] for name in ("pool", "anchors", "proposals"))
+    if head == "c4":
+        trunk, maps = IntermediateLayerGetter(net, {"layer3": "0"}), ["0"]
+        trunk.out_channels, features = net.channels // 2, net.channels
+        box_head = nn.Sequential(net.layer4, nn.BatchNorm2d(features), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    else:
+        maps, features = ["0", "1", "2", "3"], r["hidden"]
+        widths, layers = [net.channels // 2**i for i in (3, 2, 1, 0)], {f"layer{i + 1}": str(i) for i in range(4)}
+        trunk = BackboneWithFPN(net, layers, widths, r["width"], norm_layer=nn.BatchNorm2d)
+        box_head = TwoMLPHead(r["width"] * pool**2, features)
+    scale, level = r["level"]  # a box of so many px is looked at in the map of stride 2^level
+    rois = lambda size: MultiScaleRoIAlign(maps, size, r["sampling"], canonical_scale=scale, canonical_level=level)
+    masks = {}
+    if mask:
+        layers, predictor = MaskRCNNHeads(r["width"], (r["width"],) * 4, 1), MaskRCNNPredictor
+        masks = {"mask_roi_pool": rois(14), "mask_head": layers}
+        masks["mask_predictor"] = predictor(r["width"], r["width"], classes + 1)
+    return (MaskRCNN if mask else FasterRCNN)(
+        trunk, rpn_anchor_generator=AnchorGenerator(anchors, ((0.5, 1.0, 2.0),) * len(anchors)),
+        rpn_pre_nms_top_n_train=proposals[0], rpn_post_nms_top_n_train=proposals[1],
+        rpn_pre_nms_top_n_test=proposals[2], rpn_post_nms_top_n_test=proposals[3],
+        rpn_batch_size_per_image=r["rpn"], box_batch_size_per_image=r["rois"], box_roi_pool=rois(pool),
+        box_head=box_head, box_predictor=FastRCNNPredictor(features, classes + 1),
+        image_mean=preprocess["mean"], image_std=preprocess["std"], min_size=r["short"], max_size=r["long"],
+        **masks,
     )  # fmt: skip
 
 
-def train_mode(model, frozen):
+def train_mode(model, net, frozen):
     """Train mode; what is frozen stays in eval mode, so that its running averages stay, too."""
     model.train()
-    if frozen:
-        model.backbone.eval().requires_grad_(False)
+    for name in ("conv1", "bn1", "layer1", "layer2", "layer3") if frozen else ():
+        getattr(net, name).eval().requires_grad_(False)
 
 
 def param_groups(model, weight_decay=1e-4):
@@ -103,164 +152,162 @@ def param_groups(model, weight_decay=1e-4):
             {"params": [p for p in trained if p in norms], "weight_decay": 0.0}]  # fmt: skip
 
 
-def rate_at(step, total, lr):
-    """Linear from 1/1000 over an eighth, then a tenth at 75 % and at 92 % (18,000 and 22,000 of 24,000 updates)."""
-    warmup = total // 8
-    if step < warmup:
-        return lr * (0.001 + 0.999 * step / warmup)
-    return lr * 0.1 ** ((step >= 0.75 * total) + (step >= 0.92 * total))
+@torch.no_grad()
+def recompute_norms(model, batches):
+    """The running averages of the norms that are trained, anew over `batches` ("precise BN" of detectron2)."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training]
+    momentum = [m.momentum for m in norms]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None  # the mean of all batches
+    for batch in batches:
+        model(*batch)
+    for m, before in zip(norms, momentum, strict=True):
+        m.momentum = before
 
 
-# ============ data ============
+# ============ images ============
 
 
 def flipped(image, target):
-    """The mirror image of a scene: a box from x1 to x2 goes from W - x2 to W - x1."""
-    boxes, width = target["boxes"].clone(), image.shape[-1]
-    boxes[:, [0, 2]] = width - boxes[:, [2, 0]]
-    return image.flip(-1), target | {"boxes": boxes}
+    """The mirror image: a box from x1 to x2 goes from W - x2 to W - x1."""
+    boxes = target["boxes"].clone()
+    boxes[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
+    target = target | {"boxes": boxes} | ({"masks": target["masks"].flip(-1)} if "masks" in target else {})
+    return image.flip(-1), target
 
 
-def batch(images, targets, rows, g, device):
-    """Scenes `rows` as the detector takes them, each flipped with probability 0.5; labels from 1, 0 is background."""
-    pairs = []
-    for i, flip in zip(rows.tolist(), (torch.rand(len(rows), generator=g) < 0.5).tolist(), strict=True):
-        target = {"boxes": targets[i]["boxes"], "labels": targets[i]["labels"] + 1}
-        image, target = flipped(images[i], target) if flip else (images[i], target)
-        pairs.append((image.to(device) / 255, {k: v.to(device) for k, v in target.items()}))
-    return map(list, zip(*pairs, strict=True))
+def change(image, target, g):
+    return flipped(image, target) if torch.rand((), generator=g) < 0.5 else (image, target)
 
 
-@functools.lru_cache(1)
-def order(n, seed, epoch):
-    return torch.randperm(n, generator=data.generator(seed, "order", epoch))
+def prepared(batch, mask, device):
+    """(images in [0, 1], targets) as torchvision's detectors take them; labels from 1, 0 is background."""
+    images, targets = zip(*batch, strict=True)
+    wanted = lambda t: {"boxes": t["boxes"], "labels": t["labels"] + 1} | ({"masks": t["masks"].byte()} if mask else {})
+    return ([image.to(device) / 255 for image in images],
+            [{k: v.to(device) for k, v in wanted(t).items()} for t in targets])  # fmt: skip
 
 
-def rows_at(step, n, batch_size, seed):
-    """The scenes of update `step`, of all ranks: permutations of all, one after the other; the last batch is full."""
-    places = torch.arange(step * batch_size, (step + 1) * batch_size)
-    return torch.stack([order(n, seed, int(p) // n)[int(p) % n] for p in places])
+def picture(shown, classes, side=192):
+    """Images with their objects (above) and what is found with a score above 0.5 (below); [(image, truth, found)]."""
+    tiles = []
+    for image, truth, found in shown:
+        sure = found["scores"] > 0.5
+        for objects in (truth, {k: v[sure] for k, v in found.items()}):
+            drawn, names = dense.tile(image, side).byte(), [classes[label] for label in objects["labels"].tolist()]
+            if names and "masks" in objects:
+                drawn = draw_segmentation_masks(drawn, dense.tile(objects["masks"], side) > 0, 0.5)
+            if names:
+                scale = side / max(image.shape[1:])
+                drawn = draw_bounding_boxes(drawn, scale * objects["boxes"], names, "white")
+            tiles.append(drawn)
+    return make_grid(torch.stack(tiles[::2] + tiles[1::2]).float() / 255, nrow=len(shown), pad_value=1)
 
 
 # ============ the test ============
 
 
 @torch.no_grad()
-def detect(model, images, device, batch_size=50):
-    """What the detector finds in each image: [{"boxes", "scores", "labels" from 0}], on the CPU. Collective: each rank
-    looks at its share."""
+def detect(model, test, batch_size, workers, device, rules, kinds, collect):
+    """What `metrics.matched` says of each image, for each of the `kinds`, [{kind: ...}]; the first eight of rank 0 for
+    the picture; COCO's results, if these are to be collected. Collective: each rank looks at its share."""
     model.eval()
-    rank, world, found = common.rank(), common.world_size(), []
-    if world > 1:  # BatchNorm's averages differ by rank; those of rank 0 are in the checkpoint
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-    share = math.ceil(len(images) / world)
-    for part in images[rank * share : (rank + 1) * share].split(batch_size):
-        found += [{k: v.cpu() for k, v in f.items()} for f in model([x.to(device) / 255 for x in part])]
-    if world > 1:
-        dist.all_gather_object(parts := [None] * world, found)
-        found = [f for part in parts for f in part]
-    return [f | {"labels": f["labels"] - 1} for f in found]
-
-
-def picture(images, targets, found, n=8):
-    """The first n scenes with their boxes (above) and those found with a score above 0.5 (below)."""
-    rows = []
-    for boxes_of in (lambda i: targets[i], lambda i: {k: v[found[i]["scores"] > 0.5] for k, v in found[i].items()}):
-        for i in range(min(n, len(images))):
-            large, boxes = images[i].repeat_interleave(3, 1).repeat_interleave(3, 2), boxes_of(i)
-            names = [shapes.CLASSES[label] for label in boxes["labels"].tolist()]
-            rows.append(draw_bounding_boxes(large, 3 * boxes["boxes"], names, "white") if names else large)
-    return make_grid(torch.stack(rows).float() / 255, nrow=n, pad_value=1)
+    dense.same_norms(model)
+    matches, shown, results = [], [], []
+    for batch in annotated.test_batches(test, batch_size, workers):
+        for (image, truth), found in zip(batch, model([image.to(device) / 255 for image, _ in batch]), strict=True):
+            found = {k: v.cpu() for k, v in found.items()} | {"labels": found["labels"].cpu() - 1}
+            if "masks" in found:
+                found["masks"] = found["masks"][:, 0] > 0.5
+            shown += [(image, truth, found)] * (len(shown) < 8)
+            if collect:
+                path = test.items[common.rank() * -(-len(test) // common.world_size()) + len(matches)][0]
+                results += metrics.coco_results(found, test.ids[path], test.categories)
+            matches.append({kind: metrics.matched(found, truth, rules, kind) for kind in kinds})
+    if dist.is_initialized():
+        dist.all_gather_object(parts := [None] * common.world_size(), (matches, results))
+        matches, results = (list(itertools.chain(*kind)) for kind in zip(*parts, strict=True))
+    return matches, shown, results
 
 
 # ============ the run ============
 
 
 def main(argv=None):
-    args = parse_args(argv)
-    rank, world, device = common.setup(args.device)
-    if args.batch_size % world:
-        common.fail(f"--batch-size {args.batch_size} is not a multiple of {world} ranks")
+    args, r = parse_args(argv)
+    rank, _, device = common.setup(args.device)
+    like_detectron2()
 
     # ============ data ============
-    images, targets, _ = shapes.draw_scenes(args.limit, SIZE, TRAIN_SEED, hard=args.hard)
-    test_images, test_targets, _ = shapes.draw_scenes(TEST_SCENES, SIZE, TEST_SEED, hard=args.hard)
+    train, test = annotated.detection(args, args.mask)
+    loader = annotated.Loader(train, args.batch_size, args.seed, args.workers, change)
 
     # ============ model ============
-    size = SIZE // 2 if args.checkpoint.startswith("random:") else 0  # px of an object: the stem for small images
-    backbone, preprocess, *_ = checkpoints.open_backbone(args.checkpoint, None, size, args.seed)
-    if not isinstance(backbone, backbones.ResNet):
-        common.fail(f"{args.checkpoint} is not a ResNet that takes plain RGB images, which the C4 detector is made of")
+    net, preprocess, weights = dense.open_resnet(args, r["built_for"])
     torch.manual_seed(args.seed)  # the same new layers on every rank
-    model = build(backbone, preprocess, len(shapes.CLASSES)).to(device)
-    train_mode(model, args.frozen)
-    ddp = model
-    if world > 1:
-        if device.type == "cuda":
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    model = build(net, preprocess, len(train.classes), args.head, args.mask, r).to(device)
+    train_mode(model, net, args.frozen)
+    ddp = dense.parallel(model, device)
     optimizer = torch.optim.SGD(param_groups(model), args.lr, momentum=0.9)
 
-    # ============ run: go on from a checkpoint ============
-    name, per_rank = f"scenes{'-hard' * args.hard}", args.batch_size // world
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "fresh", "device", "log_every")}
-    states = {"model": model, "optimizer": optimizer}
-    step, result = runs.resume(args.out, "detect", settings, states, args.fresh)
-    if result:
-        if rank == 0:
-            print(f"{args.out} is finished; --fresh starts over\n{result}")
+    # ============ run: print the recipe, go on from a checkpoint ============
+    run = loop.Loop(METHOD, args, {"model": model, "optimizer": optimizer}, loader, args.updates)
+    network = (
+        f"{'Mask' if args.mask else 'Faster'} R-CNN, {args.head}, {'conv1 to layer3' if args.frozen else 'none'} frozen"
+    )
+    run.say(f"{args.checkpoint} on {train.name}: {len(train)} images, {len(test)} to test")
+    run.say(f"{network}; {dense.millions(model)} M parameters")
+    run.say(f"recipe {args.recipe}, seed {args.seed}: {run.total} updates of {args.batch_size}, lr {args.lr:g}, fp32")
+    if not run.begin(weights=weights, network=r):
         return
 
-    def save(result=None):
-        if rank == 0:
-            head = {"method": "detect", "settings": settings, "step": step, "result": result}
-            runs.save(args.out, head | {k: state.state_dict() for k, state in states.items()})
-
-    if step == 0:
-        save()
-    log = runs.Log(args.out, "detect", step, args.updates, args.batch_size, f"{settings}")
-    trained = "layer4 and heads" if args.frozen else "all layers"
-    log.say(f"{args.checkpoint} on {name}: {trained}, {args.updates} updates of {args.batch_size}")
-    log.say(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters; {len(test_images)} test scenes")
-
     # ============ training ============
-    caught, stopped = common.catch_signals(), False
-    while step < args.updates and not stopped:
-        lr = rate_at(step, args.updates, args.lr)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        rows = rows_at(step, len(images), args.batch_size, args.seed)[rank * per_rank : (rank + 1) * per_rank]
-        g = data.generator(args.seed, "flip", step, rank)
-        torch.manual_seed(g.initial_seed())  # of the sampling of anchors and RoIs
-        losses = ddp(*batch(images, targets, rows, g, device))
-        loss = sum(losses.values())
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        log.loss += loss.detach()
-        step, stopped = step + 1, common.any_rank(caught)
-        if step % args.log_every == 0 or step == args.updates or stopped:
-            log.train(step, lr, False, **{k.removeprefix("loss_"): v.detach() for k, v in losses.items()})
-        if step % max(1, args.updates // 10) == 0 or stopped:
-            save()
-    if stopped:
-        log.say(f"stopped by a signal at update {step}; the same command goes on from here")
+    while run.is_training():
+        for step in run.epoch():
+            lr_now = optim.rate(step, run.total, args.lr, min(r["warmup"], run.total // 2), r["drop_at"])
+            for group in optimizer.param_groups:
+                group["lr"] = lr_now
+            batch = prepared(run.log.next(run.batches), args.mask, device)
+            torch.manual_seed(
+                sets.generator(args.seed, step, rank).initial_seed()
+            )  # of the sampling of anchors and RoIs
+            losses = ddp(*batch)
+            loss = sum(losses.values())
+            loss.backward()
+            run.log.loss += loss.detach()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.end_step(lr_now, **{k.removeprefix("loss_"): v.detach() for k, v in losses.items()})
+        run.save()
+    if run.stopped:
         return common.STOPPED
-    common.end_at_signals()
 
     # ============ test ============
-    found = detect(model, test_images, device)
+    batches = loader.epoch(run.total)  # of an epoch that is not trained on
+    recompute_norms(model, (prepared(batch, args.mask, device) for batch in itertools.islice(batches, r["norms"])))
+    kinds = ["boxes"] + ["masks"] * args.mask
+    file = getattr(test, "file", None)
+    matches, shown, results = detect(model, test, loader.batch_size, loader.workers, device, r["rules"], kinds, file)
+    words, result = [], None
     if rank == 0:
-        ap = metrics.detection_ap(found, test_targets)
-        classes = {shapes.CLASSES[label]: round(value, 2) for label, value in ap.pop("classes").items()}
-        log.record("eval", step, **ap)
-        log.image("detections", picture(test_images, test_targets, found), step)
-        evaluate.write_json(args.out, name, {"detection": ap | {"classes": classes, "frozen": args.frozen}})
-        log.writer.close()
-        result = f"detect {name}: AP {ap['AP']:.1f} AP50 {ap['AP50']:.1f} AP75 {ap['AP75']:.1f} ({args.out})"
-        save(result)
-        log.say(f"COCO's AP on un-augmented scenes, at most 100 boxes an image\n{result}")
+        for kind in kinds:
+            ap = metrics.mean_ap([match[kind] for match in matches], r["rules"])
+            ap["classes"] = {test.classes[label]: round(value, 2) for label, value in ap["classes"].items()}
+            if file and (numbers := metrics.official(file, results, [test.ids[path] for path, _ in test.items], kind)):
+                ap["official"] = numbers
+                run.say(f"COCO's own code, {kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+            three = {k: ap[k] for k in ("AP", "AP50", "AP75")}
+            run.log.record("eval", run.step, **{f"{kind}_{k}": v for k, v in three.items()})
+            words += [f"{kind} " * args.mask + " ".join(f"{k} {v:.1f}" for k, v in three.items())]
+            evaluate.write_json(args.out, train.name, {f"detection {kind}": ap | {"frozen": args.frozen}})
+        run.log.image("detections", picture(shown, test.classes), run.step)
+        run.log.writer.close()
+        points = {"coco": "COCO's AP (101 recalls)", "voc": "VOC 2007's AP (11 recalls)"}[r["rules"]]
+        run.say(f"{points}, mean over the IoU of .50 to .95; at most 100 boxes an image")
+        result = f"detect {train.name}: {' '.join(words)} ({args.out})"
+        print(result)
+    run.save(result)
 
 
 if __name__ == "__main__":

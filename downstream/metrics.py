@@ -8,8 +8,12 @@ figures MoCo, DiLo and SaGe publish, applies VOC's rules at all of them, too). A
 difficult, COCO: crowd): it need not be found, and what finds it does not count.
 """
 
+import collections
+import contextlib
+import io
+
 import torch
-from torchvision.ops import box_iou
+from torchvision.ops import box_area, box_convert
 
 THRESHOLDS = torch.arange(50, 100, 5, dtype=torch.float64) / 100
 
@@ -52,43 +56,90 @@ def match_voc(iou, ignored):
     return hits
 
 
-def overlap(found, truth, kind, voc):
-    """IoU [D, G] of the boxes, or of the masks, of an image. VOC's boxes include their last pixels."""
+def overlap(found, truth, kind, crowds):
+    """IoU [D, G] of the boxes, or of the masks, of an image. With `crowds` [G] the part of a detection that lies in
+    the object (COCO)."""
     if kind == "masks":
-        a, b = (m["masks"].flatten(1).double() for m in (found, truth))
-        shared, first = a @ b.T, a.sum(1)[:, None]
-        return shared / (first + b.sum(1) - shared).clamp(min=1)
-    edge = torch.tensor([0, 0, 1, 1]) if voc else 0
-    return box_iou(found["boxes"] + edge, truth["boxes"] + edge)
+        a, b = (m["masks"].flatten(1).float() for m in (found, truth))
+        shared, first, second = (a @ b.T).double(), a.sum(1)[:, None].double(), b.sum(1).double()
+    else:
+        a, b = found["boxes"].double(), truth["boxes"].double()
+        sides = (torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])).clamp(min=0)
+        shared, first, second = sides.prod(2), box_area(a)[:, None], box_area(b)
+    return shared / torch.where(crowds, first, first + second - shared).clamp(min=1e-9)
 
 
-def detection_ap(found, truths, rules="coco", kind="boxes", most=100):
-    """{"AP", "AP50", "AP75", "classes": {label: AP}} in per cent.
+def matched(found, truth, rules="coco", kind="boxes", most=100):
+    """What an image adds to the average precision: {label: (scores [D], hits [T, D], objects to find)}.
 
-    found: for each image {"boxes" [D, 4], "scores" [D], "labels" [D]}, of which the `most` best of each class count;
-    truths: {"boxes" [G, 4], "labels" [G]} and, where some objects are ignored, "ignored" bool [G]. Boxes are x1, y1,
-    x2, y2 in px. kind = "masks": by "masks" bool [., H, W] in both. rules: "coco" or "voc".
+    found: {"boxes" [D, 4], "scores" [D], "labels" [D]}, of which the `most` best of each class count; truth: {"boxes"
+    [G, 4], "labels" [G]} and, where some objects are ignored, "ignored" bool [G]. Boxes are x1, y1, x2, y2 in px, x2
+    and y2 exclusive. kind = "masks": by "masks" bool [., H, W] in both. rules: "coco" or "voc".
     """
-    match, points = {"coco": (match_coco, 101), "voc": (match_voc, 11)}[rules]
+    every = truth.get("ignored", torch.zeros(len(truth["labels"]), dtype=torch.bool))
+    result = {}
+    for label in sorted({*found["labels"].tolist(), *truth["labels"].tolist()}):
+        own, its = (found["labels"] == label).nonzero()[:, 0], truth["labels"] == label
+        own = own[found["scores"][own].argsort(descending=True, stable=True)[:most]]
+        ignored, hits = every[its], torch.zeros(len(THRESHOLDS), len(own), dtype=torch.int8)
+        if len(own) and len(ignored):
+            iou = overlap({kind: found[kind][own]}, {kind: truth[kind][its]}, kind, ignored & (rules == "coco"))
+            hits = (match_coco if rules == "coco" else match_voc)(iou, ignored)
+        result[label] = found["scores"][own], hits, int((~ignored).sum())
+    return result
+
+
+def mean_ap(images, rules="coco"):
+    """{"AP", "AP50", "AP75", "classes": {label: AP}} in per cent of what `matched` returned for each image."""
+    parts = collections.defaultdict(list)
+    for image in images:
+        for label, part in image.items():
+            parts[label].append(part)
     classes = {}
-    for label in sorted({label for t in truths for label in t["labels"].tolist()}):
-        scores, hits, objects = [torch.zeros(0)], [torch.zeros(len(THRESHOLDS), 0, dtype=torch.int8)], 0
-        for f, t in zip(found, truths, strict=True):
-            own, its = (f["labels"] == label).nonzero()[:, 0], t["labels"] == label
-            own = own[f["scores"][own].argsort(descending=True, stable=True)[:most]]
-            t = {k: v[its] for k, v in t.items() if k in (kind, "ignored")}
-            ignored = t.get("ignored", torch.zeros(int(its.sum()), dtype=torch.bool))
-            objects += int((~ignored).sum())
-            scores.append(f["scores"][own])
-            if len(own) and len(ignored):
-                hits.append(match(overlap({kind: f[kind][own]}, t, kind, rules == "voc"), ignored))
-            else:
-                hits.append(torch.zeros(len(THRESHOLDS), len(own), dtype=torch.int8))
-        if objects:
-            classes[label] = 100 * average_precision(torch.cat(scores), torch.cat(hits, 1), objects, points)
+    for label in sorted(parts):
+        scores, hits, objects = zip(*parts[label], strict=True)
+        if sum(objects):
+            points = 101 if rules == "coco" else 11
+            classes[label] = 100 * average_precision(torch.cat(scores), torch.cat(hits, 1), sum(objects), points)
     ap = torch.stack(list(classes.values())).mean(0) if classes else torch.full((len(THRESHOLDS),), torch.nan)
     result = {"AP": ap.mean().item(), "AP50": ap[0].item(), "AP75": ap[5].item()}
     return result | {"classes": {label: value.mean().item() for label, value in classes.items()}}
+
+
+# ============ COCO's own code, where faster-coco-eval is installed (requirements-coco.txt) ============
+
+
+def coco_results(found, image, categories):
+    """The detections of an image, its id in COCO's file, in COCO's format of results."""
+    boxes, results = box_convert(found["boxes"], "xyxy", "xywh").tolist(), []
+    for i, (box, label) in enumerate(zip(boxes, found["labels"].tolist(), strict=True)):
+        result = {"image_id": image, "category_id": categories[label], "bbox": box, "score": found["scores"][i].item()}
+        if "masks" in found:
+            from faster_coco_eval.core.mask import encode
+
+            rle = encode(found["masks"][i].byte().numpy().copy(order="F"))
+            result["segmentation"] = {"size": rle["size"], "counts": rle["counts"]}
+        results.append(result)
+    return results
+
+
+def official(file, results, images, kind="boxes"):
+    """COCO's twelve numbers for the annotations in `file` and `coco_results` of the `images`, by their ids; {} where
+    faster-coco-eval is not installed."""
+    try:
+        from faster_coco_eval import COCO, COCOeval_faster
+    except ImportError:
+        return {}
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(file))
+        run = COCOeval_faster(truth, truth.loadRes(results), "bbox" if kind == "boxes" else "segm")
+        run.params.imgIds = sorted(images)
+        run.evaluate(), run.accumulate(), run.summarize()
+    names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
+    return {name: 100 * float(value) for name, value in zip(names, list(run.stats)[:12], strict=True)}
+
+
+# ============ segmentation ============
 
 
 def confusion(predicted, truth, classes, ignored=255):

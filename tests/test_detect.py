@@ -13,15 +13,23 @@ import backbones
 import common
 import data
 import runs
-import shapes
-from downstream import detect
+from downstream import annotated, detect
 
 SMALL = ["--limit", "24", "--updates", "4", "--batch-size", "4", "--device", "cpu"]
 
 
 @pytest.fixture(autouse=True)
 def few_test_scenes(monkeypatch):
-    monkeypatch.setattr(detect, "TEST_SCENES", 8)
+    monkeypatch.setitem(annotated.SCENES, "test", (8, 11))
+
+
+PREPROCESS = {"mean": data.MEAN, "std": data.STD}
+
+
+def detector(arch="resnet10_16", head="c4", mask=False, classes=10, recipe="scenes"):
+    torch.manual_seed(0)
+    net = backbones.build(arch, detect.RECIPES[recipe]["built_for"])
+    return net, detect.build(net, PREPROCESS, classes, head, mask, detect.RECIPES[recipe])
 
 
 def run(*flags, code=None):
@@ -30,19 +38,56 @@ def run(*flags, code=None):
     return out.getvalue()
 
 
-def test_the_parts_are_those_of_the_backbone():
+@pytest.mark.parametrize("head", ["c4", "fpn"])
+def test_the_parts_are_those_of_the_backbone(head):
     """Weights of torchvision's ResNet-50 fill trunk and head, all but the new layers."""
     weights = {k: v for k, v in torchvision.models.resnet50().state_dict().items() if not k.startswith("fc.")}
-    net = backbones.build("resnet50", 64)
-    model = detect.build(net, {"mean": data.MEAN, "std": data.STD}, 10)
-    body, head = model.backbone.state_dict(), model.roi_heads.box_head[0].state_dict()
-    own = body | {f"layer4.{k}": v for k, v in head.items()}
+    net, model = detector("resnet50", head, recipe="voc0712")
+    own = (model.backbone if head == "c4" else model.backbone.body).state_dict()
+    if head == "c4":
+        own |= {f"layer4.{k}": v for k, v in model.roi_heads.box_head[0].state_dict().items()}
+        assert isinstance(model.roi_heads.box_head[1], nn.BatchNorm2d)
     assert own.keys() == weights.keys()
-    net.load_state_dict(weights)
-    assert torch.equal(model.backbone.layer1[0].conv1.weight, weights["layer1.0.conv1.weight"])
-    assert torch.equal(model.roi_heads.box_head[0][0].conv1.weight, weights["layer4.0.conv1.weight"])
-    assert isinstance(model.roi_heads.box_head[1], nn.BatchNorm2d)
+    net.load_state_dict(weights)  # one object, not a copy
+    last = model.roi_heads.box_head[0] if head == "c4" else model.backbone.body.layer4
+    assert torch.equal(last[2].conv3.weight, weights["layer4.2.conv3.weight"])
     assert model.roi_heads.box_predictor.cls_score.out_features == 11
+
+
+def test_losses_and_roi_align_are_those_of_detectron2():
+    detect.like_detectron2()
+    logits, boxes = torch.zeros(2, 3), torch.tensor([[0.0] * 12, [0] * 4 + [0.1, -0.3, 0, 2] + [9] * 4])
+    _, loss = detect.roi_heads.fastrcnn_loss(logits, boxes, [torch.tensor([0, 1])], [torch.zeros(2, 4)])
+    assert loss.item() == pytest.approx(2.4 / 2)  # smooth L1 has less for 0.1: 0.045
+    ramp = torch.arange(16.0).expand(1, 1, 16, 16)  # a pixel's value is its place
+    pool = detect.MultiScaleRoIAlign(["0"], 1, 2)
+    [[[[value]]]] = pool({"0": ramp}, [torch.tensor([[4.0, 4, 8, 8]])], [(16, 16)])
+    assert value.item() == pytest.approx(5.5)  # the middle of pixels 4, 5, 6, 7; torchvision: 6
+
+
+@pytest.mark.parametrize(("head", "mask"), [("c4", False), ("fpn", False), ("fpn", True)])
+def test_every_parameter_learns(head, mask):
+    net, model = detector(head=head, mask=mask)
+    scenes = annotated.scenes("scenes", "train", 4)
+    detect.train_mode(model, net, False)
+    losses = model(*detect.prepared([scenes.read(i) for i in range(4)], mask, torch.device("cpu")))
+    sum(losses.values()).backward()
+    assert ("loss_mask" in losses) == mask
+    assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+    assert sum(p.grad.abs().sum() > 0 for p in net.parameters()) == len(list(net.parameters()))
+
+
+def test_norms_are_recomputed_over_the_batches():
+    net, model = detector()
+    scenes = annotated.scenes("scenes", "train", 8)
+    batches = [detect.prepared([scenes.read(i) for i in rows], False, torch.device("cpu")) for rows in ((0, 1), (2, 3))]
+    detect.train_mode(model, net, True)
+    before = {k: v.clone() for k, v in net.state_dict().items() if not k.startswith("layer4")}
+    seen, norm = [], model.roi_heads.box_head[1]
+    norm.register_forward_hook(lambda m, inputs, _: seen.append(inputs[0].mean((0, 2, 3))))
+    detect.recompute_norms(model, batches)
+    assert torch.allclose(norm.running_mean, torch.stack(seen).mean(0), atol=1e-5) and norm.momentum == 0.1
+    assert all(torch.equal(net.state_dict()[k], v) for k, v in before.items())  # frozen ones stay
 
 
 def test_frozen_parts_do_not_move(tmp_path):
@@ -55,7 +100,7 @@ def test_frozen_parts_do_not_move(tmp_path):
 
 
 def test_scenes_keep_their_size():
-    model, images = detect.build(backbones.build("resnet10_16", 32), {"mean": data.MEAN, "std": data.STD}, 10), []
+    model, images = detector()[1], []
     for training in (True, False):
         model.transform.train(training)
         images.append(model.transform([torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))])[0].tensors)
@@ -63,38 +108,28 @@ def test_scenes_keep_their_size():
 
 
 def test_norms_do_not_decay():
-    model = detect.build(backbones.build("resnet10_16", 32), {"mean": data.MEAN, "std": data.STD}, 10)
+    model = detector()[1]
     decayed, not_decayed = detect.param_groups(model)
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     assert len(not_decayed["params"]) == 2 * len(norms) and not_decayed["weight_decay"] == 0
     assert len(decayed["params"]) + 2 * len(norms) == len(list(model.parameters()))
 
 
-def test_rates_by_hand():
-    rates = [detect.rate_at(step, 800, 2.0) for step in (0, 50, 100, 599, 600, 735, 736)]
-    assert rates == pytest.approx([0.002, 1.001, 2, 2, 0.2, 0.2, 0.02])
-
-
 def test_flipping_by_hand():
     image = torch.arange(12).view(1, 2, 6)
-    target = {"boxes": torch.tensor([[0.0, 0, 2, 1], [3, 1, 6, 2]]), "labels": torch.tensor([1, 2])}
+    masks = image[:, :, :].repeat(2, 1, 1) > torch.tensor([4, 7])[:, None, None]
+    target = {"boxes": torch.tensor([[0.0, 0, 2, 1], [3, 1, 6, 2]]), "labels": torch.tensor([1, 2]), "masks": masks}
     mirrored, flipped = detect.flipped(image, target)
+    assert flipped["masks"][0].tolist() == [[True, False, False, False, False, False], [True] * 6]
     assert mirrored[0, 0].tolist() == [5, 4, 3, 2, 1, 0]
     assert flipped["boxes"].tolist() == [[4, 0, 6, 1], [0, 1, 3, 2]] and flipped["labels"] is target["labels"]
     assert target["boxes"][0].tolist() == [0, 0, 2, 1]  # not overwritten
 
 
-def test_batches_are_permutations_one_after_the_other():
-    rows = torch.cat([detect.rows_at(step, 10, 4, seed=3) for step in range(5)])
-    assert sorted(rows[:10].tolist()) == sorted(rows[10:].tolist()) == list(range(10))
-    assert rows[:10].tolist() != rows[10:].tolist()
-    assert torch.equal(rows[4:8], detect.rows_at(1, 10, 4, seed=3))
-
-
 def test_labels_begin_at_one_for_the_detector():
-    images, targets, _ = shapes.draw_scenes(6)
-    xs, ts = detect.batch(images, targets, torch.tensor([4, 1]), torch.Generator().manual_seed(0), torch.device("cpu"))
-    assert [t["labels"].tolist() for t in ts] == [(targets[i]["labels"] + 1).tolist() for i in (4, 1)]
+    scenes = annotated.scenes("scenes", "train", 6)
+    xs, ts = detect.prepared([scenes.read(4), scenes.read(1)], False, torch.device("cpu"))
+    assert [t["labels"].tolist() for t in ts] == [(scenes.read(i)[1]["labels"] + 1).tolist() for i in (4, 1)]
     assert xs[0].max() <= 1 and set(ts[0]) == {"boxes", "labels"}
 
 
@@ -130,6 +165,9 @@ def test_two_processes_train_and_test_together(tmp_path):
         (["nowhere"], "no such checkpoint"),
         (["random:resnet10_16", "--updates", "0"], "--updates 0: it must be at least 1"),
         (["random:resnet10_16", "--lr", "nan"], "--lr nan"),
+        (["random:resnet10_16", "--mask"], "--mask needs --head fpn"),
+        (["random:resnet10_16", "--limit", "9"], "--batch-size 16: there are 9 images to train on"),
+        (["random:resnet10_16", "--data", "nowhere"], "nowhere has no annotations/"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, tmp_path, refused):

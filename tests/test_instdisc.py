@@ -14,6 +14,7 @@ import copy_paste
 import data
 import evaluate
 import instdisc
+import optim
 import sets
 
 SMALL = ["instdisc.py", *TINY, "--limit", "48", "--epochs", "4", "--negatives", "16"]  # 3 steps an epoch, 12 in all
@@ -209,10 +210,9 @@ def test_table_1_is_cumulative():
 
 
 def test_learning_rate_drops_at_120_and_160_of_200_epochs():
-    at = lambda epoch: instdisc.learning_rate(epoch * 10, 2000, 0.03, 0, "steps")
+    at = lambda epoch: optim.rate(epoch * 10, 2000, 0.03, 0, instdisc.DROPS["steps"])
     assert [at(e) for e in (0, 119, 120, 159, 160, 199)] == pytest.approx([0.03, 0.03, 3e-3, 3e-3, 3e-4, 3e-4])
-    assert instdisc.learning_rate(5, 100, 1.0, 10, "steps") == 0.5
-    assert instdisc.learning_rate(55, 100, 1.0, 10, "cosine") == pytest.approx(0.5)
+    assert optim.rate(55, 100, 1.0, 10, instdisc.DROPS["cosine"]) == pytest.approx(0.5)
 
 
 # ============ whole runs ============

@@ -1,7 +1,7 @@
 """Average precision and mean IoU, by hand and beside the official COCO evaluation where it is installed."""
 
-import contextlib
-import io
+import json
+import sys
 
 import pytest
 import torch
@@ -16,6 +16,12 @@ def image(*boxes, labels=None, **more):
     return {"boxes": boxes, "labels": labels} | {k: torch.tensor(v) for k, v in more.items()}
 
 
+def ap_of(found, truths, rules="coco", kind="boxes", most=100):
+    return metrics.mean_ap(
+        [metrics.matched(*pair, rules, kind, most) for pair in zip(found, truths, strict=True)], rules
+    )
+
+
 A, B = (0, 0, 10, 10), (20, 20, 40, 40)
 
 
@@ -23,10 +29,10 @@ A, B = (0, 0, 10, 10), (20, 20, 40, 40)
 def test_perfect_and_empty_detections(rules):
     truth = [image(A, B), image(A, labels=[3])]
     found = [t | {"scores": torch.ones(len(t["boxes"]))} for t in truth]
-    ap = metrics.detection_ap(found, truth, rules)
+    ap = ap_of(found, truth, rules)
     assert (ap["AP"], ap["AP50"], ap["AP75"], ap["classes"]) == (100, 100, 100, {0: 100, 3: 100})
     nothing = [image(scores=[]), image(scores=[])]
-    assert metrics.detection_ap(nothing, truth, rules)["AP"] == 0
+    assert ap_of(nothing, truth, rules)["AP"] == 0
 
 
 def test_by_hand_at_one_threshold():
@@ -43,18 +49,16 @@ def test_by_hand_at_one_threshold():
 def test_the_iou_decides_by_threshold():
     """IoU 0.8 of a box of 10 x 10 with one of 10 x 8: right at .50 to .80, seven of ten thresholds; COCO's boxes."""
     truth, found = [image(A)], [image((0, 0, 10, 8), scores=[0.5])]
-    ap = metrics.detection_ap(found, truth)
+    ap = ap_of(found, truth)
     assert ap["AP"] == pytest.approx(70) and (ap["AP50"], ap["AP75"]) == (100, 100)
-    # VOC's boxes include their last pixel, 11 x 9 of 11 x 11: 0.818
-    assert metrics.detection_ap(found, truth, "voc")["AP"] == pytest.approx(70)
-    assert metrics.overlap(found[0], truth[0], "boxes", voc=True).item() == pytest.approx(99 / 121)
+    assert ap_of(found, truth, "voc")["AP"] == pytest.approx(60)  # above the threshold: .80 is not
 
 
 def test_a_second_detection_of_an_object_is_wrong_by_voc_and_takes_the_next_one_by_coco():
     near = (0, 0, 10, 11)  # overlaps A by 0.91
     truth, found = [image(A, near)], [image(A, A, scores=[0.9, 0.8])]
-    assert metrics.detection_ap(found, truth)["AP50"] == pytest.approx(100)
-    assert metrics.detection_ap(found, truth, "voc")["AP50"] == pytest.approx(100 * 6 / 11)  # recall 1/2 at best
+    assert ap_of(found, truth)["AP50"] == pytest.approx(100)
+    assert ap_of(found, truth, "voc")["AP50"] == pytest.approx(100 * 6 / 11)  # recall 1/2 at best
 
 
 @pytest.mark.parametrize("rules", ["coco", "voc"])
@@ -62,8 +66,8 @@ def test_what_is_ignored_need_not_be_found_and_does_not_count(rules):
     truth = [image(A, B, ignored=[False, True])]
     both, extra = image(A, B, scores=[0.5, 0.9]), image(A, (50, 50, 60, 60), scores=[0.5, 0.9])
     only = image(A, scores=[0.5])
-    assert [metrics.detection_ap([f], truth, rules)["AP"] for f in (both, only)] == [100, 100]
-    assert metrics.detection_ap([extra], truth, rules)["AP"] == pytest.approx(50)
+    assert [ap_of([f], truth, rules)["AP"] for f in (both, only)] == [100, 100]
+    assert ap_of([extra], truth, rules)["AP"] == pytest.approx(50)
 
 
 def test_masks_have_an_iou_of_their_own():
@@ -71,14 +75,14 @@ def test_masks_have_an_iou_of_their_own():
     masks[0, :4], masks[1, :3] = True, True  # 24 of 32 pixels: 0.75
     whole = image((0, 0, 8, 8))
     truth, found = [whole | {"masks": masks[:1]}], [whole | {"masks": masks[1:], "scores": torch.ones(1)}]
-    ap = metrics.detection_ap(found, truth, kind="masks")
+    ap = ap_of(found, truth, kind="masks")
     assert ap["AP"] == pytest.approx(60) and ap["AP75"] == 100
 
 
 def test_only_the_best_detections_of_a_class_count():
     truth = [image(A, B)]
     found = [image((50, 50, 60, 60), A, B, scores=[0.9, 0.8, 0.7])]
-    assert metrics.detection_ap(found, truth, most=2)["AP50"] == pytest.approx(50 * 51 / 101)  # up to recall .50
+    assert ap_of(found, truth, most=2)["AP50"] == pytest.approx(50 * 51 / 101)  # up to recall .50
 
 
 def noisy_detections(n=30, classes=4, seed=0):
@@ -97,32 +101,45 @@ def noisy_detections(n=30, classes=4, seed=0):
     return found, truths
 
 
-def test_the_official_evaluation_has_the_same_figures():
-    api = pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+def coco_file(path, truths, names=4):
+    """The truths as a file in COCO's format; objects of which some are crowds."""
+    annotations = []
+    for i, t in enumerate(truths):
+        for (x, y, w, h), label, crowd in zip(
+            box_convert(t["boxes"], "xyxy", "xywh").tolist(), t["labels"].tolist(), t["ignored"].tolist(), strict=True
+        ):
+            annotations.append({"id": len(annotations) + 1, "image_id": i, "category_id": 3 * label + 1, "area": w * h,
+                                "bbox": [x, y, w, h], "iscrowd": int(crowd)})  # fmt: skip
+    images = [{"id": i, "width": 200, "height": 200, "file_name": f"{i}.png"} for i in range(len(truths))]
+    categories = [{"id": 3 * c + 1, "name": str(c)} for c in range(names)]
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def test_the_official_evaluation_has_the_same_figures(tmp_path):
+    """With crowds, on some of the images of the file."""
+    pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
     found, truths = noisy_detections()
-    for t in truths:
-        t["ignored"][:] = False  # a crowd's IoU is another there
-    xywh = lambda boxes: box_convert(boxes, "xyxy", "xywh").tolist()
-    objects = [
-        {"image_id": i, "category_id": label, "bbox": box, "area": box[2] * box[3], "iscrowd": 0}
-        for i, t in enumerate(truths)
-        for box, label in zip(xywh(t["boxes"]), t["labels"].tolist(), strict=True)
-    ]
-    objects = [o | {"id": i} for i, o in enumerate(objects, 1)]
-    categories = [{"id": c, "name": str(c)} for c in range(4)]
-    results = [
-        {"image_id": i, "category_id": label, "bbox": box, "score": score}
-        for i, f in enumerate(found)
-        for box, label, score in zip(xywh(f["boxes"]), f["labels"].tolist(), f["scores"].tolist(), strict=True)
-    ]
-    images = [{"id": i, "width": 200, "height": 200} for i in range(len(truths))]
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco = api.COCO({"images": images, "annotations": objects, "categories": categories})
-        evaluation = api.COCOeval_faster(coco, coco.loadRes(results), "bbox")
-        evaluation.evaluate(), evaluation.accumulate(), evaluation.summarize()
-    ap = metrics.detection_ap(found, truths)
+    file, few = coco_file(tmp_path / "truth.json", truths), range(0, 30, 2)
+    results = [r for i in few for r in metrics.coco_results(found[i], i, [1, 4, 7, 10])]
+    official = metrics.official(file, results, few)
+    ap = ap_of([found[i] for i in few], [truths[i] for i in few])
     assert 10 < ap["AP"] < 90
-    assert [ap[k] for k in ("AP", "AP50", "AP75")] == pytest.approx([100 * s for s in evaluation.stats[:3]], abs=1e-4)
+    assert [ap[k] for k in ("AP", "AP50", "AP75")] == pytest.approx(
+        [official[k] for k in ("AP", "AP50", "AP75")], abs=1e-4
+    )
+
+
+def test_without_the_extra_there_are_no_official_figures(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    assert metrics.official(tmp_path / "truth.json", [], []) == {}
+
+
+def test_of_a_crowd_a_detection_needs_only_to_lie_in_it():
+    truth = [image((0, 0, 100, 100), A, ignored=[True, False])]
+    found = [image((60, 60, 70, 70), A, scores=[0.9, 0.5])]  # IoU with the crowd 0.01, but all of it lies inside
+    assert ap_of(found, truth)["AP"] == 100
+    assert ap_of(found, truth, "voc")["AP"] == pytest.approx(50)
 
 
 def test_mean_iou_by_hand():

@@ -15,6 +15,7 @@ import backbones
 import checkpoints
 import data
 import evaluate
+import optim
 import pretext
 import runs
 import sets
@@ -401,10 +402,10 @@ def test_every_weight_learns(task, family):
 
 
 def test_the_learning_rate_warms_up_and_then_drops_or_is_a_cosine():
-    rates = [pretext.rate_at(step, 100, 2.0, 10, [0.4, 0.7]) for step in range(100)]
+    rates = [optim.rate(step, 100, 2.0, 10, [0.4, 0.7]) for step in range(100)]
     assert rates[:11] == pytest.approx([0.2 * k for k in range(11)])
     assert rates[39] == 2 and rates[40] == rates[69] == pytest.approx(0.2) and rates[70] == pytest.approx(0.02)
-    assert pretext.rate_at(55, 100, 2.0, 10, []) == pytest.approx(1.0) and pretext.rate_at(5, 100, 2.0, 10, []) == 1.0
+    assert optim.rate(55, 100, 2.0, 10, []) == pytest.approx(1.0) and optim.rate(5, 100, 2.0, 10, []) == 1.0
 
 
 def test_accumulated_gradients_equal_those_of_the_batch():
