@@ -47,6 +47,7 @@ import sets
 from downstream import annotated, dense, metrics
 
 METHOD = "detect"
+NAMES = {"boxes": "detection", "masks": "instances"}  # in evaluate.json
 
 # ============ recipes: what is also a flag is its default ============
 
@@ -300,7 +301,7 @@ def main(argv=None):
             three = {k: ap[k] for k in ("AP", "AP50", "AP75")}
             run.log.record("eval", run.step, **{f"{kind}_{k}": v for k, v in three.items()})
             words += [f"{kind} " * args.mask + " ".join(f"{k} {v:.1f}" for k, v in three.items())]
-            evaluate.write_json(args.out, train.name, {f"detection {kind}": ap | {"frozen": args.frozen}})
+            evaluate.write_json(args.out, train.name, {NAMES[kind]: ap | {"frozen": args.frozen}})
         run.log.image("detections", picture(shown, test.classes), run.step)
         run.log.writer.close()
         points = {"coco": "COCO's AP (101 recalls)", "voc": "VOC 2007's AP (11 recalls)"}[r["rules"]]

@@ -190,7 +190,7 @@ def main(argv=None):
     result = None
     if rank == 0:
         mean, each = metrics.mean_iou(matrix)
-        numbers = {"mIoU": mean, "mIoU without class 0": each[1:].nanmean().item()}
+        numbers = {"mIoU": mean, "mIoU_objects": each[1:].nanmean().item()}
         numbers["pixels"] = 100 * (matrix.diagonal().sum() / matrix.sum()).item()
         run.log.record("eval", run.step, **numbers)
         run.log.image("segmentation", picture(shown, classes), run.step)
@@ -200,7 +200,9 @@ def main(argv=None):
         }
         evaluate.write_json(args.out, train.name, {"segmentation": numbers | {"classes": ious, "frozen": args.frozen}})
         result = f"segment {train.name}: " + " ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({args.out})"
-        print(f"IoU over all test pixels, mean over classes; pixels: the share that is right\n{result}")
+        print(
+            f"IoU over all test pixels, mean over classes, and without class 0; pixels: the share that is right\n{result}"
+        )
     run.save(result)
 
 
