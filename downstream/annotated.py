@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torchvision
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tvf
 
@@ -114,16 +114,21 @@ def boxes_of(path, record, masks):
 
 
 def mask_of(segmentation, width, height):
-    """bool [H, W] of polygons, [[x, y, x, y, ...], ...] with pixel centers at halves, or of run lengths by columns."""
+    """bool [H, W] of run lengths by columns, or of polygons [[x, y, x, y, ...], ...], whose pixels are those with the
+    center inside."""
     if isinstance(segmentation, dict):
         counts = torch.tensor(segmentation["counts"])
         return (torch.arange(len(counts)) % 2).repeat_interleave(counts).view(width, height).T.bool()
-    canvas = Image.new("L", (width, height))
+    mask, centers = torch.zeros(height, width, dtype=torch.bool), torch.arange(height) + 0.5
     for polygon in segmentation:
-        # Pillow's pixels have their centers at whole numbers, COCO's at halves.
-        if len(polygon) >= 6:
-            ImageDraw.Draw(canvas).polygon([v - 0.5 for v in polygon], fill=1)
-    return tvf.pil_to_tensor(canvas)[0] > 0
+        (x, y), toggles = torch.tensor(polygon).view(-1, 2).T, torch.zeros(height, width + 1, dtype=torch.int64)
+        x2, y2 = x.roll(-1), y.roll(-1)
+        # Where an edge crosses the middle of a row, all pixels to the right go from outside to inside or back.
+        edge, row = ((y[:, None] <= centers) != (y2[:, None] <= centers)).nonzero(as_tuple=True)
+        at = x[edge] + (centers[row] - y[edge]) * (x2 - x)[edge] / (y2 - y)[edge]
+        toggles.index_put_((row, (at - 0.5).ceil().clamp(0, width).long()), torch.ones_like(row), accumulate=True)
+        mask |= toggles.cumsum(1)[:, :width] % 2 == 1
+    return mask
 
 
 class Annotations:

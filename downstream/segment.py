@@ -200,9 +200,7 @@ def main(argv=None):
         }
         evaluate.write_json(args.out, train.name, {"segmentation": numbers | {"classes": ious, "frozen": args.frozen}})
         result = f"segment {train.name}: " + " ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({args.out})"
-        print(
-            f"IoU over all test pixels, mean over classes, and without class 0; pixels: the share that is right\n{result}"
-        )
+        print(f"IoU of all test pixels, mean over classes (objects: but class 0); pixels: part that is right\n{result}")
     run.save(result)
 
 

@@ -1,7 +1,7 @@
 """Detection and segmentation of several backbones, fine-tuned and frozen, side by side.
 
     python -m experiments.transfer runs/byol-shapes runs/instdisc-shapes random:resnet10_16 --seeds 0 1 2
-    python -m experiments.transfer "runs/byol-{seed}" "runs/sage-{seed}" --seeds 0 1 2     each pre-trained with the seed
+    python -m experiments.transfer "runs/byol-{seed}" "runs/sage-{seed}" --seeds 0 1 2     by seed
     python -m experiments.transfer RUN --tasks detect --data DIR --jobs 2                  other flags go to every run
     python -m experiments.transfer ... --show                         the tables of what is there; runs nothing
 
