@@ -83,6 +83,12 @@ class FCN(nn.Module):
         return F.interpolate(logits, x.shape[2:], mode="bilinear", align_corners=False)
 
 
+def pixel_loss(logits, classes):
+    """Cross-entropy, mean over the pixels that count. logits [B, C, H, W], classes uint8 [B, H, W]."""
+    counted = (classes != 255).sum().clamp(min=1)
+    return F.cross_entropy(logits, classes.long(), ignore_index=255, reduction="sum") / counted
+
+
 def train_mode(model, frozen):
     """Train mode; what is frozen stays in eval mode, so that its running averages stay, too."""
     model.train()
@@ -173,9 +179,8 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             images, targets = zip(*run.log.next(run.batches), strict=True)
-            y = torch.stack([target["semantic"] for target in targets]).to(device).long()
             logits = ddp(torch.stack(images).to(device) / 255)
-            loss = F.cross_entropy(logits, y, ignore_index=255, reduction="sum") / (y != 255).sum().clamp(min=1)
+            loss = pixel_loss(logits, torch.stack([target["semantic"] for target in targets]).to(device))
             loss.backward()
             run.log.loss += loss.detach()
             optimizer.step()

@@ -39,6 +39,12 @@ def job(own, task, target, frozen, seed):
     return jobs.Job(path, f"downstream.{task}", words, measured, own.processes)
 
 
+def jobs_of(own):
+    """{(task, checkpoint, frozen): a Job for each seed}"""
+    keys = [(task, target, frozen) for target in own.checkpoints for task in own.tasks for frozen in (False, True)]
+    return {key: [job(own, *key, seed) for seed in own.seeds] for key in keys}
+
+
 def page(own, grid):
     text = []
     for task in own.tasks:
@@ -57,8 +63,7 @@ def page(own, grid):
 
 def main(argv=None):
     own = parse_args(argv)
-    keys = [(task, target, frozen) for target in own.checkpoints for task in own.tasks for frozen in (False, True)]
-    grid = {key: [job(own, *key, seed) for seed in own.seeds] for key in keys}
+    grid = jobs_of(own)
     if not own.show:
         jobs.run(
             [run for seed in zip(*grid.values(), strict=True) for run in seed], own

@@ -145,9 +145,11 @@ def test_an_image_of_another_size_ends_the_program(tmp_path, refused):
 # ============ PASCAL VOC ============
 
 XML = """<annotation><size><width>40</width><height>30</height><depth>3</depth></size>
-<object><name>cat</name><difficult>0</difficult><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>40</xmax><ymax>30</ymax></bndbox>
-</object><object><name>person</name><part><name>head</name><bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax>
-</bndbox></part><difficult>1</difficult><bndbox><xmin>6</xmin><ymin>7.5</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>
+<object><name>cat</name><difficult>0</difficult>
+<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>40</xmax><ymax>30</ymax></bndbox></object>
+<object><name>person</name><part><name>head</name>
+<bndbox><xmin>2</xmin><ymin>2</ymin><xmax>3</xmax><ymax>3</ymax></bndbox></part><difficult>1</difficult>
+<bndbox><xmin>6</xmin><ymin>7.5</ymin><xmax>20</xmax><ymax>15</ymax></bndbox>
 </object></annotation>"""
 
 

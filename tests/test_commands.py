@@ -51,6 +51,8 @@ def check(script, words, monkeypatch):
         if compares:  # what is no flag of its own goes to every script
             own = module.parse_args(words)
             runs = [module.training(own, dataset, method, 0) for dataset in own.data for method in own.methods]
+        elif compares := script == "-m experiments.transfer":
+            runs = [seeds[0] for seeds in module.jobs_of(module.parse_args(words)).values()]
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("data.check", parsed)
         if not compares:
@@ -58,8 +60,8 @@ def check(script, words, monkeypatch):
                 module.main()
             return
     for run in runs:
-        _, script, *words = shlex.split(run.typed)
-        check(script, words, monkeypatch)
+        _, script, *words = shlex.split(run.typed.replace("-m ", "-m=", 1))
+        check(script.replace("=", " "), words, monkeypatch)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

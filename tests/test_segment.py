@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 import torchvision
-from helpers import equal, fork
+from helpers import check_two_processes, equal, fork
 from torch import nn
 
 import backbones
@@ -85,6 +85,35 @@ def test_it_learns_scenes(tmp_path):
     """Better than the best answer without looking: ground everywhere has 8 to 9 mIoU."""
     text = run("--updates", 60, "--batch-size", 8, "--overfit", "--out", tmp_path)
     assert json.loads((tmp_path / "evaluate.json").read_text())["scenes"]["segmentation"]["mIoU"] > 14, text
+
+
+def test_the_loss_is_the_mean_over_pixels_that_count():
+    logits, classes = torch.randn(2, 3, 4, 4), torch.randint(3, (2, 4, 4), dtype=torch.uint8)
+    classes[0, :2], classes[1, 3] = 255, 255
+    counted = (classes != 255).nonzero().tolist()
+    loss = [-logits[b, :, y, x].log_softmax(0)[int(classes[b, y, x])] for b, y, x in counted]
+    assert len(loss) == 20 and torch.allclose(segment.pixel_loss(logits, classes), torch.stack(loss).mean())
+    assert segment.pixel_loss(logits, torch.full_like(classes, 255)) == 0
+
+
+class WithLoss(segment.FCN):
+    def forward(self, x, classes):
+        return segment.pixel_loss(super().forward(x), classes)
+
+
+def build():
+    torch.manual_seed(0)
+    return WithLoss(backbones.build("resnet10_16", 32), PREPROCESS, 11, 16, 2)
+
+
+def batch(n):
+    scenes = annotated.scenes("scenes", "train", n)
+    images, targets = zip(*[scenes.read(i) for i in range(n)], strict=True)
+    return torch.stack(images) / 255, torch.stack([t["semantic"] for t in targets])
+
+
+def test_two_processes_have_the_gradients_of_one(tmp_path):
+    check_two_processes(build, batch, tmp_path)
 
 
 def test_stopped_and_resumed_a_run_ends_with_the_same_weights(tmp_path, monkeypatch):
