@@ -9,6 +9,7 @@ import copy
 import functools
 import hashlib
 import json
+import math
 import os
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -62,7 +63,8 @@ class Annotated:
 
 
 def split(load, args):
-    """(training set, test set) of `load(split)`; load("test") may be None: then every tenth image is the test set."""
+    """(training set, test set) of `load("train")` and `load("test")`; if that is None, every tenth image is for the
+    test."""
     train = load("train")
     if args.overfit:
         test = train
@@ -132,7 +134,7 @@ def mask_of(segmentation, width, height):
 
 
 class Annotations:
-    """The annotations of an image after another, checked; `said` counts what had to be changed."""
+    """Checks the annotations of one image after another and counts what it changes."""
 
     def __init__(self, file):
         self.file, self.outside, self.lost = file, 0, 0
@@ -289,13 +291,8 @@ def open_semantic(table, item):
 def voc12(root, which):
     """VOC 2012; trained on the 10,582 images with the masks of SBD where people's SegmentationClassAug and the list
     train_aug.txt are in place, else on the 1,464 of VOC."""
-    made = fetched(
-        torchvision.datasets.VOCSegmentation,
-        root,
-        "voc12",
-        year="2012",
-        image_set="train" if which == "train" else "val",
-    )
+    part = "train" if which == "train" else "val"
+    made = fetched(torchvision.datasets.VOCSegmentation, root, "voc12", year="2012", image_set=part)
     pairs, base = list(zip(made.images, made.masks, strict=True)), Path(root, "VOCdevkit", "VOC2012")
     listed = base / "ImageSets" / "Segmentation" / "train_aug.txt"
     if which == "train" and listed.is_file() and (base / "SegmentationClassAug").is_dir():
@@ -303,9 +300,7 @@ def voc12(root, which):
         names = [Path(name).stem for name in names if "Class" not in name]  # some lists have pairs of paths
         pairs = [(f"{base}/JPEGImages/{n}.jpg", f"{base}/SegmentationClassAug/{n}.png") for n in names]
     elif which == "train" and common.rank() == 0:
-        print(
-            f"voc12: no {listed} and SegmentationClassAug beside it, so the masks are VOC's {len(pairs)}, without SBD's"
-        )
+        print(f"voc12: no {listed} with SegmentationClassAug, so there are VOC's {len(pairs)} masks, without SBD's")
     return Annotated("voc12", ["background", *VOC], pairs, functools.partial(open_semantic, range(256)))
 
 
@@ -376,15 +371,13 @@ class Part(Dataset):
             image, target = self.images.read(i)
         except (OSError, ValueError) as error:
             return str(error)
-        return (
-            self.change(image, target, sets.generator(self.seed, "change", epoch, i))
-            if self.change
-            else (image, target)
-        )
+        g = sets.generator(self.seed, "change", epoch, i)
+        return self.change(image, target, g) if self.change else (image, target)
 
 
 def read(images, keys, workers, seed=0, change=None):
     """Lists of (image, target) by `keys`, lists of (epoch, place). An image that cannot be read ends the program."""
+    workers = workers if isinstance(images.items[0][0], str) else 0  # scenes are in memory
     loader = DataLoader(Part(images, seed, change), batch_sampler=keys, collate_fn=list, num_workers=workers,
                         worker_init_fn=data.outlive_signals)  # fmt: skip
     for batch in loader:
@@ -405,7 +398,7 @@ class Loader:
         self.batch_size, self.steps = batch_size // self.world, len(images) // batch_size
         if not self.steps:
             common.fail(f"--batch-size {batch_size}: there are {len(images)} images to train on")
-        self.workers = workers if isinstance(images.items[0][0], str) else 0  # scenes are in memory
+        self.workers = workers
 
     def epoch(self, epoch, start=0):
         order = torch.randperm(len(self.data), generator=sets.generator(self.seed, "order", epoch)).tolist()
@@ -417,8 +410,8 @@ class Loader:
 
 
 def test_batches(images, batch_size, workers):
-    """This rank's share of the images in order, as lists of (image, target)."""
-    share = -(-len(images) // common.world_size())
-    places = range(len(images))[common.rank() * share : (common.rank() + 1) * share]
-    keys = [[(0, i) for i in places[at : at + batch_size]] for at in range(0, len(places), batch_size)]
-    return read(images, keys, workers if isinstance(images.items[0][0], str) else 0)
+    """This rank's share of the images in order: (their places, a list of (image, target)) for each batch."""
+    share = math.ceil(len(images) / common.world_size())
+    own = range(len(images))[common.rank() * share : (common.rank() + 1) * share]
+    places = [own[at : at + batch_size] for at in range(0, len(own), batch_size)]
+    return zip(places, read(images, [[(0, i) for i in batch] for batch in places], workers), strict=True)

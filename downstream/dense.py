@@ -16,16 +16,13 @@ import common
 
 def flags(doc, recipes):
     p = argparse.ArgumentParser(description=doc, formatter_class=common.Help, allow_abbrev=False)
-    p.add_argument(
-        "checkpoint", help="a run folder, its backbone.pt, a torchvision state dict, or random:ARCH; a ResNet"
-    )
-    p.add_argument(
-        "--data", default="scenes", help=f"a folder, or one of {', '.join(n for n in recipes if n != 'folder')}"
-    )
+    p.add_argument("checkpoint", help="a run folder, its backbone.pt, a plain state dict, or random:ARCH; a ResNet")
+    names = ", ".join(name for name in recipes if name != "folder")
+    p.add_argument("--data", default="scenes", help=f"a folder, or one of {names}")
     p.add_argument("--recipe", choices=recipes, help="preset of hyper-parameters (default: by --data)")
     p.add_argument("--root", default="datasets", help="where named sets live")
     p.add_argument("--arch", help="the architecture of a plain state dict")
-    p.add_argument("--frozen", action="store_true", help="do not train the backbone")
+    p.add_argument("--frozen", action="store_true", help="leave conv1 to layer3 (segment: layer4, too) as they are")
     p.add_argument("--limit", type=int, default=0, help="train on N images (0: all; 500 scenes)")
     p.add_argument("--overfit", action="store_true", help="test on the training images, to see that all parts work")
     p.add_argument("--updates", type=int, help="the schedule stretches with it")

@@ -216,15 +216,15 @@ def detect(model, test, batch_size, workers, device, rules, kinds, collect):
     model.eval()
     dense.same_norms(model)
     matches, shown, results = [], [], []
-    for batch in annotated.test_batches(test, batch_size, workers):
-        for (image, truth), found in zip(batch, model([image.to(device) / 255 for image, _ in batch]), strict=True):
+    for places, batch in annotated.test_batches(test, batch_size, workers):
+        answers = model([image.to(device) / 255 for image, _ in batch])
+        for place, (image, truth), found in zip(places, batch, answers, strict=True):
             found = {k: v.cpu() for k, v in found.items()} | {"labels": found["labels"].cpu() - 1}
             if "masks" in found:
                 found["masks"] = found["masks"][:, 0] > 0.5
             shown += [(image, truth, found)] * (len(shown) < 8)
             if collect:
-                path = test.items[common.rank() * -(-len(test) // common.world_size()) + len(matches)][0]
-                results += metrics.coco_results(found, test.ids[path], test.categories)
+                results += metrics.coco_results(found, test.ids[test.items[place][0]], test.categories)
             matches.append({kind: metrics.matched(found, truth, rules, kind) for kind in kinds})
     if dist.is_initialized():
         dist.all_gather_object(parts := [None] * common.world_size(), (matches, results))
@@ -254,11 +254,9 @@ def main(argv=None):
 
     # ============ run: print the recipe, go on from a checkpoint ============
     run = loop.Loop(METHOD, args, {"model": model, "optimizer": optimizer}, loader, args.updates)
-    network = (
-        f"{'Mask' if args.mask else 'Faster'} R-CNN, {args.head}, {'conv1 to layer3' if args.frozen else 'none'} frozen"
-    )
+    network = f"{'Mask' if args.mask else 'Faster'} R-CNN, {args.head}"
     run.say(f"{args.checkpoint} on {train.name}: {len(train)} images, {len(test)} to test")
-    run.say(f"{network}; {dense.millions(model)} M parameters")
+    run.say(f"{network}, {dense.millions(model)} M parameters{', conv1 to layer3 frozen' * args.frozen}")
     run.say(f"recipe {args.recipe}, seed {args.seed}: {run.total} updates of {args.batch_size}, lr {args.lr:g}, fp32")
     if not run.begin(weights=weights, network=r):
         return
@@ -270,9 +268,8 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             batch = prepared(run.log.next(run.batches), args.mask, device)
-            torch.manual_seed(
-                sets.generator(args.seed, step, rank).initial_seed()
-            )  # of the sampling of anchors and RoIs
+            g = sets.generator(args.seed, step, rank)
+            torch.manual_seed(g.initial_seed())  # of the sampling of anchors and RoIs, and of sizes
             losses = ddp(*batch)
             loss = sum(losses.values())
             loss.backward()
@@ -285,6 +282,7 @@ def main(argv=None):
         return common.STOPPED
 
     # ============ test ============
+    torch.manual_seed(args.seed)  # again the sampling
     batches = loader.epoch(run.total)  # of an epoch that is not trained on
     recompute_norms(model, (prepared(batch, args.mask, device) for batch in itertools.islice(batches, r["norms"])))
     kinds = ["boxes"] + ["masks"] * args.mask

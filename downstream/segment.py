@@ -135,7 +135,7 @@ def test_model(model, test, classes, workers, device):
     model.eval()
     dense.same_norms(model)
     matrix, shown = torch.zeros(classes, classes, dtype=torch.int64, device=device), []
-    for [(image, target)] in annotated.test_batches(test, 1, workers):  # of their own sizes
+    for _, [(image, target)] in annotated.test_batches(test, 1, workers):  # of their own sizes
         predicted = model(image[None].to(device) / 255).argmax(1)[0]
         matrix += metrics.confusion(predicted, target["semantic"].to(device), classes)
         if len(shown) < 8:

@@ -290,6 +290,19 @@ def test_batches_are_permutations_of_the_images():
     ]
 
 
+def test_ranks_share_a_batch_and_the_test(monkeypatch):
+    scenes = annotated.scenes("scenes", "train", 10)
+    sums = lambda batches: [[int(image.sum()) for image, _ in batch] for batch in batches]
+    whole = sums(annotated.Loader(scenes, 4, 0, 0, None).epoch(0))
+    monkeypatch.setattr(annotated.common, "world_size", lambda: 2)
+    halves, tested = [], []
+    for rank in (0, 1):
+        monkeypatch.setattr(annotated.common, "rank", lambda rank=rank: rank)
+        halves.append(sums(annotated.Loader(scenes, 4, 0, 0, None).epoch(0)))
+        tested += [place for places, batch in annotated.test_batches(scenes, 3, 0) for place in places]
+    assert [a + b for a, b in zip(*halves, strict=True)] == whole and tested == list(range(10))
+
+
 def test_workers_give_the_same_batches(tmp_path):
     write_coco(tmp_path)
     train = annotated.coco(*annotated.coco_folder(tmp_path, "train", True), True, True, "x")
