@@ -33,7 +33,7 @@ from common import any_rank, fail, rank, world_size
 # What a run and its evaluation write; the last line is TensorBoard's projector.
 OWN = re.compile(
     r"(checkpoint(\.prev)?\.pt|backbone\.pt|features-backbone-.+-(train|test)-[0-9a-f]{16}\.pt|metrics\.jsonl|"
-    r"evaluate\.json|(views|reconstructions|neighbors|gradients|swap|detections)\.png|schedule\.csv|"
+    r"evaluate\.json|(views|reconstructions|neighbors|gradients|swap|detections|segmentation)\.png|schedule\.csv|"
     r"events\.out\.tfevents\..+\.run|projector_config\.pbtxt)(\.tmp)?|"
     r"\d{5,}(/default(/(tensors\.tsv|metadata\.tsv|sprite\.png))?)?"
 )

@@ -197,7 +197,7 @@ def picture(shown, classes, side=192):
         sure = found["scores"] > 0.5
         for objects in (truth, {k: v[sure] for k, v in found.items()}):
             drawn, names = dense.tile(image, side).byte(), [classes[label] for label in objects["labels"].tolist()]
-            if names and "masks" in objects:
+            if names and "masks" in found:
                 drawn = draw_segmentation_masks(drawn, dense.tile(objects["masks"], side) > 0, 0.5)
             if names:
                 scale = side / max(image.shape[1:])

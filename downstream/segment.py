@@ -16,6 +16,8 @@ mIoU is over all test pixels with a class, of the images at their own size. The 
 stopped. OUT has checkpoint.pt, metrics.jsonl, evaluate.json, segmentation.png.
 """
 
+import colorsys
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -121,11 +123,13 @@ def crop(image, target, g, size, scale):
 def picture(shown, classes, side=160):
     """Images (above), their classes, and what is predicted (below); [(image, truth, prediction)]. Class 0 has no
     color."""
+    colors = [tuple(int(255 * c) for c in colorsys.hsv_to_rgb(i / (classes - 1), 1, 1)) for i in range(classes - 1)]
     rows = [dense.tile(image, side).byte() for image, _, _ in shown]
     for at in (1, 2):
         for large, found in zip(rows[: len(shown)], shown, strict=False):
             numbers = dense.tile(found[at][None], side)
-            rows.append(draw_segmentation_masks(large, numbers == torch.arange(1, classes)[:, None, None], 0.7))
+            masks = numbers == torch.arange(1, classes)[:, None, None]
+            rows.append(draw_segmentation_masks(large, masks, 0.7, colors))
     return make_grid(torch.stack(rows).float() / 255, nrow=len(shown), pad_value=1)
 
 
