@@ -196,7 +196,7 @@ def stop_unless_finite(finite, what, step, lr, amp):
     """Stop all ranks if `what` is not finite on one; the last checkpoint stays as it is. Collective."""
     if any_rank(not finite):
         where = f"the {what} is not finite at step {step} (lr {lr:.3g}, {'bf16' if amp else 'fp32'})"
-        sys.exit(f"error: {where}; the last good checkpoint stays: lower --lr, raise --warmup-epochs, try --no-amp")
+        sys.exit(f"error: {where}; the last good checkpoint stays: lower --lr, warm up longer{', try --no-amp' * amp}")
 
 
 class Log:

@@ -27,6 +27,7 @@ import sets
 import shapes
 
 SCENES = {"train": (500, 10), "test": (300, 11)}  # how many, and the lists of draw_scenes; pre-training has 0 and 1
+SCENE_NAMES = ("scenes", "scenes-hard")
 SIZE = 64  # px of a scene
 VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog",
        "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]  # fmt: skip
@@ -39,6 +40,8 @@ class Annotated:
     """Images with targets. `open_(item)` makes (image uint8 [3, H, W], target) of one of the `items`; ValueError or
     OSError with a sentence where it cannot."""
 
+    file = None  # in COCO's format
+
     def __init__(self, name, classes, items, open_):
         self.name, self.classes, self.items, self.open = name, list(classes), items, open_
 
@@ -50,10 +53,10 @@ class Annotated:
 
     def contents(self):
         """Changes when images are added, removed or renamed, and when annotations change; not when a folder moves."""
-        parts = (f"{Path(item[0]).name} {item[1]}" if isinstance(item[0], str) else repr(item) for item in self.items)
         digest = hashlib.sha1(repr(self.classes).encode())
-        for part in parts:
-            digest.update(part.encode())
+        for first, second in self.items:
+            size = sets.size_and_time(second)[0] if os.path.isfile(second) else second  # of a mask
+            digest.update(f"{Path(str(first)).name} {size}".encode())
         return digest.hexdigest()
 
     def part(self, places):
@@ -62,9 +65,9 @@ class Annotated:
         return chosen
 
 
-def split(load, args):
-    """(training set, test set) of `load("train")` and `load("test")`; if that is None, every tenth image is for the
-    test."""
+def split(load, args, trainable=lambda images: images):
+    """(`trainable` training set, test set) of `load("train")` and `load("test")`; if that is None, every tenth image is
+    for the test."""
     train = load("train")
     if args.overfit:
         test = train
@@ -73,17 +76,20 @@ def split(load, args):
         train, test = train.part([i for i in places if i % 10 != 9]), train.part([i for i in places if i % 10 == 9])
     if not len(test):
         common.fail(f"--data {args.data}: no images to test on, as every tenth is taken; --overfit tests on all")
+    train = trainable(train)
     if args.limit and args.limit < len(train):
         order = torch.randperm(len(train), generator=sets.generator(args.seed, "limit"))
         train = train.part(sorted(order[: args.limit].tolist()))
-    return train, train if args.overfit else test
+    return train, train if args.overfit and args.limit else test
 
 
 def scenes(name, which, limit=0):
     n, seed = SCENES[which]
     images, targets, semantic = shapes.draw_scenes(limit or n, SIZE, seed, hard=name == "scenes-hard")
     open_ = lambda i: (images[i], targets[i] | {"semantic": semantic[i]})
-    return Annotated(name, shapes.CLASSES, [(i, name, seed) for i in range(len(images))], lambda item: open_(item[0]))
+    return Annotated(
+        name, shapes.CLASSES, [(i, f"{name} {seed}") for i in range(len(images))], lambda item: open_(item[0])
+    )
 
 
 def fetched(cls, root, name, **kwargs):
@@ -146,7 +152,7 @@ class Annotations:
         for (x1, y1, x2, y2), *rest in objects:
             inside = [max(x1, 0), max(y1, 0), min(x2, width), min(y2, height)]
             self.outside += inside != [x1, y1, x2, y2]
-            if inside[0] < inside[2] and inside[1] < inside[3]:
+            if min(inside[2] - inside[0], inside[3] - inside[1]) > 1e-3:  # px; what is less may vanish in float32
                 kept.append((inside, *rest))
             else:
                 self.lost += 1
@@ -159,9 +165,8 @@ class Annotations:
                   "area and were left out")  # fmt: skip
 
 
-def coco(file, images, masks, training, name):
-    """The set of a file in COCO's format; images lie in the folder `images`. In training, crowds and images without
-    objects are left out."""
+def coco(file, images, masks, name):
+    """The set of a file in COCO's format; images lie in the folder `images`."""
     refuse = lambda text: common.fail(f"{file}: {text}")
     try:
         found = json.loads(Path(file).read_text())
@@ -183,18 +188,21 @@ def coco(file, images, masks, training, name):
                     refuse(f"annotation {key} has compressed run lengths: lists of counts or polygons are read")
                 if mask["size"] != size[::-1] or sum(mask["counts"]) != size[0] * size[1]:
                     refuse(f"the mask of annotation {key} has another size than its image, {size[0]} x {size[1]} px")
-            if not (training and ignored):
-                objects.append(([x, y, x + w, y + h], number[a["category_id"]], ignored, mask))
+                well_formed = all(isinstance(count, int) and count >= 0 for count in mask["counts"])
+            else:
+                well_formed = all(len(p) % 2 == 0 and math.isfinite(sum(p)) for p in mask or [])
+            if not well_formed:
+                refuse(f"the mask of annotation {key} is neither polygons nor run lengths")
+            objects.append(([x, y, x + w, y + h], number[a["category_id"]], ignored, mask))
+        checked = Annotations(file)
+        items = [(str(Path(images, path)), checked.record(size, objects)) for path, size, objects in pictures.values()]
     except OSError as error:
         refuse(runs.reason(error))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         refuse(f"not annotations in COCO's format ({type(error).__name__}: {runs.reason(error)})")
-    checked = Annotations(file)
-    items = [(str(Path(images, path)), checked.record(size, objects)) for path, size, objects in pictures.values()
-             if objects or not training]  # fmt: skip
     checked.report()
     if not items:
-        refuse("no image has an object")
+        refuse("no images")
     if not os.path.isfile(items[0][0]):
         refuse(f"its first image is not there: {items[0][0]}")
     result = Annotated(name, [word for _, word in categories], items, functools.partial(open_boxes, masks))
@@ -221,13 +229,12 @@ def coco_folder(folder, which, masks):
 
 
 def voc(root, year, which, name):
-    """PASCAL VOC in `root`; in training, difficult objects count as others do (detectron2)."""
+    """PASCAL VOC in `root`."""
     made = fetched(torchvision.datasets.VOCDetection, root, name, year=year, image_set=which)
     checked, items = Annotations(f"{name} {year} {which}"), []
     for path, xml in zip(made.images, made.annotations, strict=True):
         size, objects = voc_objects(xml)
-        if objects or which == "test":
-            items.append((path, checked.record(size, objects)))
+        items.append((path, checked.record(size, objects)))
     checked.report()
     return Annotated(name, VOC, items, functools.partial(open_boxes, False))
 
@@ -248,25 +255,42 @@ def voc_objects(xml):
     return size, objects
 
 
+def with_objects(images):
+    """The images that have objects, for training. Crowds are none; VOC's difficult objects are (as in detectron2)."""
+    items = []
+    for path, record in images.items:
+        found = json.loads(record)
+        if images.file:
+            kept = [i for i, ignored in enumerate(found["ignored"]) if not ignored]
+            found |= {k: [found[k][i] for i in kept] for k in ("boxes", "labels", "ignored", "masks")}
+        if found["labels"]:
+            items.append((path, json.dumps(found)))
+    chosen = images.part(range(len(images)))
+    chosen.items = items
+    return chosen
+
+
 def detection(args, mask):
     """(training set, test set) with boxes, and with instance masks, of the flags."""
 
     def load(which):
         name, root = args.data, args.root
-        if name.startswith("scenes"):
+        if name in SCENE_NAMES:
             return scenes(name, which, args.limit * (which == "train"))
         if name in ("voc07", "voc0712"):
             years = [("2007", "test")] if which == "test" else [("2007", "trainval"), ("2012", "trainval")]
             parts = [voc(root, *part, name) for part in years[: 1 + (name == "voc0712")]]
             return Annotated(name, VOC, [item for part in parts for item in part.items], parts[0].open)
-        folder = Path(root, "coco") if name.startswith("coco") and not os.path.isdir(name) else Path(name)
+        folder = Path(root, "coco") if name in ("coco", "coco-2x") else Path(name)
         if found := coco_folder(folder, which, mask):
-            return coco(*found, mask, which == "train" and not args.overfit, name)
+            return coco(*found, mask, name)
         if which == "train":
             common.fail(f"{folder} has no annotations/ in COCO's format (instances.json, instances_train2017.json) "
                         "with its images in images/, train/ or train2017/")  # fmt: skip
 
-    train, test = split(load, args)
+    train, test = split(load, args, (lambda images: images) if args.data in SCENE_NAMES else with_objects)
+    if not len(train):
+        common.fail(f"--data {args.data}: no image has an object to train on")
     if train.classes != test.classes:
         common.fail(f"--data {args.data}: training and test set have other categories")
     return train, test
@@ -275,17 +299,25 @@ def detection(args, mask):
 # ============ a class for every pixel ============
 
 
-def open_semantic(table, item):
-    """(image, target) of an image file and its PNG of class numbers, through the 256 numbers of `table`."""
-    image, path = sets.decode(item[0]), item[1]
-    with Image.open(path) as png:
-        numbers = tvf.pil_to_tensor(png)
+def class_numbers(path):
+    """uint8 [H, W] of a PNG. ValueError or OSError with the path."""
+    try:
+        with Image.open(path) as png:
+            numbers = tvf.pil_to_tensor(png)
+    except Exception as error:  # decoders raise whatever they like
+        raise OSError(f"{path}: {runs.reason(error)}") from error
     if len(numbers) != 1 or numbers.dtype != torch.uint8:
         raise ValueError(f"{path}: a PNG of one byte a pixel (gray or palette) is expected")
-    if numbers.shape[1:] != image.shape[1:]:
-        size, own = (f"{t.shape[2]} x {t.shape[1]} px" for t in (image, numbers))
-        raise ValueError(f"{path} has {own}, its image {size}")
-    return image, {"semantic": torch.tensor(table, dtype=torch.uint8)[numbers[0].long()]}
+    return numbers[0]
+
+
+def open_semantic(table, item):
+    """(image, target) of an image file and its PNG of class numbers, through the 256 numbers of `table`."""
+    image, numbers = sets.decode(item[0]), class_numbers(item[1])
+    if numbers.shape != image.shape[1:]:
+        size, own = (f"{shape[1]} x {shape[0]} px" for shape in (image.shape[1:], numbers.shape))
+        raise ValueError(f"{item[1]} has {own}, its image {size}")
+    return image, {"semantic": torch.tensor(table, dtype=torch.uint8)[numbers.long()]}
 
 
 def voc12(root, which):
@@ -336,10 +368,14 @@ def masks_folder(folder, which):
 def numbers_in(pairs):
     """The class names "0", "1", ... up to the largest number in the masks but 255."""
     try:
-        found = {int(v) for _, path in pairs for v in tvf.pil_to_tensor(Image.open(path)).unique()} - {255}
-    except OSError as error:
-        common.fail(f"a mask does not decode: {error}")
-    return [str(i) for i in range(1 + max(found, default=0))]
+        found = {int(v) for _, path in pairs for v in class_numbers(path).unique()} - {255}
+    except (OSError, ValueError) as error:
+        common.fail(f"{error}")
+    if max(found, default=0) < 1:
+        common.fail(
+            f"{Path(pairs[0][1]).parent}: one class at most in the masks (classes count from 0, 255 is not counted)"
+        )
+    return [str(i) for i in range(1 + max(found))]
 
 
 def segmentation(args):
@@ -349,7 +385,7 @@ def segmentation(args):
             "voc12": lambda which: voc12(args.root, which),
             "cityscapes": lambda which: cityscapes(args.root, which)}  # fmt: skip
     train, test = split(load.get(args.data, lambda which: masks_folder(args.data, which)), args)
-    if args.data.startswith("scenes"):
+    if load.get(args.data) is drawn:
         train.classes = test.classes = ["ground", *shapes.CLASSES]
     if len(train.classes) < len(test.classes):
         common.fail(f"--data {args.data}: the test set has classes that the training set lacks")

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
@@ -48,6 +49,7 @@ def parse(p, command, recipes, argv):
     args = p.parse_args(argv)
     common.at_least(1, args, "updates", "batch_size", "log_every")
     common.at_least(0, args, "limit", "workers", "lr", "seed")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     target = args.checkpoint.removeprefix("random:")
     target = target if target != args.checkpoint else Path(target).resolve().name.removesuffix(".pt")
     words = [command, target, *[args.data] * (args.data != "scenes"), *["frozen"] * args.frozen]

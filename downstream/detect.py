@@ -14,9 +14,12 @@
     RoIAlign        aligned, half a pixel                  the same: torchvision's is not aligned, which is replaced
     masks at test   pasted at the exact box                at the box in whole pixels (torchvision's)
     anchors         as they are                            in whole pixels (torchvision's)
+    masks in train  cut at the box, yes or no a pixel      cut at the box, shares of pixels (torchvision's)
+    new layers      normal, .01 and .001                   torch's default
+    resizing        antialiased                            not (torchvision's)
     batches         images of similar aspect ratio         any, padded to the largest
     warm-up         from lr / 1000                         from 0
-    VOC's scores    rounded to three digits                as they are
+    VOC's figures   scores rounded to .001, boxes to .1    as they are
     scenes          -                                      64 px, a hundredth of the network, COCO's AP
 
 The same command goes on where it was stopped. OUT has checkpoint.pt, metrics.jsonl, evaluate.json, detections.png.
@@ -66,8 +69,8 @@ FULL = dict(
 )  # fmt: skip
 RECIPES = {
     # Ours, for minutes on a CPU: objects of 32 px as in pre-training, drops as in `voc0712`.
-    "scenes": SMALL | dict(head="c4", updates=250, batch_size=16, lr=0.02, warmup=31, drop_at=(0.75, 0.92), norms=20,
-                           rules="coco", built_for=32),
+    "scenes": SMALL | dict(head="c4", updates=250, batch_size=16, lr=0.02, warmup=31, norms=20, rules="coco",
+                           drop_at=(18 / 24, 22 / 24), built_for=32),
     # MoCo's code, configs/pascal_voc_R_50_C4_24k_moco.yaml and Base-RCNN-C4-BN.yaml.
     "voc0712": FULL | dict(head="c4", updates=24_000, batch_size=16, lr=0.02, warmup=100, norms=200, rules="voc",
                            drop_at=(18 / 24, 22 / 24), built_for=224),
@@ -146,7 +149,8 @@ def train_mode(model, net, frozen):
 
 def param_groups(model, weight_decay=1e-4):
     """Weight decay on all parameters but those of norms, as in detectron2."""
-    norms = {p for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) for p in m.parameters()}
+    kinds = nn.modules.batchnorm._BatchNorm, nn.GroupNorm
+    norms = {p for m in model.modules() if isinstance(m, kinds) for p in m.parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p not in norms]
     return [{"params": decayed, "weight_decay": weight_decay},
@@ -238,6 +242,7 @@ def detect(model, test, batch_size, workers, device, rules, kinds, collect):
 def main(argv=None):
     args, r = parse_args(argv)
     rank, _, device = common.setup(args.device)
+    torch.backends.cudnn.benchmark = False  # nearly every batch has shapes of its own
     like_detectron2()
 
     # ============ data ============
@@ -286,16 +291,16 @@ def main(argv=None):
     batches = loader.epoch(run.total)  # of an epoch that is not trained on
     recompute_norms(model, (prepared(batch, args.mask, device) for batch in itertools.islice(batches, r["norms"])))
     kinds = ["boxes"] + ["masks"] * args.mask
-    file = getattr(test, "file", None)
+    file = metrics.has_official() and test.file
     matches, shown, results = detect(model, test, loader.batch_size, loader.workers, device, r["rules"], kinds, file)
     words, result = [], None
     if rank == 0:
         for kind in kinds:
             ap = metrics.mean_ap([match[kind] for match in matches], r["rules"])
             ap["classes"] = {test.classes[label]: round(value, 2) for label, value in ap["classes"].items()}
-            if file and (numbers := metrics.official(file, results, [test.ids[path] for path, _ in test.items], kind)):
-                ap["official"] = numbers
-                run.say(f"COCO's own code, {kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in numbers.items()))
+            if file:
+                ap["official"] = metrics.official(file, results, [test.ids[path] for path, _ in test.items], kind)
+                run.say(f"COCO's own code, {kind}: " + ", ".join(f"{k} {v:.2f}" for k, v in ap["official"].items()))
             three = {k: ap[k] for k in ("AP", "AP50", "AP75")}
             run.log.record("eval", run.step, **{f"{kind}_{k}": v for k, v in three.items()})
             words += [f"{kind} " * args.mask + " ".join(f"{k} {v:.1f}" for k, v in three.items())]

@@ -10,7 +10,9 @@ difficult, COCO: crowd): it need not be found, and what finds it does not count.
 
 import collections
 import contextlib
+import importlib.util
 import io
+import warnings
 
 import torch
 from torchvision.ops import box_area, box_convert
@@ -109,6 +111,10 @@ def mean_ap(images, rules="coco"):
 # ============ COCO's own code, where faster-coco-eval is installed (requirements-coco.txt) ============
 
 
+def has_official():
+    return importlib.util.find_spec("faster_coco_eval") is not None
+
+
 def coco_results(found, image, categories):
     """The detections of an image, its id in COCO's file, in COCO's format of results."""
     boxes, results = box_convert(found["boxes"], "xyxy", "xywh").tolist(), []
@@ -124,19 +130,17 @@ def coco_results(found, image, categories):
 
 
 def official(file, results, images, kind="boxes"):
-    """COCO's twelve numbers for the annotations in `file` and `coco_results` of the `images`, by their ids; {} where
-    faster-coco-eval is not installed."""
-    try:
-        from faster_coco_eval import COCO, COCOeval_faster
-    except ImportError:
-        return {}
-    with contextlib.redirect_stdout(io.StringIO()):
+    """COCO's twelve numbers for the annotations in `file` and `coco_results` of the `images`, by their ids."""
+    from faster_coco_eval import COCO, COCOeval_faster
+
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # of a file that it leaves open
         truth = COCO(str(file))
         run = COCOeval_faster(truth, truth.loadRes(results), "bbox" if kind == "boxes" else "segm")
         run.params.imgIds = sorted(images)
         run.evaluate(), run.accumulate(), run.summarize()
     names = ["AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"]
-    return {name: 100 * float(value) for name, value in zip(names, list(run.stats)[:12], strict=True)}
+    return {name: 100 * float(v) for name, v in zip(names, list(run.stats)[:12], strict=True) if v >= 0}  # -1: none
 
 
 # ============ segmentation ============

@@ -153,6 +153,7 @@ def test_model(model, test, classes, workers, device):
 def main(argv=None):
     args, r = parse_args(argv)
     rank, _, device = common.setup(args.device)
+    torch.backends.cudnn.benchmark = False  # test images have sizes of their own
 
     # ============ data ============
     train, test = annotated.segmentation(args)

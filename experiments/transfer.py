@@ -10,6 +10,7 @@ A run is in OUT/seedN/TASK-NAME[-frozen], its output beside it. The same command
 
 from pathlib import Path
 
+import common
 import runs
 from experiments import jobs
 
@@ -42,7 +43,10 @@ def job(own, task, target, frozen, seed):
 def jobs_of(own):
     """{(task, checkpoint, frozen): a Job for each seed}"""
     keys = [(task, target, frozen) for target in own.checkpoints for task in own.tasks for frozen in (False, True)]
-    return {key: [job(own, *key, seed) for seed in own.seeds] for key in keys}
+    found = {key: [job(own, *key, seed) for seed in own.seeds] for key in keys}
+    if len({run.path for seeds in found.values() for run in seeds}) < len(keys) * len(own.seeds):
+        common.fail("two checkpoints have the same name, so their runs would have one folder")
+    return found
 
 
 def page(own, grid):

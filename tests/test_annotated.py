@@ -49,8 +49,8 @@ def write_coco(folder, name="instances.json", n=4, change=lambda content: None):
 def test_cocos_boxes_and_masks(tmp_path):
     write_coco(tmp_path)
     file, images = annotated.coco_folder(tmp_path, "train", True)
-    train = annotated.coco(file, images, True, True, "x")
-    test = annotated.coco(file, images, True, False, "x")
+    test = annotated.coco(file, images, True, "x")
+    train = annotated.with_objects(test)
     assert train.classes == ["bird", "cat"] and (len(train), len(test)) == (4, 5)
     image, target = train.read(0)
     assert image.shape == (3, 30, 40) and target["boxes"].tolist() == [[5, 6, 25, 14]]
@@ -92,9 +92,9 @@ def test_boxes_are_cut_at_the_edges(tmp_path, capsys):
         content["annotations"][2]["bbox"] = [5, 10, 0, 5]  # no area
 
     write_coco(tmp_path, change=change)
-    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", False), False, True, "x")
-    assert train.read(0)[1]["boxes"].tolist() == [[0, 10, 40, 30]]
-    assert [len(train.read(i)[1]["boxes"]) for i in range(4)] == [1, 0, 0, 1]
+    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", False), False, "x")
+    assert train.read(0)[1]["boxes"].tolist() == [[0, 10, 40, 30], [5, 0, 7, 30]]
+    assert [len(train.read(i)[1]["boxes"]) for i in range(4)] == [2, 1, 1, 2]
     assert "2 boxes reach over the edge and were cut, 2 have no area and were left out" in capsys.readouterr().out
 
 
@@ -109,21 +109,26 @@ def test_boxes_are_cut_at_the_edges(tmp_path, capsys):
         (lambda c: c["annotations"][4]["segmentation"].update(counts="PX"), "compressed run lengths"),
         (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "not annotations in COCO's format"),
         (lambda c: c.pop("categories"), "not annotations in COCO's format"),
-        (lambda c: c["annotations"].clear(), "no image has an object"),
+        (lambda c: c["annotations"][0].update(bbox=["1", 2, 3, 4]), "not annotations in COCO's format"),
+        (lambda c: c["annotations"][0].update(segmentation=[5, 6, 25, 6, 25, 14]), "not annotations in COCO's format"),
+        (lambda c: c["annotations"][0].update(segmentation=[[5, 6, 25]]), "neither polygons nor run lengths"),
+        (lambda c: c["annotations"][0].update(segmentation=[[5, None]]), "not annotations in COCO's format"),
+        (lambda c: c["annotations"][4]["segmentation"].update(counts=[1300, -100]), "neither polygons nor run lengths"),
+        (lambda c: c["images"].clear() or c["annotations"].clear(), "no images"),
         (lambda c: c["images"][0].update(file_name="none.png"), "its first image is not there"),
     ],
 )  # fmt: skip
 def test_what_coco_files_are_refused(change, sentence, tmp_path, refused):
     write_coco(tmp_path, change=change)
     file, images = annotated.coco_folder(tmp_path, "train", True)
-    assert sentence in refused(lambda: annotated.coco(file, images, True, True, "x"))
+    assert sentence in refused(lambda: annotated.coco(file, images, True, "x"))
 
 
 def test_what_is_no_json_is_refused(tmp_path, refused):
     write_coco(tmp_path)
     file, images = annotated.coco_folder(tmp_path, "train", True)
     file.write_text("{")
-    assert "not annotations in COCO's format" in refused(lambda: annotated.coco(file, images, True, True, "x"))
+    assert "not annotations in COCO's format" in refused(lambda: annotated.coco(file, images, True, "x"))
 
 
 def test_every_tenth_image_is_the_test_set_where_there_is_none(tmp_path):
@@ -134,10 +139,29 @@ def test_every_tenth_image_is_the_test_set_where_there_is_none(tmp_path):
     assert len(train) == 7 and test is train
 
 
+def test_images_without_objects_are_for_the_test_alone(tmp_path, refused):
+    write_coco(tmp_path, n=12, change=lambda c: c["annotations"].__delitem__(0))  # image 0 has a crowd alone
+    train, test = annotated.detection(flags(detect, "--data", tmp_path), False)
+    assert [len(train), len(test)] == [10, 1] and not any(train.read(i)[1]["ignored"].any() for i in range(10))
+    assert test.read(0)[1]["ignored"].tolist() == [False, True]
+    train, test = annotated.detection(flags(detect, "--data", tmp_path, "--overfit"), False)
+    assert [len(train), len(test)] == [11, 13] and test.read(0)[1]["ignored"].tolist() == [True]
+    write_coco(tmp_path, change=lambda c: c["annotations"].clear())
+    load = lambda: annotated.detection(flags(detect, "--data", tmp_path, "--overfit"), False)
+    assert "no image has an object to train on" in refused(load)
+
+
+def test_folders_may_be_called_like_sets(tmp_path):
+    write_coco(tmp_path / "scenes_town", n=20)
+    assert len(annotated.detection(flags(detect, "--data", tmp_path / "scenes_town"), False)[0]) == 18
+    folder_of_masks(tmp_path / "scenes_px")
+    assert annotated.segmentation(flags(segment, "--data", tmp_path / "scenes_px"))[0].classes == ["0", "1", "2"]
+
+
 def test_an_image_of_another_size_ends_the_program(tmp_path, refused):
     write_coco(tmp_path)
     noise(tmp_path / "images" / "1.png", [20, 20])
-    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", False), False, True, "x")
+    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", False), False, "x")
     read = lambda: list(annotated.read(train, [[(0, 0), (0, 1)]], 0))
     assert "1.png has 20 x 20 px, its annotations say 40 x 30" in refused(read)
 
@@ -256,6 +280,9 @@ def test_what_folders_are_refused(tmp_path, refused):
     assert "a PNG of one byte a pixel" in refused(read)
     folder_of_masks(tmp_path / "b")
     (tmp_path / "b" / "masks" / "3.png").unlink()
+    folder_of_masks(tmp_path / "c", 1)
+    classes(tmp_path / "c" / "masks" / "0.png", [[0, 255], [255, 0]])
+    assert "one class at most" in refused(lambda: annotated.masks_folder(tmp_path / "c", "train"))
     assert "no mask of 1 images, for example of 3" in refused(lambda: annotated.masks_folder(tmp_path / "b", "train"))
 
 
@@ -305,7 +332,7 @@ def test_ranks_share_a_batch_and_the_test(monkeypatch):
 
 def test_workers_give_the_same_batches(tmp_path):
     write_coco(tmp_path)
-    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", True), True, True, "x")
+    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", True), True, "x")
     keys = [[(0, 1), (0, 2)], [(0, 0), (0, 3)]]
     alone, workers = (list(annotated.read(train, keys, n, 0, detect.change)) for n in (0, 2))
     for a, b in zip(itertools.chain(*alone), itertools.chain(*workers), strict=True):
@@ -314,11 +341,16 @@ def test_workers_give_the_same_batches(tmp_path):
 
 def test_contents_change_with_annotations_and_images(tmp_path):
     write_coco(tmp_path)
-    load = lambda: annotated.coco(*annotated.coco_folder(tmp_path, "train", False), False, True, "x").contents()
+    load = lambda: annotated.coco(*annotated.coco_folder(tmp_path, "train", False), False, "x").contents()
     before = load()
     assert load() == before
     write_coco(tmp_path, change=lambda c: c["annotations"][0].update(bbox=[5, 6, 20, 9]))
     assert load() != before
+    folder_of_masks(tmp_path / "a", 3), folder_of_masks(tmp_path / "b" / "a", 3)
+    one, two = (annotated.masks_folder(tmp_path / name, "train").contents() for name in ("a", "b/a"))
+    assert one == two  # a folder may move
+    classes(tmp_path / "a" / "masks" / "1.png", [[1] * 7] * 9)
+    assert annotated.masks_folder(tmp_path / "a", "train").contents() != one
     assert annotated.scenes("scenes", "train", 4).contents() != annotated.scenes("scenes-hard", "train", 4).contents()
 
 
@@ -330,7 +362,7 @@ def test_real_annotations(tmp_path):
     """The boxes around the masks are those of the file."""
     with tarfile.open(COCO128) as tar:
         tar.extractall(tmp_path, filter="data")
-    train = annotated.coco(*annotated.coco_folder(tmp_path, "train", True), True, True, "coco128")
+    train = annotated.with_objects(annotated.coco(*annotated.coco_folder(tmp_path, "train", True), True, "coco128"))
     assert sum(len(train.read(i)[1]["labels"]) for i in range(len(train))) == 746 - 6  # less the crowds
     for i in range(0, len(train), 10):
         _, target = train.read(i)

@@ -2,11 +2,13 @@
 
 import contextlib
 import io
+import json
 
 import pytest
 import torch
 import torchvision
 from helpers import equal, fork
+from test_annotated import write_coco
 from torch import nn
 
 import backbones
@@ -155,6 +157,24 @@ def test_two_processes_train_and_test_together(tmp_path):
     out, err = both.communicate(timeout=300)
     assert both.returncode == 0 and out.count("detect scenes: AP") == 1, out + err  # rank 0 alone
     assert runs.load(tmp_path / "two" / "checkpoint.pt")["step"] == 4
+
+
+@pytest.mark.parametrize("official", [True, False])
+def test_a_folder_with_masks_from_end_to_end(official, tmp_path, monkeypatch, capsys):
+    if official:
+        pytest.importorskip("faster_coco_eval", reason="faster-coco-eval is not installed")
+    else:
+        monkeypatch.setattr(detect.metrics, "has_official", lambda: False)
+    write_coco(tmp_path / "set", n=6)
+    words = ["--data", tmp_path / "set", "--recipe", "scenes", "--head", "fpn", "--mask", "--overfit"]
+    detect.main(list(map(str, ["random:resnet10_16", *words, *SMALL, "--workers", 1, "--out", tmp_path / "run"])))
+    text = capsys.readouterr().out
+    assert "boxes AP" in text and "masks AP" in text and ("COCO's own code, masks" in text) == official
+    found = json.loads((tmp_path / "run" / "evaluate.json").read_text())[str(tmp_path / "set")]
+    assert {"detection", "instances"} <= found.keys() and found["instances"]["AP50"] >= found["instances"]["AP"]
+    if official:
+        assert found["detection"]["official"]["AP"] == pytest.approx(found["detection"]["AP"], abs=1e-4)
+        assert found["instances"]["official"]["AP"] == pytest.approx(found["instances"]["AP"], abs=1e-4)
 
 
 @pytest.mark.parametrize(

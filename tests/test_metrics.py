@@ -1,7 +1,6 @@
 """Average precision and mean IoU, by hand and beside the official COCO evaluation where it is installed."""
 
 import json
-import sys
 
 import pytest
 import torch
@@ -128,11 +127,6 @@ def test_the_official_evaluation_has_the_same_figures(tmp_path):
     assert [ap[k] for k in ("AP", "AP50", "AP75")] == pytest.approx(
         [official[k] for k in ("AP", "AP50", "AP75")], abs=1e-4
     )
-
-
-def test_without_the_extra_there_are_no_official_figures(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
-    assert metrics.official(tmp_path / "truth.json", [], []) == {}
 
 
 def test_of_a_crowd_a_detection_needs_only_to_lie_in_it():

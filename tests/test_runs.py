@@ -492,9 +492,13 @@ def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(upd
     spoil = lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
     with pytest.raises(SystemExit) as stopped:
         main("byol", flags("byol", pictures, tmp_path / "byol"), update, spoil)
-    assert words in stopped.value.code and "--no-amp" in stopped.value.code
+    assert words in stopped.value.code and "lower --lr" in stopped.value.code
+    assert "--no-amp" not in stopped.value.code  # it is fp32
     kept = runs.load(tmp_path / "byol" / "checkpoint.pt")
     assert kept["step"] == 3 and all(v.isfinite().all() for v in kept["model"].values())
+    with pytest.raises(SystemExit) as stopped:
+        runs.stop_unless_finite(False, "loss", 5, 0.1, amp=True)
+    assert "try --no-amp" in stopped.value.code
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -35,6 +35,11 @@ def test_commands_and_seeds(capsys, tmp_path):
     )
 
 
+def test_two_checkpoints_of_one_name_are_refused(tmp_path, refused):
+    words = ["a/run", "b/run", "--out", str(tmp_path), "--dry-run"]
+    assert "two checkpoints have the same name" in refused(lambda: transfer.main(words))
+
+
 def test_the_table_has_mean_and_spread(tmp_path):
     for seed, ap in ((0, 20.0), (1, 30.0)):
         found = {"AP": ap, "AP50": 2 * ap, "AP75": ap / 2}
