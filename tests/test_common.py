@@ -296,11 +296,11 @@ def test_what_cannot_be_written_is_one_sentence(tmp_path, capsys):
     assert stop.value.code == 2 and "could not write" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("script", [*METHODS, "training"])
+@pytest.mark.parametrize("script", [*METHODS, "training", "loop", "downstream/detect", "downstream/segment"])
 def test_scripts_write_only_what_is_renamed(script):
     text = (ROOT / f"{script}.py").read_text()
     assert "torch.save" not in text and "write_bytes" not in text and "save_image" not in text
-    assert ('runs.write(Path(a.out, "backbone.pt"), ' in text) == (script == "training")
+    assert ('runs.write(Path(self.args.out, "backbone.pt"), ' in text) == (script == "training")
 
 
 # ============ checkpoints ============
