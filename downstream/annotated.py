@@ -37,13 +37,14 @@ VOC = ["aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "c
 
 
 class Annotated:
-    """Images with targets. `open_(item)` makes (image uint8 [3, H, W], target) of one of the `items`; ValueError or
-    OSError with a sentence where it cannot."""
+    """Images with targets. `open_(item)` makes (image uint8 [3, H, W], target) of one of the `items`, pairs of an image
+    and its annotations; ValueError or OSError with a sentence where it cannot. `stamp(annotations)` changes with
+    them."""
 
     file = None  # in COCO's format
 
-    def __init__(self, name, classes, items, open_):
-        self.name, self.classes, self.items, self.open = name, list(classes), items, open_
+    def __init__(self, name, classes, items, open_, stamp=str):
+        self.name, self.classes, self.items, self.open, self.stamp = name, list(classes), items, open_, stamp
 
     def __len__(self):
         return len(self.items)
@@ -54,15 +55,18 @@ class Annotated:
     def contents(self):
         """Changes when images are added, removed or renamed, and when annotations change; not when a folder moves."""
         digest = hashlib.sha1(repr(self.classes).encode())
-        for first, second in self.items:
-            size = sets.size_and_time(second)[0] if os.path.isfile(second) else second  # of a mask
-            digest.update(f"{Path(str(first)).name} {size}".encode())
+        for image, annotations in self.items:
+            digest.update(f"{Path(str(image)).name} {self.stamp(annotations)}".encode())
         return digest.hexdigest()
 
-    def part(self, places):
+    def holding(self, items):
+        """The set with other items."""
         chosen = copy.copy(self)
-        chosen.items = [self.items[i] for i in places]
+        chosen.items = items
         return chosen
+
+    def part(self, places):
+        return self.holding([self.items[i] for i in places])
 
 
 def split(load, args, trainable=lambda images: images):
@@ -87,9 +91,8 @@ def scenes(name, which, limit=0):
     n, seed = SCENES[which]
     images, targets, semantic = shapes.draw_scenes(limit or n, SIZE, seed, hard=name == "scenes-hard")
     open_ = lambda i: (images[i], targets[i] | {"semantic": semantic[i]})
-    return Annotated(
-        name, shapes.CLASSES, [(i, f"{name} {seed}") for i in range(len(images))], lambda item: open_(item[0])
-    )
+    items = [(i, f"{name} {seed}") for i in range(len(images))]
+    return Annotated(name, shapes.CLASSES, items, lambda item: open_(item[0]))
 
 
 def fetched(cls, root, name, **kwargs):
@@ -107,8 +110,9 @@ def fetched(cls, root, name, **kwargs):
 # ============ boxes ============
 
 
-def boxes_of(path, record, masks):
-    """(image, target) of an image file and its annotations, the JSON that `annotations` makes."""
+def open_boxes(masks, item):
+    """(image, target) of an image file and its annotations, the JSON of `Annotations.record`."""
+    path, record = item
     image, found = sets.decode(path), json.loads(record)
     width, height = found["size"]
     if image.shape[1:] != (height, width):
@@ -211,10 +215,6 @@ def coco(file, images, masks, name):
     return result
 
 
-def open_boxes(masks, item):
-    return boxes_of(*item, masks)
-
-
 def coco_folder(folder, which, masks):
     """What is there of the layouts in which COCO's format comes; None if it has no such part."""
     parts = {"train": ("train2017", "train", ""), "test": ("val2017", "val", "test")}[which]
@@ -260,14 +260,13 @@ def with_objects(images):
     items = []
     for path, record in images.items:
         found = json.loads(record)
-        if images.file:
+        if images.file and any(found["ignored"]):
             kept = [i for i, ignored in enumerate(found["ignored"]) if not ignored]
             found |= {k: [found[k][i] for i in kept] for k in ("boxes", "labels", "ignored", "masks")}
+            record = json.dumps(found)
         if found["labels"]:
-            items.append((path, json.dumps(found)))
-    chosen = images.part(range(len(images)))
-    chosen.items = items
-    return chosen
+            items.append((path, record))
+    return images.holding(items)
 
 
 def detection(args, mask):
@@ -311,6 +310,10 @@ def class_numbers(path):
     return numbers[0]
 
 
+def file_size(path):
+    return sets.size_and_time(path)[0]
+
+
 def open_semantic(table, item):
     """(image, target) of an image file and its PNG of class numbers, through the 256 numbers of `table`."""
     image, numbers = sets.decode(item[0]), class_numbers(item[1])
@@ -333,7 +336,7 @@ def voc12(root, which):
         pairs = [(f"{base}/JPEGImages/{n}.jpg", f"{base}/SegmentationClassAug/{n}.png") for n in names]
     elif which == "train" and common.rank() == 0:
         print(f"voc12: no {listed} with SegmentationClassAug, so there are VOC's {len(pairs)} masks, without SBD's")
-    return Annotated("voc12", ["background", *VOC], pairs, functools.partial(open_semantic, range(256)))
+    return Annotated("voc12", ["background", *VOC], pairs, functools.partial(open_semantic, range(256)), file_size)
 
 
 def cityscapes(root, which):
@@ -347,7 +350,7 @@ def cityscapes(root, which):
         table[c.id] = c.train_id
     pairs = sorted((str(image), str(mask)) for image, (mask,) in zip(made.images, made.targets, strict=True))
     names = [c.name for c in sorted(known, key=lambda c: c.train_id)]
-    return Annotated("cityscapes", names, pairs, functools.partial(open_semantic, table))
+    return Annotated("cityscapes", names, pairs, functools.partial(open_semantic, table), file_size)
 
 
 def masks_folder(folder, which):
@@ -362,7 +365,7 @@ def masks_folder(folder, which):
     if not images:
         common.fail(f"{base / 'images'}: no images")
     pairs = [(images[name], masks[name]) for name in sorted(images)]
-    return Annotated(str(folder), numbers_in(pairs), pairs, functools.partial(open_semantic, range(256)))
+    return Annotated(str(folder), numbers_in(pairs), pairs, functools.partial(open_semantic, range(256)), file_size)
 
 
 def numbers_in(pairs):

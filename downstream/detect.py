@@ -293,7 +293,7 @@ def main(argv=None):
     kinds = ["boxes"] + ["masks"] * args.mask
     file = metrics.has_official() and test.file
     matches, shown, results = detect(model, test, loader.batch_size, loader.workers, device, r["rules"], kinds, file)
-    words, result = [], None
+    words, numbers, result = [], {}, None
     if rank == 0:
         for kind in kinds:
             ap = metrics.mean_ap([match[kind] for match in matches], r["rules"])
@@ -304,7 +304,8 @@ def main(argv=None):
             three = {k: ap[k] for k in ("AP", "AP50", "AP75")}
             run.log.record("eval", run.step, **{f"{kind}_{k}": v for k, v in three.items()})
             words += [f"{kind} " * args.mask + " ".join(f"{k} {v:.1f}" for k, v in three.items())]
-            evaluate.write_json(args.out, train.name, {NAMES[kind]: ap | {"frozen": args.frozen}})
+            numbers[NAMES[kind]] = ap | {"frozen": args.frozen}
+        evaluate.write_json(args.out, train.name, numbers)
         run.log.image("detections", picture(shown, test.classes), run.step)
         run.log.writer.close()
         points = {"coco": "COCO's AP (101 recalls)", "voc": "VOC 2007's AP (11 recalls)"}[r["rules"]]

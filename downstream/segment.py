@@ -205,9 +205,8 @@ def main(argv=None):
         run.log.record("eval", run.step, **numbers)
         run.log.image("segmentation", picture(shown, classes), run.step)
         run.log.writer.close()
-        ious = {
-            name: round(value, 2) for name, value in zip(train.classes, each.tolist(), strict=True) if value == value
-        }
+        pairs = zip(train.classes, each.tolist(), strict=True)
+        ious = {name: round(value, 2) for name, value in pairs if value == value}  # not nan
         evaluate.write_json(args.out, train.name, {"segmentation": numbers | {"classes": ious, "frozen": args.frozen}})
         result = f"segment {train.name}: " + " ".join(f"{k} {v:.1f}" for k, v in numbers.items()) + f" ({args.out})"
         print(f"IoU of all test pixels, mean over classes (objects: but class 0); pixels: part that is right\n{result}")

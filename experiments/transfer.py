@@ -69,9 +69,8 @@ def main(argv=None):
     own = parse_args(argv)
     grid = jobs_of(own)
     if not own.show:
-        jobs.run(
-            [run for seed in zip(*grid.values(), strict=True) for run in seed], own
-        )  # all of a seed, then the next
+        by_seed = zip(*grid.values(), strict=True)  # all runs of a seed, then those of the next
+        jobs.run([run for seed in by_seed for run in seed], own)
     if not own.dry_run:
         own.out.mkdir(parents=True, exist_ok=True)
         runs.write_text(own.out / "transfer.md", text := page(own, grid))
