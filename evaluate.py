@@ -30,6 +30,7 @@ from tqdm import tqdm
 import checkpoints
 import common
 import data
+import logistic
 import optim
 import runs
 import sets
@@ -233,22 +234,6 @@ def linear_sgd(x, y, test_x, test_y, **settings):
     return {"top1": top1.item(), "top5": top5.item(), **chosen}
 
 
-def fit_lbfgs(x, y, classes, penalty, start=None, iterations=200):
-    """W [d, C] and b [C] that minimize mean cross-entropy + penalty / 2 |W|^2, by full-batch L-BFGS."""
-    w, b = start or (x.new_zeros(x.shape[1], classes), x.new_zeros(classes))
-    w, b = (t.clone().requires_grad_() for t in (w, b))
-    optimizer = torch.optim.LBFGS([w, b], max_iter=iterations, history_size=20, line_search_fn="strong_wolfe")
-
-    def closure():
-        optimizer.zero_grad()
-        loss = F.cross_entropy(x @ w + b, y) + penalty / 2 * w.pow(2).sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    return w.detach(), b.detach()
-
-
 def standardize(x, test_x):
     """Both sets of features, each dimension to mean 0 and deviation 1 over the training set `x`."""
     mean, std = x.mean(0), x.std(0).clamp(min=1e-6)
@@ -260,22 +245,22 @@ def linear_lbfgs(x, y, test_x, test_y, penalties=PENALTIES, seed=0):
     tenth of the training set. Returns {"top1", "top5", "penalty", "grid"}.
 
     penalties = "study": that of Kolesnikov et al. 2019, 100 / (M C) for M features and C classes, on features as they
-    are, with 800 updates. It is per image here, as the cross-entropy is a mean; they do not say whether theirs is.
+    are. It is per image here, as the cross-entropy is a mean; they do not say whether theirs is.
     """
-    classes, updates, head, scores = int(max(y.max(), test_y.max())) + 1, 200, None, []
+    classes, grid = int(max(y.max(), test_y.max())) + 1, {}
     if penalties == "study":
-        penalties, updates = [100 / (x.shape[1] * classes)], 800
+        penalties = [100 / (x.shape[1] * classes)]
     else:
         x, test_x = standardize(x, test_x)
     if len(penalties) > 1:
         train, val = held_out(len(x), seed)
-        for penalty in penalties:  # each starts where the last ended
-            head = fit_lbfgs(x[train], y[train], classes, penalty, head)
-            scores.append(accuracy(x[val], y[val], lambda z, w=head[0], b=head[1]: z @ w + b)[0].item())
-    best = penalties[scores.index(max(scores))] if scores else penalties[0]
-    w, b = fit_lbfgs(x, y, classes, best, iterations=updates)
-    top1, top5 = accuracy(test_x, test_y, lambda z: z @ w + b)
-    grid = {f"penalty {p:g}": round(s, 2) for p, s in zip(penalties, scores, strict=False)}
+        w, b = logistic.fit(x[train], y[train], classes, penalties)
+        scores = accuracy(x[val], y[val], lambda z: z @ w + b[:, None])[0].tolist()  # [P]
+        grid = {p: round(s, 2) for p, s in zip(penalties, scores, strict=True)}
+    best = max(penalties, key=lambda p: grid.get(p, 0.0))  # the first of the best
+    w, b = logistic.fit(x, y, classes, [best])
+    top1, top5 = accuracy(test_x, test_y, lambda z: (z @ w + b[:, None])[0])
+    grid = {f"penalty {p:g}": s for p, s in grid.items()}
     return {"top1": top1.item(), "top5": top5.item(), "penalty": best, "grid": grid}
 
 
@@ -393,7 +378,7 @@ def run_probes(train, test, probes, temperature=0.1, seed=0, say=print, penaltie
     if "lbfgs" in probes:
         r = results["lbfgs"] = linear_lbfgs(x, y, test_x, test_y, penalties or PENALTIES, seed)
         how = f"standardized, penalty {'chosen on a tenth of TRAIN' if r['grid'] else 'given'}"
-        how = "as they are, penalty 100 / (M C), 800 updates" if penalties == "study" else how
+        how = "as they are, penalty 100 / (M C)" if penalties == "study" else how
         say(f"lbfgs    {tops(r)}   (penalty {r['penalty']:g})")
         say(f"         logistic regression, features {how}")
     if "mlp" in probes:

@@ -1,16 +1,18 @@
-"""Probes: k-NN against its bare products and against lightly's, the linear probe against a frozen-backbone loop, and
-memory.
+"""Probes: k-NN against its bare products and against lightly's, the linear probe against a frozen-backbone loop,
+logistic regression for 45 penalties against scikit-learn's, and memory.
 
     python benchmarks/probes.py                                          about ten minutes on two CPU cores
     python benchmarks/probes.py --size 5000 --epochs 5 --repeats 2       short
 
-Features are synthetic: clusters in 512 dimensions, several to a class, wide enough that neighbors are sometimes wrong.
+Features are synthetic: clusters in 512 dimensions, several to a class, wide enough that neighbors are sometimes wrong;
+for logistic regression also after a layer whose outputs have very different scales, as those of networks have.
 """
 
 import argparse
 import itertools
 import statistics
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -24,6 +26,13 @@ import backbones
 import common
 import data
 import evaluate
+import logistic
+
+try:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+except ImportError:
+    LogisticRegression = None
 
 try:
     from lightly.utils.benchmarking import knn_predict
@@ -135,6 +144,48 @@ def linear_benchmark(args, device, x, y, test_x, test_y):
     print("multiplied up to an epoch. Augmentation, head and optimizer would come on top, for one head and not a grid.")
 
 
+def logistic_benchmark(device, n, penalties=45, iterations=(100, 1000)):
+    """All penalties of Ericsson et al. 2021, from their strongest on as they do: each fit starts where the last ended.
+    100 iterations are theirs. How far the losses are above the lowest ones found is the mean over the penalties."""
+    g = data.generator("logistic")
+    for kind in ("clusters", "clusters after a layer"):
+        x, y = features(n, g, torch.randn(CLUSTERS, DIM, generator=g))
+        if "layer" in kind:
+            x = (x @ torch.randn(DIM, DIM, generator=g) / DIM**0.5).relu() * torch.logspace(0, -2, DIM)
+        grid, fits, seconds = torch.logspace(5, -6, penalties) / n, {}, {}
+
+        def ours(x=x, y=y, grid=grid):
+            w, b = logistic.fit(x.to(device), y.to(device), CLASSES, grid)
+            return [(w[i].cpu(), b[i].cpu()) for i in range(len(grid))]
+
+        def theirs(most, x=x.numpy(), y=y.numpy(), grid=grid):
+            model, found = LogisticRegression(max_iter=most, warm_start=True), []
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)
+                for penalty in grid.tolist():
+                    model.C = 1 / (penalty * n)
+                    model.fit(x, y)
+                    found.append((torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_)))
+            return found
+
+        calls = {"ours": ours}
+        if LogisticRegression:
+            calls |= {f"scikit-learn, {most} iterations": lambda most=most: theirs(most) for most in iterations}
+        for name, call in calls.items():
+            start = timing.clock(device)
+            fits[name] = call()
+            seconds[name] = timing.clock(device) - start
+        losses = torch.tensor([
+            [F.cross_entropy(x.double() @ w.double() + b, y) + p / 2 * w.double().square().sum()
+             for (w, b), p in zip(found, grid, strict=True)] for found in fits.values()
+        ])  # fmt: skip
+        above = (losses / losses.min(0).values - 1).mean(1).tolist()
+        rows = [[k, f"{seconds[k]:.2f}", f"{seconds[k] / seconds['ours']:.1f}x", f"{a:.1e}"]
+                for k, a in zip(fits, above, strict=True)]  # fmt: skip
+        title = f"logistic regression, {kind}, {n} x {DIM}, {CLASSES} classes, {penalties} penalties"
+        timing.table(title, ["", "s", "of ours", "loss above the lowest"], rows)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=3, help="rounds; every variant runs once in each")
@@ -146,14 +197,16 @@ def main():
     _, _, device = common.setup()
     torch.set_num_threads(args.threads)
     timing.where(device)
-    if not knn_predict:
-        print("lightly is not installed: left out")
+    for name, found in (("lightly", knn_predict), ("scikit-learn", LogisticRegression)):
+        if not found:
+            print(f"{name} is not installed: left out")
     g = data.generator("probes")
     centers = torch.randn(CLUSTERS, DIM, generator=g)
     pairs = [features(n, g, centers) for n in (args.size, args.size // 5)]
     tensors = [t.to(device) for pair in pairs for t in pair]
     knn_benchmark(args, device, *tensors)
     linear_benchmark(args, device, *tensors)
+    logistic_benchmark(device, args.size // 10)
     memory_benchmark(device, 2 * args.size, 4 * DIM)
 
 

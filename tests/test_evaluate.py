@@ -14,6 +14,7 @@ import checkpoints
 import common
 import data
 import evaluate
+import logistic
 import runs
 import sets
 from analysis import depth
@@ -102,14 +103,6 @@ def test_linear_probes_separate_clusters_and_do_not_see_the_test_set(probe):
     assert shuffled["top1"] < 40
 
 
-def test_lbfgs_is_at_the_minimum():
-    x, y = clusters(200)
-    w, b = evaluate.fit_lbfgs(x, y, 5, penalty=1e-2)
-    w.requires_grad_(), b.requires_grad_()
-    (F.cross_entropy(x @ w + b, y) + 1e-2 / 2 * w.square().sum()).backward()
-    assert w.grad.abs().max() < 1e-3 and b.grad.abs().max() < 1e-3
-
-
 def test_the_studys_penalty_is_100_by_features_and_classes():
     (x, y), (tx, ty) = clusters(200, spread=1.5), clusters(100, spread=1.5, seed=1)
     x, tx = 2 * x, 2 * tx  # as they are: the scale counts
@@ -121,15 +114,15 @@ def test_the_studys_penalty_is_100_by_features_and_classes():
         error = ((x @ w + b).softmax(1) - target) / len(x)
         w, b = w - 0.05 * (x.T @ error + 1.25 * w), b - 0.05 * error.sum(0)
     top1 = 100 * ((tx @ w + b).argmax(1) == ty).double().mean()
-    fitted, _ = evaluate.fit_lbfgs(x.float(), y, 5, r["penalty"], iterations=800)
-    assert torch.allclose(fitted.double(), w, atol=1e-3) and r["top1"] == pytest.approx(top1.item(), abs=1.01)
+    fitted, _ = logistic.fit(x.float(), y, 5, [r["penalty"]])
+    assert torch.allclose(fitted[0].double(), w, atol=1e-3) and r["top1"] == pytest.approx(top1.item(), abs=1.01)
 
 
 def test_a_given_penalty_is_used_on_standardized_features():
     (x, y), (tx, ty) = clusters(200, spread=2.0), clusters(100, spread=2.0, seed=1)
     r = evaluate.linear_lbfgs(5 * x - 2, y, 5 * tx - 2, ty, penalties=[0.03])
-    w, b = evaluate.fit_lbfgs((x - x.mean(0)) / x.std(0), y, 5, 0.03)
-    top1 = 100 * (((tx - x.mean(0)) / x.std(0) @ w + b).argmax(1) == ty).float().mean()
+    w, b = logistic.fit((x - x.mean(0)) / x.std(0), y, 5, [0.03])
+    top1 = 100 * (((tx - x.mean(0)) / x.std(0) @ w[0] + b[0]).argmax(1) == ty).float().mean()
     assert r["penalty"] == 0.03 and r["grid"] == {} and r["top1"] == pytest.approx(top1.item(), abs=1.01)
 
 

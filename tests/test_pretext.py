@@ -14,7 +14,7 @@ from torchvision.io import write_png
 import backbones
 import checkpoints
 import data
-import evaluate
+import logistic
 import optim
 import pretext
 import runs
@@ -330,8 +330,8 @@ def told_by_color(color, gray=True):
     where, mix = pretext.draw_patches(n, 10, 8, color, g)
     features = shifts(pretext.cut(x, where, mix if gray else torch.full_like(mix, pretext.COLOR), 10, 8))
     features, y = (features - features.mean(0)) / features.std(0), torch.arange(9).repeat(n)
-    w, b = evaluate.fit_lbfgs(features[:9000], y[:9000], 9, 1e-3, iterations=60)
-    return ((features[9000:] @ w + b).argmax(1) == y[9000:]).float().mean().item() * 100
+    w, b = logistic.fit(features[:9000], y[:9000], 9, [1e-3])
+    return ((features[9000:] @ w[0] + b[0]).argmax(1) == y[9000:]).float().mean().item() * 100
 
 
 def test_channel_shifts_tell_nothing_after_the_counter_measures():
