@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -200,10 +201,10 @@ def accuracy(x, y, net=None, chunk=1024):
     return 100 * hits[..., 0].float().mean(-1), 100 * hits.any(-1).float().mean(-1)
 
 
-def held_out(n, seed):
-    """Indices of a TRAINING set of n: (nine tenths to train on, a tenth, at most 10,000, to choose settings on)."""
+def held_out(n, seed, most=10_000):
+    """Indices of a TRAINING set of n: (nine tenths to train on, a tenth, at most `most`, to choose settings on)."""
     order = torch.randperm(n, generator=data.generator(seed, "held out"))
-    size = min(10_000, max(1, n // 10))
+    size = min(most, max(1, n // 10))
     return order[size:], order[:size]
 
 
@@ -422,7 +423,14 @@ def report(pairs, test, preprocess, args, log, method, step):
 
 # ============ evaluate.json ============
 
-MERGED = {"finetune": 1, "depth": 1, "schedule": 1, "labels": 2}  # levels at which results of other calls are kept
+MERGED = {
+    "finetune": 1,
+    "depth": 1,
+    "schedule": 1,
+    "linear_augmented": 1,
+    "transfer": 1,
+    "labels": 2,
+}  # levels at which results of other calls are kept
 
 
 def merged(old, new, levels):
@@ -467,10 +475,14 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
     return features, labels
 
 
-def flags(doc):
-    """A parser with the flags that every command on a checkpoint has."""
+def flags(doc, several=False):
+    """A parser with the flags that every command on a checkpoint, or on `several`, has."""
     p = argparse.ArgumentParser(description=doc, formatter_class=common.Help)
-    p.add_argument("checkpoint", help="a run folder, its backbone.pt, a torchvision state dict, or random:ARCH")
+    p.add_argument(
+        "checkpoint",
+        nargs="+" if several else None,
+        help="a run folder, its backbone.pt, a torchvision state dict, or random:ARCH",
+    )
     p.add_argument("--data", help="named set or folder (default: what the checkpoint was trained on)")
     p.add_argument("--root", default="datasets", help="where named sets live")
     p.add_argument("--arch", help="the architecture of a plain state dict")
@@ -572,9 +584,14 @@ def penalties(word):
 
 
 def main():
+    if "--augment" in sys.argv:  # a command of its own, with a run folder and several processes
+        from downstream import linear
+
+        return linear.main(linear.hand_over(sys.argv[1:]))
     p = flags(__doc__)
     p.add_argument("--probe", nargs="+", type=probe_name, choices=PROBES, default=["knn", "linear"], help="one or more")
     label_flags(p, 100)
+    p.add_argument("--augment", action="store_true", help="linear on random crops, as published: downstream.linear")
     p.add_argument("--temperature", type=float, default=0.1, help="T of the weighted k-NN vote; DINO uses 0.07")
     p.add_argument("--penalty", type=penalties, metavar="NUMBER|study",
                    help="lbfgs: study is 100 / (features * classes) (default: chosen on TRAIN)")  # fmt: skip

@@ -158,13 +158,13 @@ def logistic_benchmark(device, n, penalties=45, iterations=(100, 1000)):
             w, b = logistic.fit(x.to(device), y.to(device), CLASSES, grid)
             return [(w[i].cpu(), b[i].cpu()) for i in range(len(grid))]
 
-        def theirs(most, x=x.numpy(), y=y.numpy(), grid=grid):
+        def theirs(most, x=x, y=y, grid=grid):
             model, found = LogisticRegression(max_iter=most, warm_start=True), []
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 for penalty in grid.tolist():
                     model.C = 1 / (penalty * n)
-                    model.fit(x, y)
+                    model.fit(x.numpy(), y.numpy())
                     found.append((torch.from_numpy(model.coef_.T), torch.from_numpy(model.intercept_)))
             return found
 
