@@ -104,12 +104,12 @@ def random_crop(image, view, g):
     return crop.flip(-1) if torch.rand((), generator=g) < view["flip"] else crop
 
 
-def fit(image, size, interpolation="bilinear"):
+def fit(image, size, interpolation="bilinear", short=0):
     """An image [..., H, W] as a network sees it in evaluation: an image of the right size as it is; others with the
-    short side at 256/224 of `size` (below 64 px at `size`) and the center cut out."""
+    short side at `short` (default: 256/224 of `size`, below 64 px `size`) and the center cut out."""
     if tuple(image.shape[-2:]) == (size, size):
         return image
-    short = size if size < 64 else round(size * 256 / 224)
+    short = short or (size if size < 64 else round(size * 256 / 224))
     image = tvf.resize(image, [short], tvf.InterpolationMode(interpolation), antialias=True)
     return tvf.center_crop(image, [size, size])
 
@@ -342,29 +342,29 @@ class Crops(Dataset):
 class Plain(Dataset):
     """Images of a folder without augmentation; a broken one is black, has no label and keeps its place."""
 
-    def __init__(self, files, size, interpolation):
-        self.files, self.size, self.interpolation = files, size, interpolation
+    def __init__(self, files, size, interpolation, short):
+        self.files, self.size, self.interpolation, self.short = files, size, interpolation, short
 
     def __getitem__(self, index):
         said, black = {}, torch.zeros(self.files.channels, self.size, self.size, dtype=torch.uint8)
         image, label = read(self.files, index, said) or (black, -1)
-        return label, [fit(image, self.size, self.interpolation)], said
+        return label, [fit(image, self.size, self.interpolation, self.short)], said
 
 
 def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=None):
     """Plain images in order, for the probes: yields (x normalized [b, 3, S, S] on the device, labels [b] on the CPU, -1
     for none). Files that do not decode are black, are named, and above 1 % end the program, as in training."""
-    size, interpolation = preprocess["size"], preprocess["interpolation"]
+    size, interpolation, short = preprocess["size"], preprocess["interpolation"], preprocess.get("short", 0)
     indices = torch.arange(len(data)) if indices is None else indices
     if isinstance(data, sets.Images):
         for index in indices.split(batch_size):
-            x = fit(data.images[index.to(data.images.device)].to(device), size, interpolation)
+            x = fit(data.images[index.to(data.images.device)].to(device), size, interpolation, short)
             labels = torch.full((len(index),), -1) if data.labels is None else data.labels[index]
             yield normalize(x.float() / 255, preprocess["mean"], preprocess["std"]), labels
         return
     check_shared_memory(workers, min(batch_size, len(indices)) * 3 * size**2)
     loader = DataLoader(
-        Subset(Plain(data, size, interpolation), indices.tolist()), batch_size, collate_fn=Crops.collate,
+        Subset(Plain(data, size, interpolation, short), indices.tolist()), batch_size, collate_fn=Crops.collate,
         num_workers=workers, pin_memory=torch.device(device).type == "cuda", worker_init_fn=outlive_signals,
     )  # fmt: skip
     for labels, (x,), said in loader:

@@ -437,17 +437,23 @@ def merged(old, new, levels):
     return old | {k: merged(old.get(k, {}), v, levels - 1) for k, v in new.items()} if levels else new
 
 
-def write_json(out, name, results):
-    """Add `results` for the data `name` to OUT/evaluate.json. A file that is not JSON is renamed, not lost."""
-    path, known = Path(out, "evaluate.json"), {}
+def read_json(out):
+    """What is in OUT/evaluate.json, {data: results}. A file that is not JSON is renamed, not lost."""
+    path = Path(out, "evaluate.json")
     try:
-        known = json.loads(path.read_text()) if path.is_file() else {}
+        return json.loads(path.read_text()) if path.is_file() else {}
     except ValueError:
         os.replace(path, f"{path}.broken")
         print(f"warning: {path} is not JSON; renamed to {path.name}.broken", flush=True)
+        return {}
+
+
+def write_json(out, name, results):
+    """Add `results` for the data `name` to OUT/evaluate.json."""
+    known = read_json(out)
     own = known.get(name, {})
     known[name] = own | {key: merged(own.get(key, {}), r, MERGED.get(key, 0)) for key, r in results.items()}
-    runs.write_text(path, json.dumps(known, indent=1) + "\n")
+    runs.write_text(path := Path(out, "evaluate.json"), json.dumps(known, indent=1) + "\n")
     return path
 
 

@@ -29,19 +29,23 @@ import shapes
 from common import fail, rank
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
-TORCHVISION = {  # name: (class, arguments of the training split, of the test split, of all that may be trained on)
+# name: (class, arguments of the training split, of the test split, of all that may be trained on). Of two training
+# splits the second is the official validation part.
+TORCHVISION = {
     "cifar10": (datasets.CIFAR10, {"train": True}, {"train": False}),
     "cifar100": (datasets.CIFAR100, {"train": True}, {"train": False}),
     "stl10": (datasets.STL10, {"split": "train"}, {"split": "test"}, {"split": "train+unlabeled"}),
     "imagenet": (datasets.ImageNet, {"split": "train"}, {"split": "val"}),
     "places365": (datasets.Places365, {"split": "train-standard", "small": True}, {"split": "val", "small": True}),
     "food101": (datasets.Food101, {"split": "train"}, {"split": "test"}),
-    "flowers102": (datasets.Flowers102, {"split": "train"}, {"split": "test"}),
+    "flowers102": (datasets.Flowers102, [{"split": "train"}, {"split": "val"}], {"split": "test"}),
     "pets": (datasets.OxfordIIITPet, {"split": "trainval"}, {"split": "test"}),
-    "dtd": (datasets.DTD, {"split": "train"}, {"split": "test"}),
-    "aircraft": (datasets.FGVCAircraft, {"split": "trainval"}, {"split": "test"}),
+    "dtd": (datasets.DTD, [{"split": "train"}, {"split": "val"}], {"split": "test"}),
+    "aircraft": (datasets.FGVCAircraft, [{"split": "train"}, {"split": "val"}], {"split": "test"}),
     "cars": (datasets.StanfordCars, {"split": "train"}, {"split": "test"}),
     "svhn": (datasets.SVHN, {"split": "train"}, {"split": "test"}),
+    "sun397": (datasets.SUN397, {}, {}),  # see `of_sun397`, `of_caltech101`
+    "caltech101": (datasets.Caltech101, {}, {}),
 }
 IN_MEMORY = ("cifar10", "cifar100", "stl10", "svhn")
 DRAWN = ("shapes", "shapes-hard", "shapes-natural")
@@ -96,9 +100,10 @@ class Images:
 
 
 class Files:
-    """A set read image by image: `items` is a list of (path, label), all below the folder `base`; label -1: none."""
+    """A set read image by image: `items` is a list of (path, label), all below the folder `base`; label -1: none. The
+    last `validation` of a training set are the part on which published protocols choose."""
 
-    masks, channels = None, 3  # masks of the set, and channels of what read() gives
+    masks, channels, validation = None, 3, 0  # masks of the set, and channels of what read() gives
 
     def __init__(self, name, items, classes=None, base="/"):
         self.name, self.items, self.classes, self.base = name, items, classes, base
@@ -230,8 +235,9 @@ def training_part(folder):
 
 
 def load_folder(folder, split, name):
-    """A tree of images as `Files`. `train/` and `val/` or `test/` are used when there. With classes but neither of the
-    last two, every tenth image is the probes' test set; it is trained on all the same, without its label."""
+    """A tree of images as `Files`. `train/` and `test/` or `val/` are used when there; with both, the probes train on
+    `val/`, too. With classes but neither, every tenth image is the probes' test set; it is trained on all the same,
+    without its label."""
     folder = Path(folder)
     if not os.path.isdir(folder):
         near = difflib.get_close_matches(str(folder), NAMES, 1)
@@ -239,19 +245,30 @@ def load_folder(folder, split, name):
         fail(f"--data {folder}: neither a named set nor a folder; {hint}")
     base = training_part(folder)
     items, classes = list_folder(base)
-    held_out = next((folder / d for d in ("val", "test") if base != folder and os.path.isdir(folder / d)), None)
+    held_out = [folder / d for d in ("test", "val") if base != folder and os.path.isdir(folder / d)]
+    validation = []
     if split == "test" and held_out:
-        base, number = held_out, {c: i for i, c in enumerate(classes or [])}
-        items, own = list_folder(base)
-        if unknown := sorted(set(own or []) - set(number)):
-            fail(f"{base} has a class that {folder / 'train'} lacks: {unknown[0]!r}")
-        items = [(path, number[own[label]] if own else -1) for path, label in items]
+        base = held_out[0]
+        items = of_classes(base, classes)
+    elif split == "train" and len(held_out) == 2:
+        validation, base = of_classes(held_out[1], classes), folder
+        items = items + validation
     elif classes and not held_out and split != "pretrain":
         tenth = min(10, len(items))
         items = [item for i, item in enumerate(items) if (i % tenth == tenth - 1) == (split == "test")]
     if not items:
         fail(f"no images in {base} (looked for {' '.join(sorted(SUFFIXES))})")
-    return Files(name or str(folder), items, classes, base)
+    files = Files(name or str(folder), items, classes, base)
+    files.validation = len(validation)
+    return files
+
+
+def of_classes(folder, classes):
+    """The images of a test or validation folder, with the numbers of the training `classes`."""
+    (items, own), number = list_folder(folder), {c: i for i, c in enumerate(classes or [])}
+    if unknown := sorted(set(own or []) - set(number)):
+        fail(f"{folder} has a class that {folder.parent / 'train'} lacks: {unknown[0]!r}")
+    return [(path, number[own[label]] if own else -1) for path, label in items]
 
 
 # ============ loading ============
@@ -303,14 +320,51 @@ def first_rank_first(make, name, otherwise):
         fail(f"{name} could not be loaded ({str(error).splitlines()[0]}); {otherwise}")
 
 
+def of_sun397(root, split):
+    """Split 1 of SUN397, by its official lists."""
+    folder, file = Path(root, "SUN397"), {"train": "Training_01.txt", "test": "Testing_01.txt"}[split]
+    if not (folder / file).is_file():
+        fail(f"sun397: {folder / file} is not there: torchvision's download lacks the official lists (Partitions.zip); "
+             f"or lay its images out as {root}/sun397/train/CLASS/* and {root}/sun397/test/CLASS/*")  # fmt: skip
+    names = [line.strip().lstrip("/") for line in (folder / file).read_text().splitlines() if line.strip()]
+    classes = sorted({name.rpartition("/")[0] for name in names})
+    return Files("sun397", [(str(folder / n), classes.index(n.rpartition("/")[0])) for n in names], classes, folder)
+
+
+def of_caltech101(root, split):
+    """Caltech-101: 30 images a class to train on, drawn at random as in the papers, whose lists are not published; the
+    background counts as a class (102 in all)."""
+    folder = Path(root, "caltech101", "101_ObjectCategories")
+    items, classes = list_folder(folder)
+    labels = torch.tensor([label for _, label in items])
+    order = torch.randperm(len(items), generator=generator("caltech101"))
+    train = torch.cat([order[labels[order] == c][:30] for c in range(len(classes))]).tolist()
+    rows = sorted(train) if split == "train" else sorted(set(range(len(items))) - set(train))
+    return Files("caltech101", [items[i] for i in rows], classes, folder)
+
+
 def from_torchvision(name, root, split, device):
     """A named set as torchvision reads it."""
     cls, *kwargs = TORCHVISION[name]
     kwargs = kwargs[("train", "test", "pretrain").index(split)]
+    if isinstance(kwargs, list):
+        parts = [read_torchvision(cls, name, root, part, device) for part in kwargs]
+        files = Files(name, [item for part in parts for item in part.items], parts[0].classes, parts[0].base)
+        files.validation = len(parts[1])
+        return files
+    return read_torchvision(cls, name, root, kwargs, device, split)
+
+
+def read_torchvision(cls, name, root, kwargs, device, split=None):
+    """What an object of torchvision's class `cls` holds, downloaded where it can be."""
+    if name == "sun397":
+        of_sun397(root, split)  # the lists, before 37 GB are fetched
     if name not in ("imagenet", "cars"):  # whose files torchvision cannot fetch
         kwargs = kwargs | {"download": True}
     folders = f"{root}/{name}/train/CLASS/* and {root}/{name}/val/CLASS/*"
     made = first_rank_first(lambda: cls(root, **kwargs), name, f"or lay its images out as {folders}")
+    if name in ("sun397", "caltech101"):  # of which torchvision has no splits
+        return (of_sun397 if name == "sun397" else of_caltech101)(root, split)
     found = vars(made)  # torchvision has no common names for paths and labels
     classes = found.get("classes", [])
     if name in IN_MEMORY:

@@ -55,24 +55,37 @@ def fit_finetune(backbone, train, preprocess, device, trunk_lr, head_lr, epochs,
     nn.init.zeros_(net[1].bias)
     groups = [{"params": part.parameters(), "lr": lr} for part, lr in zip(net, (trunk_lr, head_lr), strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=weight_decay)
-    drops = [math.ceil(0.6 * epochs), math.ceil(0.8 * epochs)]
-    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, 0.2)
     view = data.view(**{k: preprocess[k] for k in ("size", "interpolation", "mean", "std")})
     loader = data.Loader(train, [view], min(batch_size, len(train)), seed, workers=workers, device=device)
-    for epoch in tqdm(range(epochs), f"lr {trunk_lr:g} {head_lr:g}", unit="epoch", leave=False, disable=None):
-        total = 0.0
-        for index, (x,) in loader.epoch(epoch):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                logits = net(x)
-            loss = F.cross_entropy(logits.float(), y[index])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            total += loss.detach()
-        schedule.step()
-        if not math.isfinite(mean := float(total) / loader.steps):
-            break
-    return net, mean
+    drops = [math.ceil(share * epochs) * loader.steps for share in (0.6, 0.8)]
+    factor = lambda step: 0.2 ** sum(step >= drop for drop in drops)
+    return net, fit(net, optimizer, loader, y, epochs * loader.steps, factor, amp, f"lr {trunk_lr:g} {head_lr:g}")
+
+
+def fit(net, optimizer, loader, y, updates, factor, amp, words, criterion=F.cross_entropy):
+    """Train `net` for `updates` on the images of `loader` with labels `y`, at the optimizer's rates times
+    `factor(update)`. Returns the mean loss of the last epoch; one that is not finite ends the training."""
+    rates, step, mean = [group["lr"] for group in optimizer.param_groups], 0, math.nan
+    with tqdm(total=updates, desc=words, unit="update", leave=False, disable=None) as bar:
+        while step < updates:
+            total, before = 0.0, step
+            for index, (x,) in loader.epoch(step // loader.steps):
+                for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                    group["lr"] = lr * factor(step)
+                with torch.autocast(loader.device.type, torch.bfloat16, enabled=amp):
+                    logits = net(x)
+                loss = criterion(logits.float(), y[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+                step += 1
+                bar.update()
+                if step == updates:
+                    break
+            if not math.isfinite(mean := float(total) / (step - before)):
+                break
+    return mean
 
 
 def finetune(backbone, train, test, preprocess, device, pairs, epochs=20, batch_size=256, weight_decay=0.0, workers=0,
