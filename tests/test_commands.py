@@ -51,7 +51,7 @@ def check(script, words, monkeypatch):
         if compares:  # what is no flag of its own goes to every script
             own = module.parse_args(words)
             runs = [module.training(own, dataset, method, 0) for dataset in own.data for method in own.methods]
-        elif compares := script == "-m experiments.transfer":
+        elif compares := script == "-m experiments.dense":
             runs = [seeds[0] for seeds in module.jobs_of(module.parse_args(words)).values()]
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("data.check", parsed)

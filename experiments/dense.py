@@ -1,9 +1,9 @@
 """Detection and segmentation of several backbones, fine-tuned and frozen, side by side.
 
-    python -m experiments.transfer runs/byol-shapes runs/instdisc-shapes random:resnet10_16 --seeds 0 1 2
-    python -m experiments.transfer "runs/byol-{seed}" "runs/sage-{seed}" --seeds 0 1 2     by seed
-    python -m experiments.transfer RUN --tasks detect --data DIR --jobs 2                  other flags go to every run
-    python -m experiments.transfer ... --show                         the tables of what is there; runs nothing
+    python -m experiments.dense runs/byol-shapes runs/instdisc-shapes random:resnet10_16 --seeds 0 1 2
+    python -m experiments.dense "runs/byol-{seed}" "runs/sage-{seed}" --seeds 0 1 2     by seed
+    python -m experiments.dense RUN --tasks detect --data DIR --jobs 2                  other flags go to every run
+    python -m experiments.dense ... --show                         the tables of what is there; runs nothing
 
 A run is in OUT/seedN/TASK-NAME[-frozen], its output beside it. The same command goes on where it was stopped.
 """
@@ -21,11 +21,11 @@ COLUMNS = {  # task: {column: where it stands in evaluate.json}
 
 
 def parse_args(argv):
-    p = jobs.parser("transfer CHECKPOINT ... [--seeds N ...] [flags of detect and segment]", __doc__, "")
+    p = jobs.parser("dense CHECKPOINT ... [--seeds N ...] [flags of detect and segment]", __doc__, "")
     p.add_argument("checkpoints", nargs="+", help="of downstream.detect; {seed} is replaced by the seed")
     p.add_argument("--tasks", nargs="+", default=list(COLUMNS), help="detect, segment")
     p.add_argument("--data", default="scenes", help="of both commands")
-    p.add_argument("--out", default="runs/transfer", help="folder of all runs")
+    p.add_argument("--out", default="runs/dense", help="folder of all runs")
     own, flags = jobs.parse(p, argv)
     jobs.check_names("--tasks", own.tasks, COLUMNS)
     own.out, own.flags = Path(own.out), flags
@@ -73,8 +73,8 @@ def main(argv=None):
         jobs.run([run for seed in by_seed for run in seed], own)
     if not own.dry_run:
         own.out.mkdir(parents=True, exist_ok=True)
-        runs.write_text(own.out / "transfer.md", text := page(own, grid))
-        print(f"{text}\n{own.out / 'transfer.md'}")
+        runs.write_text(own.out / "dense.md", text := page(own, grid))
+        print(f"{text}\n{own.out / 'dense.md'}")
 
 
 if __name__ == "__main__":
