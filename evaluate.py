@@ -423,14 +423,8 @@ def report(pairs, test, preprocess, args, log, method, step):
 
 # ============ evaluate.json ============
 
-MERGED = {
-    "finetune": 1,
-    "depth": 1,
-    "schedule": 1,
-    "linear_augmented": 1,
-    "transfer": 1,
-    "labels": 2,
-}  # levels at which results of other calls are kept
+# Levels at which results of other calls are kept.
+MERGED = {"finetune": 1, "depth": 1, "schedule": 1, "linear_augmented": 1, "transfer": 2, "labels": 2}
 
 
 def merged(old, new, levels):
@@ -483,7 +477,7 @@ def cached(backbone, path, dataset, split, preprocess, device, workers, amp):
 
 def flags(doc, several=False):
     """A parser with the flags that every command on a checkpoint, or on `several`, has."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=common.Help)
+    p = argparse.ArgumentParser(description=doc, formatter_class=common.Help, allow_abbrev=False)
     p.add_argument(
         "checkpoint",
         nargs="+" if several else None,
@@ -506,16 +500,25 @@ def label_flags(p, default):
     p.add_argument("--label-list", help="instead: a file that names the labelled images, one a line (folders only)")
 
 
+def check_flags(args):
+    """Refuse values of `flags` that no command can use."""
+    common.at_least(0, args, "limit", "workers", "seed")
+    common.at_least(checkpoints.SIZES[0] if args.size else 0, args, "size", most=checkpoints.SIZES[1])
+
+
+def one_process():
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        common.fail("this command runs in one process: start it with python, not torchrun")
+
+
 class Subject:
     """What a command works on, from the flags of `flags`: `backbone` on its `device`, its `preprocess`, `about` (what
     the file says about it), `path` (that file; None for random:ARCH), and `sets`, {"train", "test"}, of the data
     `name`."""
 
     def __init__(self, args):
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-            common.fail("this command runs in one process: start it with python, not torchrun")
-        common.at_least(0, args, "limit", "workers")
-        common.at_least(checkpoints.SIZES[0] if args.size else 0, args, "size", most=checkpoints.SIZES[1])
+        one_process()
+        check_flags(args)
         self.device, self.workers = common.setup(args.device)[2], args.workers
         self.amp = common.bf16_is_fast(self.device) if args.amp is None else args.amp
         opened = checkpoints.open_backbone(args.checkpoint, args.arch, args.size, args.seed)
@@ -586,6 +589,8 @@ def probe_name(name):
 
 def penalties(word):
     """The type of --penalty."""
+    if word != "study" and not 0 < float(word) < math.inf:
+        common.fail(f"--penalty {word}: it must be above 0 and finite")
     return word if word == "study" else [float(word)]
 
 

@@ -9,8 +9,11 @@ class Problems:
     entropy of C classes is at most half of the covariance (Boehning 1992), to which the penalty adds its own."""
 
     def __init__(self, x, y, classes, penalties):
-        self.x, self.y, self.classes, self.mean = x, y.expand(len(penalties), -1)[:, None], classes, x.mean(0)
-        variances, self.basis = torch.linalg.eigh(x.T @ x / len(x) - self.mean.outer(self.mean))
+        self.mean, self.y, self.classes = x.mean(0), y.expand(len(penalties), -1)[:, None], classes
+        self.x = (
+            x - self.mean
+        )  # a copy: where the spread is small beside the mean, products of x itself lose its digits
+        variances, self.basis = torch.linalg.eigh(self.x.T @ self.x / len(x))
         variances = variances.clamp(min=1e-7 * variances.max() + 1e-12)
         half = torch.cat([variances, x.new_ones(1)]) / 2  # the last one is the bias
         self.decay = penalties.view(-1, 1, 1).expand(-1, 1, x.shape[1]).contiguous()  # [P, 1, d]
@@ -22,8 +25,7 @@ class Problems:
     def weights(self, u, rows=slice(None)):
         """Weights w [P, C, d] along the components, the same in the coordinates of x, and biases b [P, C, 1]."""
         w, b = (u * self.scale[rows]).split([len(self.mean), 1], 2)
-        turned = w @ self.basis.T
-        return w, turned, b - (turned @ self.mean)[..., None]  # as b is on centered features
+        return w, w @ self.basis.T, b
 
     def loss(self, u, rows=slice(None)):
         """Mean cross-entropy + penalty / 2 |w|^2 [P] in fp64, and its gradient by u."""
@@ -34,10 +36,10 @@ class Problems:
         odds = p.sum(1, keepdim=True)
         loss = odds[:, 0].log1p().mean(1, dtype=torch.float64)
         p.scatter_(1, true, -odds).div_(1 + odds)  # softmax - one-hot
-        errors, decayed = p.mean(2, keepdim=True), self.decay[rows] * w
-        by_w = ((p.flatten(0, 1) @ self.x / len(self.x)).view(turned.shape) - errors * self.mean) @ self.basis + decayed
+        decayed = self.decay[rows] * w
+        by_w = (p.flatten(0, 1) @ self.x / len(self.x)).view(w.shape) @ self.basis + decayed
         loss += (decayed * w).sum((1, 2), dtype=torch.float64) / 2
-        return loss, torch.cat([by_w, errors], 2).mul_(self.scale[rows])
+        return loss, torch.cat([by_w, p.mean(2, keepdim=True)], 2).mul_(self.scale[rows])
 
 
 def dot(a, b):
@@ -96,17 +98,20 @@ def minimize(problems, iterations, memory, tolerance):
     return result
 
 
-def fit(x, y, classes, penalties, iterations=200, memory=10, tolerance=1e-6, most=2**27):
+def fit(x, y, classes, penalties, iterations=200, memory=10, tolerance=2e-7, most=2**28):
     """Weights [P, d, C] and biases [P, C] that minimize mean cross-entropy + penalty / 2 |W|^2 for each of P
-    `penalties`. x [N, d]; y int64 [N], or [P, N] where each has labels of its own. At most `most` logits are held at a
-    time (512 MB), and about twice as much beside them."""
+    `penalties`. x [N, d]; y int64 [N], or [P, N] where each has labels of its own. So many problems are solved together
+    that they take `most` numbers (1 GB), or one; beside them there is a copy of x."""
+    if x.device.type == "mps":  # which has neither fp64 nor eigenvalues
+        return tuple(t.to(x.device) for t in fit(x.cpu(), y.cpu(), classes, penalties, iterations, memory, tolerance))
     penalties = torch.as_tensor(penalties, dtype=x.dtype, device=x.device)
-    found, together = [], max(1, most // (len(x) * classes))
-    for start in range(0, len(penalties), together):
-        some = slice(start, start + together)
-        problems = Problems(x, y[some] if y.ndim == 2 else y, classes, penalties[some])
+    found, each = [], classes * (3 * len(x) + (2 * memory + 6) * (x.shape[1] + 1))
+    for some in penalties.split(max(1, most // each)):
+        at = slice(done := sum(len(w) for w, _ in found), done + len(some))
+        problems = Problems(x, y[at] if y.ndim == 2 else y, classes, some)
         scale, u = problems.scale, minimize(problems, iterations, memory, tolerance)
         problems.scale = scale  # of those that were left alone, too
-        found.append(problems.weights(u)[1:])
+        _, w, b = problems.weights(u)
+        found.append((w, b[..., 0] - w @ problems.mean))  # as b is on centered features
     w, b = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return w.mT, b[..., 0]
+    return w.mT, b

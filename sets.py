@@ -80,6 +80,8 @@ def generator(*key):
 class Images:
     """A set in memory: images [N, 3, H, W] uint8 on `device`, labels [N] int64 on the CPU (or None)."""
 
+    validation = 0  # as in Files
+
     def __init__(self, name, images, labels=None, classes=None, masks=None, keys=None):
         self.name, self.images, self.labels, self.classes, self.masks = name, images, labels, classes, masks
         self.keys = keys
@@ -135,7 +137,8 @@ class Files:
     def contents(self):
         """Changes when images are added, removed, renamed, moved between classes or replaced by files of another size
         (at most 10,000 are looked at, as a network disk is slow to tell), not when the folder is moved."""
-        names = [path.removeprefix(str(self.base)).lstrip(os.sep) for path, _ in self.items]
+        base, above = str(self.base), str(Path(self.base).parent)  # a validation part lies beside the base
+        names = [path.removeprefix(base).removeprefix(above).lstrip(os.sep) for path, _ in self.items]
         sizes = [size_and_time(path)[0] for path, _ in self.items[:: math.ceil(len(self) / 10_000)]]
         return hashlib.sha1(f"{labels_of(self).tolist()} {names} {sizes}".encode()).hexdigest()
 
@@ -251,7 +254,7 @@ def load_folder(folder, split, name):
         base = held_out[0]
         items = of_classes(base, classes)
     elif split == "train" and len(held_out) == 2:
-        validation, base = of_classes(held_out[1], classes), folder
+        validation = of_classes(held_out[1], classes)
         items = items + validation
     elif classes and not held_out and split != "pretrain":
         tenth = min(10, len(items))
@@ -268,7 +271,7 @@ def of_classes(folder, classes):
     (items, own), number = list_folder(folder), {c: i for i, c in enumerate(classes or [])}
     if unknown := sorted(set(own or []) - set(number)):
         fail(f"{folder} has a class that {folder.parent / 'train'} lacks: {unknown[0]!r}")
-    return [(path, number[own[label]] if own else -1) for path, label in items]
+    return [(path, number.get(stem(path, folder).split("/")[0], -1)) for path, _ in items]
 
 
 # ============ loading ============
@@ -393,7 +396,9 @@ def in_memory(files, device):
     images, labels = zip(*found.values(), strict=True)
     labels = torch.tensor(labels) if files.classes else None
     keys = [files.key(i) for i in found]
-    return Images(files.name, torch.stack(images).to(device), labels, files.classes, keys=keys)
+    made = Images(files.name, torch.stack(images).to(device), labels, files.classes, keys=keys)
+    made.validation = sum(i >= len(files) - files.validation for i in found)
+    return made
 
 
 # ============ parts of a set ============

@@ -5,13 +5,16 @@
     torchrun --standalone --nproc_per_node=8 -m downstream.linear RUN --protocol byol --data imagenet --root DIR
 
 All rates of a protocol are trained at once: one pass of the backbone serves them all. Of several rates the best is
-chosen on held-out training images, a tenth (at most 10,000; of ImageNet the 50,046 of Kolesnikov et al. 2019), and
-tested as it is: like BYOL's authors, we do not train it again. A single rate is trained on all images. Never chosen on
-test images, as the best epoch of MoCo's and SwAV's code is.
+chosen on held-out training images, a tenth (at most 10,000; of ImageNet 50,046, as many as Kolesnikov et al. 2019 hold
+out), and tested as it is, as BYOL's authors do (the probe of un-augmented images trains it again on all). A single rate
+is trained on all images. Nothing is chosen on test images, as the best epoch is in MoCo's and SwAV's code.
 """
 
+import argparse
 import hashlib
 import json
+import math
+import os
 from pathlib import Path
 
 import torch
@@ -41,6 +44,7 @@ PROTOCOLS = {  # scaled: lr * batch / 256. divided: features by their mean norm,
     "study": COSINE | dict(epochs=520, lr=[0.1], batch_size=2048, drop_at=(480 / 520, 500 / 520), scaled=True,
                            crop=CENTRAL),
 }  # fmt: skip
+FLAGS = ("epochs", "lr", "batch_size", "weight_decay")  # the presets that are flags
 
 
 def parse_args(argv=None):
@@ -56,24 +60,25 @@ def parse_args(argv=None):
     p.add_argument("--log-every", type=int, default=10, help="updates between log lines")
     p.set_defaults(dry_run=False)
     r = PROTOCOLS[p.parse_args(argv).protocol]
-    p.set_defaults(**{k: r[k] for k in ("epochs", "lr", "batch_size", "weight_decay")})
+    p.set_defaults(**{k: r[k] for k in FLAGS})
     args = p.parse_args(argv)
+    evaluate.check_flags(args)
     common.at_least(1, args, "epochs", "batch_size", "log_every")
-    common.at_least(0, args, "limit", "workers", "lr", "weight_decay", "seed")
+    common.at_least(0, args, "lr", "weight_decay")
     names = [Path(c.replace(":", "-")).resolve().name.removesuffix(".pt") for c in args.checkpoint]
     args.out = args.out or f"runs/linear-{'-'.join([args.protocol, *names])}"
     return args, r
 
 
 def hand_over(words):
-    """`evaluate.py ... --augment`: (the words that are flags of this command)."""
-    words = [word for word in words if word != "--augment"]
-    if "--probe" in words:
-        at = words.index("--probe")
-        if words[at + 1 : at + 2] != ["linear"] or words[at + 2 : at + 3] in [[p] for p in evaluate.PROBES]:
-            common.fail("--augment is for --probe linear alone: the others are of un-augmented images")
-        words[at : at + 2] = []
-    return words
+    """The words of `evaluate.py ... --probe linear --augment` that are flags of this command."""
+    p = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    p.add_argument("--augment", action="store_true")
+    p.add_argument("--probe", nargs="+", default=["linear"])
+    known, rest = p.parse_known_args(words)
+    if known.probe != ["linear"]:
+        common.fail("--augment is for --probe linear alone: the other probes are of un-augmented images")
+    return rest
 
 
 class Heads(nn.Module):
@@ -89,6 +94,13 @@ class Heads(nn.Module):
         """Cross-entropies [backbones, rates]."""
         pairs = zip(features, self.heads, strict=True)
         return torch.stack([torch.stack([F.cross_entropy(head(z), y) for head in heads]) for z, heads in pairs])
+
+    @torch.no_grad()
+    def reset_diverged(self):
+        """Back to 0 with those whose rate was too high, so that the others can go on."""
+        for head in self.modules():
+            if isinstance(head, nn.Linear) and not head.weight.norm().isfinite():
+                head.weight.zero_(), head.bias.zero_()
 
 
 def open_all(args, device):
@@ -123,7 +135,8 @@ def main(argv=None):
     # ============ data and backbones ============
     nets, preprocess, paths, digests = open_all(args, device)
     train, test = (sets.load(args.data, args.root, split, device, args.limit, args.seed) for split in ("train", "test"))
-    train = sets.pick(train, (sets.labels_of(train) >= 0).nonzero()[:, 0])
+    if not (labelled := sets.labels_of(train) >= 0).all():
+        train = sets.pick(train, labelled.nonzero()[:, 0])
     if len(train) < evaluate.FEWEST or not (sets.labels_of(test) >= 0).any():
         common.fail(f"too few labels: {evaluate.FEWEST} training images with one and a labelled test set are needed")
     chosen, held_out = "", None
@@ -173,16 +186,17 @@ def main(argv=None):
                 features = [net(x).float() / norm for net, norm in zip(nets, norms, strict=True)]
             losses = ddp(features, y[index])
             losses.sum().backward()
-            run.log.loss += losses.detach().min(1).values.mean()  # of the best rates
+            run.log.loss += losses.detach().nan_to_num(math.inf).min(1).values.mean()  # of the best rates
             optimizer.step()
             optimizer.zero_grad()
-            run.end_step(factor)
+            run.end_step(max(rates) * factor)
+        heads.reset_diverged()
         run.save()
     if run.stopped:
         return common.STOPPED
 
     # ============ test ============
-    lines = []
+    lines, results = [], []
     for name, net, norm, own, path in zip(args.checkpoint, nets, norms, heads.heads, paths, strict=True):
         top1, top5 = score(own, norm, net, test, preprocess, device, args)
         grid = score(own, norm, net, held_out, preprocess, device, args)[0].tolist() if held_out else [0.0]
@@ -192,12 +206,15 @@ def main(argv=None):
         if held_out:
             result["grid"] = {f"lr {lr:g}": round(s, 2) for lr, s in zip(rates, grid, strict=True)}
             lines.append("         held-out top-1: " + ", ".join(f"{k}: {v}" for k, v in result["grid"].items()))
-        if rank == 0 and path:
-            evaluate.write_json(path.parent, args.data, {"linear_augmented": {args.protocol: result}})
+        results.append((path, result))
     run.say("\n".join(lines))
     if rank == 0:
         run.log.writer.close()
     run.save("\n".join(lines))
+    name = " ".join([args.protocol, *(f"{k} {getattr(args, k)}" for k in FLAGS if getattr(args, k) != r[k])])
+    for path, result in results if rank == 0 else ():
+        if path and os.access(path.parent, os.W_OK):
+            evaluate.write_json(path.parent, args.data, {"linear_augmented": {name: result}})
 
 
 if __name__ == "__main__":

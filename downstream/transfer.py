@@ -29,6 +29,7 @@ import data
 import evaluate
 import logistic
 import optim
+import runs
 import sets
 from downstream import annotated, finetune, metrics
 
@@ -80,6 +81,7 @@ class Task(typing.NamedTuple):
     val: torch.Tensor
     classes: int
     metric: str
+    contents: str = ""  # changes when an image or a label does
 
 
 def open_set(name, root, device, seed=0):
@@ -97,11 +99,15 @@ def open_set(name, root, device, seed=0):
         y, test_y, last = sets.labels_of(train), sets.labels_of(test), getattr(train, "validation", 0)
         if min(y.min(), test_y.min()) < 0:
             common.fail(f"{name}: every image needs a label (class folders), in the training and in the test part")
+    if len(train) < evaluate.FEWEST:
+        common.fail(f"{name}: {len(train)} training images, fewer than {evaluate.FEWEST}")
     order = torch.arange(len(train))
     if not last:
         order, last = torch.randperm(len(train), generator=sets.generator(seed, "validation")), len(train) // 5
     classes = y.shape[1] if y.ndim > 1 else evaluate.classes_of(train)
-    return Task(train, test, y, test_y, order[-last:].sort().values, classes, METRICS.get(name, "top-1"))
+    seen = f"{train.contents()} {test.contents()} {y.tolist()} {test_y.tolist()}"
+    digest, metric = hashlib.sha1(seen.encode()).hexdigest(), METRICS.get(name, "top-1")
+    return Task(train, test, y, test_y, order[-last:].sort().values, classes, metric, digest)
 
 
 def present(record):
@@ -119,7 +125,7 @@ def score(logits, y, metric):
         hits = torch.tensor([-1, 1, 0], dtype=torch.int8)[y]  # for y = 0, 1, -1: does not count, right, wrong
         columns = [c for c in range(y.shape[1]) if (y[:, c] == 1).any()]
         ap = [metrics.average_precision(logits[:, c], hits[None, :, c], int((y[:, c] == 1).sum()), 11) for c in columns]
-        return 100 * torch.cat(ap).mean().item()
+        return 100 * torch.cat(ap).mean().item() if ap else 0.0
     right = (logits.argmax(1) == y).double()
     if metric == "top-1":
         return 100 * right.mean().item()
@@ -240,9 +246,12 @@ def parse_args(argv=None):
     r = GRIDS[p.parse_args(argv).grid]
     p.set_defaults(**{k: v for k, v in r.items() if k != "norms"})
     args = p.parse_args(argv)
-    common.at_least(1, args, "updates", "batch_size")
+    evaluate.one_process()
+    evaluate.check_flags(args)
+    common.at_least(1, args, "updates")
+    common.at_least(2, args, "batch_size")
     common.at_least(1e-9, args, "lr")
-    common.at_least(0, args, "weight_decay", "workers", "limit", "seed")
+    common.at_least(0, args, "weight_decay")
     if args.data or args.limit:
         common.fail("--sets takes the place of --data, and whole sets are used: no --limit")
     return args, {k: getattr(args, k) for k in ("updates", "batch_size", "lr", "weight_decay")} | {"norms": r["norms"]}
@@ -259,29 +268,34 @@ class Model:
         self.device, self.workers, self.seed = device, args.workers, args.seed
         self.amp = common.bf16_is_fast(device) if args.amp is None else args.amp
         self.folder = self.path.parent if self.path else Path("runs", f"transfer-{target.replace(':', '-')}")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            common.fail(f"{self.folder}: {runs.reason(error)}")
         digest = self.path and hashlib.sha1(self.path.read_bytes()).hexdigest()
         self.about = f"seed {self.seed}; weights {digest}; {'bf16' if self.amp else 'fp32'}"
 
     def measure(self, name, task, how, r):
         """The result of `frozen` or `finetuned`, from evaluate.json if it is there."""
         parts = " + ".join(str(n) for n in (len(task.y) - len(task.val), len(task.val), len(task.test_y)))
-        protocol = f"{task.metric}; {parts} images at {self.preprocess['size']} px; {self.about}"
+        protocol = f"{task.metric}; {parts} images at {self.preprocess['size']} px, {task.contents}; {self.about}"
         protocol += f"; {json.dumps(r)}" * (how == "finetuned")
-        known = evaluate.read_json(self.folder).get(name, {}).get("transfer", {}).get(how, {})
-        known = known if known.get("protocol") == protocol else {}
+        key = hashlib.sha1(protocol.encode()).hexdigest()[:8]  # results of other settings stay
+        known = evaluate.read_json(self.folder).get(name, {}).get("transfer", {}).get(how, {}).get(key, {})
         if "score" in known:
             return known
 
         def keep(result):
             result = {"protocol": protocol} | result
-            evaluate.write_json(self.folder, name, {"transfer": {how: result}})
+            evaluate.write_json(self.folder, name, {"transfer": {how: {key: result}}})
             return result
 
         if how == "finetuned":
             return keep(finetuned(task, self, r, known.get("grid", {}), lambda grid: keep({"grid": grid})))
         images, settings = {"train": task.train, "test": task.test}, (self.device, self.workers, self.amp)
         return keep(frozen(task, *(
-            evaluate.cached(self.backbone, self.path, images[part], part, self.preprocess, *settings) for part in images
+            evaluate.cached(self.backbone, self.path, images[part], f"transfer-{part}", self.preprocess, *settings)
+            for part in images  # beside the features of evaluate.py, whose images are cut otherwise
         )))  # fmt: skip
 
 
@@ -289,11 +303,10 @@ def main(argv=None):
     args, r = parse_args(argv)
     device = common.setup(args.device)[2]
     scores = {how: {name: {} for name in args.checkpoint} for how in args.how}
+    tasks = {name: open_set(name, args.root, device, args.seed) for name in args.sets}
     for target in args.checkpoint:
         model = Model(target, args, device)
-        model.folder.mkdir(parents=True, exist_ok=True)
-        for name in args.sets:
-            task = open_set(name, args.root, device, args.seed)
+        for name, task in tasks.items():
             for how in args.how:
                 found = model.measure(name, task, how, r)
                 scores[how][target][name] = found["score"]

@@ -62,12 +62,12 @@ def test_several_backbones_share_the_crops_and_know_nothing_of_each_other(tiny_r
     flags = "--data", tiny_run.parent / "images", "--batch-size", 18, "--epochs", 1, "--size", 16
     probe(tiny_run, "random:resnet18", *flags, "--out", tmp_path / "two")
     both = runs.load(tmp_path / "two" / "checkpoint.pt")["model"]
-    result = own(tiny_run)["grid"]
+    result = next(iter(own(tiny_run).values()))
     for i, name in enumerate((tiny_run, "random:resnet18")):
         probe(name, *flags, "--out", tmp_path / str(i))
         alone = runs.load(tmp_path / str(i) / "checkpoint.pt")["model"]
         assert equal(alone, {k.replace(f"heads.{i}.", "heads.0."): v for k, v in both.items() if f"heads.{i}." in k})
-    assert own(tiny_run)["grid"] == result
+    assert next(iter(own(tiny_run).values())) == result
     (other := tmp_path / "other").mkdir()
     about = runs.load(tiny_run / "backbone.pt")
     runs.write(other / "backbone.pt", about | {"preprocess": about["preprocess"] | {"std": data.HALF}})
@@ -89,9 +89,8 @@ def test_it_learns_and_the_rate_is_not_chosen_on_test_images(tmp_path, monkeypat
 
     monkeypatch.setattr(sets, "load", other_labels)
     again = probe(*words, "--out", tmp_path / "b")
-    assert seen and [line for line in again.splitlines() if "held-out top-1" in line] == [
-        line for line in out.splitlines() if "held-out top-1" in line
-    ]
+    assert seen
+    assert again.split("(lr ")[1] == out.split("(lr ")[1]  # the rate, and below it the scores that it was chosen by
     lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
 
@@ -126,10 +125,51 @@ def test_two_processes_train_and_test_together(tiny_run, tmp_path):
     both = fork("-m", "downstream.linear", *words, "--out", tmp_path / "two", processes=2)
     out, err = both.communicate(timeout=300)
     assert both.returncode == 0 and out.count("linear   top-1") == 1, out + err
-    two = own(tiny_run)["grid"]
+    two = next(iter(own(tiny_run).values()))
     probe(*words, "--out", tmp_path / "one")
     a, b = (runs.load(tmp_path / name / "checkpoint.pt")["model"] for name in ("one", "two"))
-    assert all(torch.allclose(a[k], b[k], atol=1e-4) for k in a) and two["top1"] == own(tiny_run)["grid"]["top1"]
+    assert (
+        all(torch.allclose(a[k], b[k], atol=1e-4) for k in a)
+        and two["top1"] == next(iter(own(tiny_run).values()))["top1"]
+    )
+
+
+def test_a_rate_that_diverges_leaves_the_others_alone(tiny_run, tmp_path):
+    words = tiny_run, "--batch-size", 18, "--epochs", 30, "--weight-decay", 1
+    probe(*words, "--lr", 0.1, 100, "--out", tmp_path / "both")
+    both = runs.load(tmp_path / "both" / "checkpoint.pt")["model"]
+    assert both["heads.0.1.weight"].abs().max() == 0 and both["heads.0.0.weight"].abs().max() > 0
+    (name,) = own(tiny_run)
+    assert name == "grid epochs 30 lr [0.1, 100.0] batch_size 18 weight_decay 1.0" and own(tiny_run)[name]["lr"] == 0.1
+
+
+def test_a_folder_that_cannot_be_written_to_costs_no_result(tiny_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(linear.os, "access", lambda *_: False)
+    words = tiny_run, "--batch-size", 18, "--epochs", 1, "--lr", 1, "--out", tmp_path / "probe"
+    assert "top-1" in probe(*words) and not (tiny_run / "evaluate.json").exists()
+    assert "is finished" in (again := probe(*words)) and "top-1" in again
+
+
+def test_features_are_divided_by_their_norm_in_the_test_too(tiny_run, tmp_path):
+    """The score is that of the trained classifier on the features as it was trained on them."""
+    probe(tiny_run, "--batch-size", 18, "--epochs", 40, "--lr", 10, "--out", tmp_path / "probe")
+    head = runs.load(tmp_path / "probe" / "checkpoint.pt")["model"]
+    backbone, preprocess, _, _ = linear.checkpoints.open_backbone(str(tiny_run), None, 0, 0)
+    folder, how = str(tiny_run.parent / "images"), (preprocess, torch.device("cpu"))
+    (x, _), (test_x, y) = (evaluate.extract(backbone, sets.load(folder, split=s), *how) for s in ("train", "test"))
+    logits = lambda norm: test_x / norm @ head["heads.0.0.weight"].T + head["heads.0.0.bias"]
+    (result,) = own(tiny_run).values()
+    right = evaluate.accuracy(logits(x.norm(dim=1).mean()), y)[0].item()
+    assert result["top1"] == pytest.approx(right)
+    args = linear.parse_args([str(tiny_run), *FLAGS])[0]
+    test = sets.load(folder, split="test")
+    half = linear.Heads([backbone.dim], 3, 1)
+    half.heads[0][0].bias.data[1] = 1.0  # against the first feature, ten times too large without the norm
+    half.heads[0][0].weight.data[0, 0] = 1.0
+    z = evaluate.extract(backbone, test, *how)[0]
+    norm = z[:, 0].median()
+    expected = evaluate.accuracy(torch.stack([z[:, 0] / norm, torch.ones(len(z)), torch.zeros(len(z))], 1), y)[0].item()
+    assert linear.score(half.heads[0], norm, backbone, test, *how, args)[0].item() == pytest.approx(expected)
 
 
 def test_stopped_and_resumed_a_run_ends_with_the_same_weights(tiny_run, tmp_path, monkeypatch):
@@ -150,7 +190,7 @@ def test_stopped_and_resumed_a_run_ends_with_the_same_weights(tiny_run, tmp_path
 def test_evaluate_hands_over(tiny_run, tmp_path, monkeypatch, capsys):
     words = tiny_run, "--augment", "--batch-size", 18, "--epochs", 1, "--out", tmp_path / "probe"
     command(monkeypatch, "evaluate", *words, "--probe", "linear")
-    assert "top-1" in capsys.readouterr().out and own(tiny_run)["grid"]["top1"] >= 0
+    assert "top-1" in capsys.readouterr().out and next(iter(own(tiny_run).values()))["top1"] >= 0
     assert linear.hand_over(["A", "B", "--augment", "--lr", "1"]) == ["A", "B", "--lr", "1"]
 
 
@@ -161,7 +201,8 @@ def test_evaluate_hands_over(tiny_run, tmp_path, monkeypatch, capsys):
         (["--lr", "-1"], "--lr -1"),
         (["--data", "nowhere"], "neither a named set nor a folder"),
         (["--limit", "5"], "too few labels"),
-        (["--augment", "--probe", "knn", "linear"], "--probe linear alone"),
+        (["--probe", "knn", "linear"], "--probe linear alone"),
+        (["--size", "-5"], "--size -5"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, tiny_run, tmp_path, refused):

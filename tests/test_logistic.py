@@ -9,11 +9,14 @@ PENALTIES = (torch.logspace(-6, 5, 23) / 300).tolist()
 
 
 def features(kind, n=300, d=40, classes=6):
-    """Overlapping clusters; the same with dimensions of very different scale and means far from 0; separable ones."""
+    """Overlapping clusters; the same with dimensions of very different scale, and with a spread that is small beside
+    the mean; separable ones."""
     g = data.generator("logistic", kind)
     y = torch.arange(n) % classes
     x = torch.randn(classes, d, generator=g)[y] + (0.3 if kind == "separable" else 4) * torch.randn(n, d, generator=g)
-    return (x @ torch.randn(d, d, generator=g) * torch.logspace(0, -3, d) + 3 if kind == "uneven" else x), y
+    if kind == "uneven":
+        x = x @ torch.randn(d, d, generator=g) * torch.logspace(0, -3, d) + 3
+    return (1 + 1e-3 * x if kind == "collapsed" else x), y
 
 
 def above_minimum(w, b, x, y, penalty):
@@ -28,7 +31,7 @@ def above_minimum(w, b, x, y, penalty):
     return loss(at).item(), (g @ torch.linalg.lstsq(h, g, driver="gelsd").solution / 2).item()
 
 
-@pytest.mark.parametrize("kind", ["even", "uneven", "separable"])
+@pytest.mark.parametrize("kind", ["even", "uneven", "collapsed", "separable"])
 def test_every_penalty_has_its_minimum(kind):
     x, y = features(kind)
     w, b = logistic.fit(x, y, 6, PENALTIES)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import write_images
 from PIL import Image
-from torchvision.io import write_png
+from torchvision.io import write_jpeg, write_png
 
 import data
 import evaluate
@@ -209,6 +209,31 @@ def test_small_sets_of_torchvision_are_in_memory(shape, labels, monkeypatch):
     monkeypatch.setitem(sets.TORCHVISION, "svhn", (lambda root, download: stub, {}, {}))
     found = sets.from_torchvision("svhn", "nowhere", "test", "cpu")
     assert torch.equal(found.images, pixels) and found.labels.tolist() == [3, 1, 0, 2] and found.images.is_contiguous()
+
+
+def test_of_train_val_and_test_the_probes_train_on_two(tmp_path):
+    for part, n in (("train", 20), ("val", 6), ("test", 8)):
+        write_images(tmp_path / "a" / part, n, size=24)
+    load = lambda folder, split, **how: sets.load(str(folder), split=split, **how)
+    whole, train, test = (load(tmp_path / "a", split) for split in ("pretrain", "train", "test"))
+    assert [len(s) for s in (whole, train, test)] == [20, 26, 8] and train.validation == 6 and whole.validation == 0
+    keys = [[s.key(i) for i in range(len(s))] for s in (whole, train)]
+    assert keys[1][:20] == keys[0] and len(set(keys[1])) == 26  # by its key a memory bank finds the label of an image
+    assert test.path(0).startswith(str(tmp_path / "a" / "test"))
+    assert sets.labels_of(train)[-6:].sort().values.tolist() == [0, 0, 0, 1, 1, 1]
+    before = train.contents()
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert load(tmp_path / "b", "train").contents() == before
+    for path in (tmp_path / "b").rglob("*.jpg"):  # of one size, and one that does not decode
+        write_jpeg(sets.decode(path)[:, :24, :24], str(path))
+    next((tmp_path / "b" / "val").rglob("*.jpg")).write_bytes(b"no image")
+    assert load(tmp_path / "b", "train", memory=True).validation == 5
+
+
+def test_a_part_with_one_class_of_several_has_its_label(tmp_path):
+    write_images(tmp_path / "train", 6, classes=3), write_images(tmp_path / "test", 2, classes=1)
+    (tmp_path / "test" / "class0").rename(tmp_path / "test" / "class2")
+    assert sets.labels_of(sets.load(str(tmp_path), split="test")).tolist() == [2, 2]
 
 
 def test_train_val_folders_and_held_out_tenth(tmp_path):

@@ -106,7 +106,42 @@ def test_the_penalty_is_chosen_on_the_validation_part_and_never_on_test_images()
     assert max(transfer.frozen(noise, (x, y), (test_x, test_y))["grid"].values()) < max(r["grid"].values())
     gone = torch.where(torch.arange(200) % 7 == 0, -1, y)  # images that do not decode
     kept = transfer.frozen(base, (x.where(gone[:, None] >= 0, torch.nan), gone), (test_x, test_y))
-    assert kept["score"] == pytest.approx(r["score"], abs=8)
+    some = gone >= 0
+    val = torch.isin(torch.arange(200), base.val)[some].nonzero()[:, 0]
+    assert kept == transfer.frozen(base._replace(y=y[some], val=val), (x[some], y[some]), (test_x, test_y))
+
+
+def test_after_the_choice_all_images_are_used(monkeypatch):
+    """A class of the validation part alone is known in the end."""
+    x, y = clusters(200)
+    val = (y == 4).nonzero()[:, 0]
+    images = sets.Images("x", x, y)
+    r = transfer.frozen(transfer.Task(images, images, y, y, val, 5, "top-1"), (x, y), (x, y))
+    assert max(r["grid"].values()) == 0 and r["score"] > 95
+    sizes, fit = [], transfer.fit_finetuned
+    spy = lambda task, rows, *rest: (sizes.append(len(rows)), fit(task, rows, *rest))[1]
+    monkeypatch.setattr(transfer, "fit_finetuned", spy)
+    transfer.finetuned(task(), Small(), R | {"lr": [0.1]}, {}, lambda grid: None)
+    assert sizes == [96, 96, 120]
+
+
+def test_a_backbone_sees_images_as_published_and_results_are_those_of_its_settings(tiny_run, monkeypatch):
+    flags = transfer.parse_args([str(tiny_run), *FLAGS])[0]
+    model = transfer.Model(str(tiny_run), flags, CPU)
+    assert model.preprocess["short"] == model.preprocess["size"] == 16
+    assert model.preprocess["interpolation"] == "bicubic"
+    words, folder, calls, frozen = (tiny_run, "--sets"), tiny_run.parent / "images", [], transfer.frozen
+    monkeypatch.setattr(transfer, "frozen", lambda *args: (calls.append(1), frozen(*args))[1])
+    first = run(*words, folder)
+    assert run(*words, folder) == first and len(calls) == 1  # it is known
+    run(*words, folder, "--seed", 1)  # another validation part
+    run(*words, folder, "--size", 24)
+    (folder / "class0" / "000.jpg").rename(folder / "class1" / "moved.jpg")
+    sets.list_folder.cache_clear(), sets._load.cache_clear()
+    run(*words, folder)
+    assert len(calls) == 4
+    kept = json.loads((tiny_run / "evaluate.json").read_text())[str(folder)]["transfer"]["frozen"]
+    assert len(kept) == 4  # none replaces another
 
 
 def test_images_are_cut_as_published():
@@ -143,6 +178,22 @@ def test_fine_tuning_chooses_on_the_validation_part_and_keeps_what_is_done():
     assert again == r and len(seen) == 5  # one pair was left
     other = task()._replace(test_y=task().test_y.roll(1))
     assert transfer.finetuned(other, Small(), R, r["grid"], None)["chosen"] == r["chosen"]
+
+
+def test_what_diverges_is_not_chosen(refused):
+    r = transfer.finetuned(task(), Small(), R | {"lr": [1e30, 0.1], "weight_decay": [0.0]}, {}, lambda grid: None)
+    assert r["grid"]["lr 1e+30 wd 0"] == -1 and r["chosen"] == "lr 0.1 wd 0"
+    only = R | {"lr": [1e30], "weight_decay": [0.0]}
+    assert "diverged" in refused(lambda: transfer.finetuned(task(), Small(), only, {}, None))
+
+
+def test_the_head_depends_on_the_seed_alone():
+    heads = []
+    for _ in range(2):
+        torch.rand(1)
+        net, _ = transfer.fit_finetuned(task(), torch.arange(64), Small(), 1e-9, 0.0, R | {"updates": 1})
+        heads.append(net[1].weight)
+    assert torch.equal(*heads)
 
 
 def test_fine_tuning_is_sgd_with_nesterov_and_a_cosine(monkeypatch):
@@ -208,10 +259,11 @@ def test_every_set_of_the_table_from_folders(tmp_path, monkeypatch):
     assert [line.split(" on ")[1].split(",")[0] for line in lines] == list(transfer.PUBLISHED_SETS)
     for name in transfer.PUBLISHED_SETS:
         kept = json.loads((tmp_path / "runs/transfer-random-resnet10_16/evaluate.json").read_text())[name]["transfer"]
+        (kept,) = kept["frozen"].values()
         parts = "20 + 10 + 20" if name in ("dtd", "aircraft", "flowers102") else "16 + 4 + 20"
         parts = "10 + 10 + 10" if name == "voc2007" else parts
-        assert f"; {parts} images" in kept["frozen"]["protocol"], name
-        assert transfer.METRICS.get(name, "top-1") in kept["frozen"]["protocol"]
+        assert f"; {parts} images" in kept["protocol"], name
+        assert transfer.METRICS.get(name, "top-1") in kept["protocol"]
     head = "| frozen | aircraft | caltech101 | cars |"
     assert head in out and "| BYOL, ResNet-50, published | 53.87 | 91.46 | 56.40 |" in out
     monkeypatch.setattr(transfer, "frozen", None)  # all is done
@@ -267,6 +319,8 @@ def test_of_two_training_splits_the_second_is_the_validation_part(monkeypatch):
         (["--sets", "shapes", "--data", "shapes"], "--sets takes the place of --data"),
         (["--sets", "shapes", "--lr", "0"], "--lr 0"),
         (["--sets", "sun397"], "Training_01.txt"),
+        (["--sets", "shapes", "--size", "-5"], "--size -5"),
+        (["--sets", "shapes", "--batch-size", "1"], "--batch-size 1"),
     ],
 )
 def test_bad_input_is_one_sentence(words, sentence, tmp_path, refused, monkeypatch):
@@ -278,3 +332,10 @@ def test_images_without_labels_are_refused(tmp_path, refused):
     for i in range(4):
         write_jpeg(torch.zeros(3, 16, 16, dtype=torch.uint8), str(tmp_path / f"{i}.jpg"))
     assert "every image needs a label" in refused(lambda: transfer.open_set(str(tmp_path), tmp_path, CPU))
+    few = write_images(tmp_path / "few" / "train", 6), write_images(tmp_path / "few" / "test", 4)
+    assert few and "6 training images" in refused(lambda: transfer.open_set(str(tmp_path / "few"), tmp_path, CPU))
+
+
+def test_it_runs_in_one_process(monkeypatch, refused):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "not torchrun" in refused("downstream.transfer", "random:resnet10_16", "--sets", "shapes")
