@@ -63,7 +63,7 @@ class LARS(torch.optim.Optimizer):
                 w_norm, u_norm = torch.stack(torch._foreach_norm(w)), torch.stack(torch._foreach_norm(u))
                 q = torch.where((w_norm > 0) & (u_norm > 0), group["eta"] * w_norm / u_norm, 1.0)
                 torch._foreach_mul_(u, list(q.unbind()))
-            v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in w]
+            v = [s["momentum"] if (s := self.state[p]) else s.setdefault("momentum", torch.zeros_like(p)) for p in w]
             torch._foreach_mul_(v, group["momentum"])
             inner, outer = (group["lr"], 1.0) if self.inside else (1.0, group["lr"])
             torch._foreach_add_(v, u, alpha=inner)

@@ -200,15 +200,18 @@ def list_folder(folder):
     The classes are the first folders on the way down; without at least two of them that hold every image there are none
     (None), and every label is -1.
     """
-    files = (Path(base, name) for base, _, names in os.walk(folder, followlinks=True) for name in names)
-    paths = sorted(p for p in files if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    depth = len(Path(folder).parts)
-    tops = [p.parts[depth] if len(p.parts) > depth + 1 else None for p in paths]
+    folder, paths = str(Path(folder)), []  # of a million files objects of pathlib take minutes
+    for base, _, names in os.walk(folder, followlinks=True):
+        wanted = (n for n in names if os.path.splitext(n)[1].lower() in SUFFIXES and not n.startswith("."))
+        paths += [os.path.join(base, name).removeprefix("./") for name in wanted]
+    parts = sorted(path.split(os.sep) for path in paths)
+    paths, depth = [os.sep.join(p) for p in parts], len(Path(folder).parts)
+    tops = [p[depth] if len(p) > depth + 1 else None for p in parts]
     classes = sorted(set(tops) - {None})
     if None in tops or len(classes) < 2:
-        return [(str(p), -1) for p in paths], None
+        return [(path, -1) for path in paths], None
     number = {c: i for i, c in enumerate(classes)}
-    return [(str(p), number[t]) for p, t in zip(paths, tops, strict=True)], classes
+    return [(path, number[t]) for path, t in zip(paths, tops, strict=True)], classes
 
 
 def stem(path, folder):

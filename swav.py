@@ -229,7 +229,7 @@ class LARC(optim.LARS):
             q = torch.where(both, group["eta"] * w_norm / (g_norm + decay * w_norm + 1e-8), 1.0)
             u = torch._foreach_mul(g, list(q.unbind()))
             torch._foreach_add_(u, torch._foreach_mul(w, list((q * decay * both).unbind())))
-            v = [self.state[p].setdefault("momentum", torch.zeros_like(p)) for p in w]
+            v = [s["momentum"] if (s := self.state[p]) else s.setdefault("momentum", torch.zeros_like(p)) for p in w]
             torch._foreach_mul_(v, group["momentum"])
             torch._foreach_add_(v, u)
             torch._foreach_add_(w, v, alpha=-group["lr"])
