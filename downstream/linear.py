@@ -39,7 +39,7 @@ PROTOCOLS = {  # scaled: lr * batch / 256. divided: features by their mean norm,
     "byol": COSINE | dict(epochs=80, lr=[0.4, 0.3, 0.2, 0.1, 0.05], batch_size=1024, nesterov=True, scaled=True),
     "moco": COSINE | dict(epochs=100, lr=[30.0], drop_at=(0.6, 0.8)),  # main_lincls.py
     "swav": COSINE | dict(epochs=100, lr=[0.3], weight_decay=1e-6),  # eval_linear.py, where the rate changes by epoch
-    "dilo": COSINE | dict(epochs=100, lr=[30.0], drop_at=(0.3, 0.6, 0.9)),  # section 4
+    "dilo": COSINE | dict(epochs=100, lr=[30.0], drop_at=(0.3, 0.6, 0.9)),  # section 6.1
     # Kolesnikov et al. 2019, Figure 8 and their linear_eval.py: no flips
     "study": COSINE | dict(epochs=520, lr=[0.1], batch_size=2048, drop_at=(480 / 520, 500 / 520), scaled=True,
                            crop=CENTRAL),
@@ -66,6 +66,7 @@ def parse_args(argv=None):
     common.at_least(1, args, "epochs", "batch_size", "log_every")
     common.at_least(0, args, "lr", "weight_decay")
     names = [Path(c.replace(":", "-")).resolve().name.removesuffix(".pt") for c in args.checkpoint]
+    names += [Path(args.data).name] if args.data else []
     args.out = args.out or f"runs/linear-{'-'.join([args.protocol, *names])}"
     return args, r
 
