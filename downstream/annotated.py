@@ -414,11 +414,11 @@ class Part(Dataset):
         return self.change(image, target, g) if self.change else (image, target)
 
 
-def read(images, keys, workers, seed=0, change=None):
+def read(images, keys, workers, seed=0, change=None, pin=False):
     """Lists of (image, target) by `keys`, lists of (epoch, place). An image that cannot be read ends the program."""
     workers = workers if isinstance(images.items[0][0], str) else 0  # scenes are in memory
     loader = DataLoader(Part(images, seed, change), batch_sampler=keys, collate_fn=list, num_workers=workers,
-                        worker_init_fn=data.outlive_signals)  # fmt: skip
+                        worker_init_fn=data.outlive_signals, pin_memory=pin)  # fmt: skip
     for batch in loader:
         for found in batch:
             if isinstance(found, str):
@@ -429,7 +429,7 @@ def read(images, keys, workers, seed=0, change=None):
 class Loader:
     """Batches for training, lists of (image, target): the same permutation on all ranks, as data.Loader makes it."""
 
-    def __init__(self, images, batch_size, seed, workers, change):
+    def __init__(self, images, batch_size, seed, workers, change, device="cpu"):
         self.data, self.seed, self.change = images, seed, change
         self.rank, self.world = common.rank(), common.world_size()
         if batch_size % self.world:
@@ -437,7 +437,7 @@ class Loader:
         self.batch_size, self.steps = batch_size // self.world, len(images) // batch_size
         if not self.steps:
             common.fail(f"--batch-size {batch_size}: there are {len(images)} images to train on")
-        self.workers = workers
+        self.workers, self.pin = workers, torch.device(device).type == "cuda"
 
     def epoch(self, epoch, start=0):
         order = torch.randperm(len(self.data), generator=sets.generator(self.seed, "order", epoch)).tolist()
@@ -445,7 +445,7 @@ class Loader:
         for step in range(start, self.steps):
             at = (step * self.world + self.rank) * self.batch_size
             keys.append([(epoch, i) for i in order[at : at + self.batch_size]])
-        return read(self.data, keys, self.workers, self.seed, self.change)
+        return read(self.data, keys, self.workers, self.seed, self.change, self.pin)
 
 
 def test_batches(images, batch_size, workers):

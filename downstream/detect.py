@@ -188,10 +188,11 @@ def change(image, target, g):
 
 def prepared(batch, mask, device):
     """(images in [0, 1], targets) as torchvision's detectors take them; labels from 1, 0 is background."""
+    move = lambda x: x.to(device, non_blocking=True)
+    wanted = lambda t: {"boxes": move(t["boxes"]), "labels": move(t["labels"] + 1)}
+    masks = lambda t: {"masks": move(t["masks"]).byte()} if mask else {}
     images, targets = zip(*batch, strict=True)
-    wanted = lambda t: {"boxes": t["boxes"], "labels": t["labels"] + 1} | ({"masks": t["masks"].byte()} if mask else {})
-    return ([image.to(device) / 255 for image in images],
-            [{k: v.to(device) for k, v in wanted(t).items()} for t in targets])  # fmt: skip
+    return [move(image) / 255 for image in images], [wanted(t) | masks(t) for t in targets]
 
 
 def picture(shown, classes, side=192):
@@ -247,7 +248,7 @@ def main(argv=None):
 
     # ============ data ============
     train, test = annotated.detection(args, args.mask)
-    loader = annotated.Loader(train, args.batch_size, args.seed, args.workers, change)
+    loader = annotated.Loader(train, args.batch_size, args.seed, args.workers, change, device)
 
     # ============ model ============
     net, preprocess, weights = dense.open_resnet(args, r["built_for"])

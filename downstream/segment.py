@@ -158,7 +158,7 @@ def main(argv=None):
     # ============ data ============
     train, test = annotated.segmentation(args)
     change = lambda image, target, g: crop(image, target, g, r["crop"], r["scale"])
-    loader = annotated.Loader(train, args.batch_size, args.seed, args.workers, change)
+    loader = annotated.Loader(train, args.batch_size, args.seed, args.workers, change, device)
     classes = len(train.classes)
 
     # ============ model ============
@@ -184,8 +184,9 @@ def main(argv=None):
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
             images, targets = zip(*run.log.next(run.batches), strict=True)
-            logits = ddp(torch.stack(images).to(device) / 255)
-            loss = pixel_loss(logits, torch.stack([target["semantic"] for target in targets]).to(device))
+            there = lambda xs: torch.stack([x.to(device, non_blocking=True) for x in xs])
+            logits = ddp(there(images) / 255)
+            loss = pixel_loss(logits, there([target["semantic"] for target in targets]))
             loss.backward()
             run.log.loss += loss.detach()
             optimizer.step()
