@@ -29,8 +29,8 @@ LAUNCHES = {
     "pretext --task exemplar --copies 2": (776, 544), "pretext --task jigsaw --permutations 2": (218, 218),
     "pretext --task relative": (223, 223), "pretext --task colorization": (247, 247),
     "downstream.detect --head c4": (417, 417), "downstream.detect --head fpn": (648, 648),
-    "downstream.segment": (129, 129), "downstream.linear": (156, 155),
-    "downstream.linear --protocol swav --lr 0.3": (112,),
+    "downstream.segment": (129, 129), "downstream.linear": (157, 156),
+    "downstream.linear --protocol swav --lr 0.3": (113,),
     "downstream.finetune --labels 100": (159,), "downstream.transfer --how frozen finetuned": (176,),
 }  # fmt: skip
 METHOD = "--data shapes --epochs 1 --eval-every 0 --log-every 1000 --workers 0 --no-amp --probes"
