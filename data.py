@@ -13,6 +13,7 @@ any step, and are drawn on the CPU, one per image, so that no step waits for the
 
 import argparse
 import collections
+import functools
 import importlib
 import math
 import os
@@ -115,7 +116,7 @@ def fit(image, size, interpolation="bilinear", short=0):
 
 
 # ============ color: operations on batches in [0, 1], one parameter per image ============
-# Each equals torchvision's operation of that name on a float image (tests/test_data.py compares them).
+# Each equals torchvision's on a float image (tests/test_data.py compares them).
 
 
 def gray(x):
@@ -123,16 +124,12 @@ def gray(x):
     return (0.2989 * x[:, 0:1]).add_(x[:, 1:2], alpha=0.587).add_(x[:, 2:3], alpha=0.114)
 
 
-def brightness(x, f):
-    return (x * f).clamp_(0, 1)
-
-
-def contrast(x, f):
-    return (x * f).add_((1 - f) * gray(x).mean((1, 2, 3), keepdim=True)).clamp_(0, 1)
-
-
-def saturation(x, f):
-    return (x * f).add_((1 - f) * gray(x)).clamp_(0, 1)
+def blend(x, f, luma, mean):
+    """x <- f x + luma Y + mean E[Y], clamped to [0, 1], where Y is the luma of a pixel and E[Y] its image's average; in
+    place. With r = 1 - f: (f, 0, 0) is torchvision's brightness, (f, 0, r) its contrast, (f, r, 0) its saturation."""
+    y = gray(x)
+    average = y.mean((1, 2, 3), keepdim=True).mul_(mean)
+    return x.mul_(f).add_(y.mul_(luma).add_(average)).clamp_(0, 1)
 
 
 def hue(x, shift):
@@ -150,20 +147,30 @@ def hue(x, shift):
     return ramp.mul_(c).add_(v - c)
 
 
-JITTER = (brightness, contrast, saturation, hue)
-
-
 def jitter(x, factors, order):
-    """Color jitter in place. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the CPU: which
-    operation an image meets first, second, third, fourth; 4 stands for none."""
-    counts = [torch.bincount(order[:, slot], minlength=5).tolist() for slot in range(4)]
-    rows = order.argsort(0).to(x.device, non_blocking=True)  # [B, 4]: in each slot the images grouped by operation
-    factors = factors.to(x.device, non_blocking=True)
-    for slot in range(4):
-        for number, group in enumerate(rows[:, slot].split(counts[slot])[:4]):
-            if len(group):
-                x[group] = JITTER[number](x.index_select(0, group), factors[group, number].view(-1, 1, 1, 1))
-    return x
+    """Color jitter. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the CPU: which operation
+    an image meets first, second, third, fourth; 4 stands for none.
+
+    All but hue are blends, so with the images sorted by the place of their hue each slot is one blend of neighbors:
+    first of the images whose hue comes later, then, after all hues at once, of those whose hue came before. That is
+    seven operations on slices, not sixteen on groups of images.
+    """
+    place = (order == 3).int().argmax(1)  # the slot of the hue
+    place[order[:, 0] == 4] = -1
+    rows = place.argsort(stable=True)
+    end = torch.bincount(place + 1, minlength=5).cumsum(0).tolist()  # of no jitter, of hue in slot 0, 1, 2, 3
+    order, factors = order[rows], factors[rows]
+    f = factors.gather(1, order.clamp(max=3))  # by slot
+    slots = torch.stack([f, (1 - f) * (order == 2), (1 - f) * (order == 1)])  # [3, B, 4]: f, luma, mean of `blend`
+    sent = slots[..., None, None, None], factors[:, 3, None, None, None], rows, rows.argsort()
+    slots, shift, rows, back = (t.to(x.device, non_blocking=True) for t in sent)
+    x = x.index_select(0, rows)
+    for slot in range(3):
+        blend(x[end[slot + 1] :], *slots[:, end[slot + 1] :, slot])
+    x[end[0] :] = hue(x[end[0] :], shift[end[0] :])
+    for slot in range(1, 4):
+        blend(x[end[0] : end[slot]], *slots[:, end[0] : end[slot], slot])
+    return x.index_select(0, back)
 
 
 def blur(x, sigma, size):
@@ -180,8 +187,15 @@ def solarize(x):
     return torch.minimum(x, 1 - x)
 
 
+@functools.cache
+def per_channel(values, device):
+    """A tuple of numbers as a tensor [C, 1, 1] on the device, copied there once."""
+    with torch.inference_mode(False):  # it may be needed for a gradient later
+        return torch.tensor(values).view(-1, 1, 1).to(device, non_blocking=True)
+
+
 def normalize(x, mean=MEAN, std=STD):
-    mean, std = (torch.tensor(t).to(x.device, non_blocking=True).view(-1, 1, 1) for t in (mean, std))
+    mean, std = (per_channel(tuple(t), x.device) for t in (mean, std))
     return (x - mean).div_(std)
 
 

@@ -47,9 +47,9 @@ def test_crop_resize_equals_resized_crop(mode, height, width, size):
 @pytest.mark.parametrize(
     ("ours", "theirs", "factors"),
     [
-        (data.brightness, tvf.adjust_brightness, [0.0, 0.3, 1.0, 1.8]),
-        (data.contrast, tvf.adjust_contrast, [0.0, 0.3, 1.0, 1.8]),
-        (data.saturation, tvf.adjust_saturation, [0.0, 0.3, 1.0, 1.8]),
+        (lambda x, f: data.blend(x, f, 0, 0), tvf.adjust_brightness, [0.0, 0.3, 1.0, 1.8]),
+        (lambda x, f: data.blend(x, f, 0, 1 - f), tvf.adjust_contrast, [0.0, 0.3, 1.0, 1.8]),
+        (lambda x, f: data.blend(x, f, 1 - f, 0), tvf.adjust_saturation, [0.0, 0.3, 1.0, 1.8]),
         (data.hue, tvf.adjust_hue, [-0.5, -0.1, 0.0, 0.3]),
     ],
 )
