@@ -36,12 +36,12 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import common
 import data
 import optim
+import parallel
 import sets
 import training
 
@@ -161,9 +161,8 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        if device.type == "cuda":  # statistics of the global batch, as in the paper; no CPU version exists
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        parallel.sync_batch_norm(model)  # statistics of the global batch, as in the paper
+        ddp = parallel.wrap(model, device)
     if args.compile:
         model.f.compile(), model.target["f"].compile()  # in place: keeps the names in state_dict()
 

@@ -43,12 +43,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import common
 import data
 import optim
+import parallel
 import sets
 import training
 
@@ -255,10 +255,7 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        # No SyncBatchNorm: statistics per GPU, as with the code's DataParallel.
-        # The banks are the same on every rank: DDP need not broadcast them (1.3 GB for ImageNet) before each step.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank", "Z"])
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = parallel.wrap(model, device)  # no SyncBatchNorm: statistics per GPU, as with the code's DataParallel
     if args.compile:
         model.f.compile()  # in place: keeps the names in state_dict()
 

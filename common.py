@@ -57,6 +57,9 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
 
 
+MEETING = [None]  # the group of `meet`
+
+
 def setup(wanted=None):
     """(rank, world, device) from torchrun's environment, or (0, 1, device) where that is absent."""
     device = wanted or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
@@ -74,10 +77,11 @@ def setup(wanted=None):
     else:
         keep_freed_memory()
     if "RANK" in os.environ and not dist.is_initialized():
-        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU. The long timeout is for rank 0,
-        # which fits the final probes while the others wait.
+        # gloo beside nccl: flags on the CPU are agreed on without waiting for the GPU. In a step no rank waits long for
+        # another, so a hang shows after half an hour; `meet` has a group of its own.
         backend = "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=4))
+        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=30))
+        MEETING[0] = dist.new_group(backend="gloo", timeout=datetime.timedelta(hours=12))
     return rank, world, torch.device(device)
 
 
@@ -146,15 +150,39 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def meet():
+    """Wait for all ranks, also where one of them alone has hours of work. Collective."""
+    if dist.is_initialized():
+        dist.barrier(MEETING[0])
+
+
+def in_turn(make):
+    """`make()` on rank 0, then on the first rank of every other machine, then on all others: what makes a file if it is
+    not there makes it once, whether or not the machines share their disk. Returns the own result. Collective."""
+    turn = 0 if rank() == 0 else 1 if os.environ.get("LOCAL_RANK") == "0" else 2
+    for _ in range(turn):
+        meet()
+    made = make()
+    for _ in range(turn, 3):
+        meet()
+    return made
+
+
+def all_gather(x):
+    """The tensors of all ranks, of equal shape: [world, *x.shape]. Collective."""
+    out = x.new_empty(world_size() * len(x), *x.shape[1:])
+    gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # an older torch's name of it
+    gather_into(out, x.contiguous())
+    return out.view(world_size(), *x.shape)
+
+
 class Gather(torch.autograd.Function):
     """See `gather`. Backward: the gradients that all ranks have for a row are summed on the rank that made it."""
 
     @staticmethod
     def forward(ctx, x, dim):
-        ctx.dim, x = dim, x.contiguous()
-        parts = [torch.empty_like(x) for _ in range(world_size())]
-        dist.all_gather(parts, x)
-        return torch.cat(parts, dim)
+        ctx.dim = dim
+        return torch.cat(all_gather(x).unbind(), dim)
 
     @staticmethod
     def backward(ctx, grad):

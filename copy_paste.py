@@ -10,7 +10,6 @@ Distilling Localization (Zhao et al., 2020, https://arxiv.org/abs/2004.06638), s
 import contextlib
 import hashlib
 import math
-import os
 from pathlib import Path
 
 import torch
@@ -84,12 +83,15 @@ def open_maps(args, train, device):
         common.fail(f"--masks {args.masks}: for a folder make them first ({command}), then --masks MASKS")
     key = hashlib.sha1(train.fingerprint().encode() + Path(saliency.__file__).read_bytes()).hexdigest()[:12]
     file = Path(args.root) / f"saliency-{args.masks}-{Path(train.name).name}-{key}.pt"
-    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.exists():
-        saliency.make_folder(file.parent)
-        parts = tqdm(train.images.split(256), args.masks, leave=False, disable=None)
-        maps = torch.cat([saliency.to_bytes(saliency.maps(x.to(device), args.masks)).cpu() for x in parts])
-        runs.write(file, {"maps": maps})
-    common.any_rank(False)  # the others wait here
+
+    def make():
+        if not file.exists():
+            saliency.make_folder(file.parent)
+            parts = tqdm(train.images.split(256), args.masks, leave=False, disable=None)
+            maps = torch.cat([saliency.to_bytes(saliency.maps(x.to(device), args.masks)).cpu() for x in parts])
+            runs.write(file, {"maps": maps})
+
+    common.in_turn(make)
     return runs.load(file)["maps"]
 
 

@@ -49,13 +49,13 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import checkpoints
 import common
 import data
 import optim
+import parallel
 import sets
 import training
 
@@ -357,7 +357,7 @@ def main(argv=None):
     f = checkpoints.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = parallel.wrap(model, device)
     if args.compile:
         model.f.compile(), model.g.compile()  # in place: the names in state_dict() stay
 

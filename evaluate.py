@@ -395,7 +395,7 @@ def final_probes(backbone, train, test, preprocess, device, args, log, method, s
     with common.explained(f"the run is safe: python evaluate.py {args.out} --device cpu repeats its probes"):
         pairs = [extract(backbone, s, preprocess, device, workers=args.workers, amp=args.amp) for s in (train, test)]
         result = report(pairs, test, preprocess, args, log, method, step) if log.rank == 0 else None
-    common.any_rank(False)  # the other ranks wait here for rank 0
+    common.meet()  # the other ranks wait here for rank 0
     return result
 
 

@@ -47,7 +47,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import common
@@ -55,6 +54,7 @@ import copy_paste
 import data
 import evaluate
 import optim
+import parallel
 import saliency
 import sets
 import training
@@ -319,9 +319,7 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        # No SyncBatchNorm, as in the code. All ranks write the same bank: DDP need not broadcast it (ImageNet: 656 MB).
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank", "Z", "labels"])
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = parallel.wrap(model, device)  # no SyncBatchNorm, as in the code
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 

@@ -3,6 +3,7 @@ this file still understands the papers."""
 
 import shlex
 import sys
+import time
 
 import torch
 
@@ -12,6 +13,8 @@ import runs
 # Settings that may differ when a run goes on.
 MAY_DIFFER = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes",
               "classifier", "changed_data", "given", "why")  # fmt: skip
+
+SAVE_AFTER = 60  # seconds
 
 
 class Loop:
@@ -29,6 +32,7 @@ class Loop:
         self.method, self.args, self.states, self.loader, self.accumulate = method, args, states, loader, accumulate
         self.rank, self.world, self.lr, self.log, self.stopped = loader.rank, loader.world, 0.0, None, False
         self.step, self.steps = 0, loader.steps // accumulate  # updates made; updates per epoch
+        self.saved_at = time.monotonic()
         self.total = total or args.epochs * self.steps
         self.command = shlex.join(["python", *sys.argv])
 
@@ -86,8 +90,20 @@ class Loop:
         if self.step % self.args.log_every == 0 or self.step % self.steps == 0 or self.stopped:
             self.log.train(self.step, lr, self.args.amp, epoch=self.step / self.steps, **numbers)
 
+    def probe_is_due(self):
+        """Whether a probe comes before the next update."""
+        return False
+
     def save(self, result=None):
-        """Write checkpoint.pt, unless a weight is not finite. Collective."""
+        """Write the checkpoint: at the start and the end, at a stop, before a probe, and otherwise when a minute has
+        passed since the last one, by the clock of rank 0, as epochs may take a second. Collective."""
+        due = self.step in (0, self.total) or self.stopped or self.probe_is_due()
+        if due or common.any_rank(self.rank == 0 and time.monotonic() > self.saved_at + SAVE_AFTER):
+            self.write(result)
+            self.saved_at = time.monotonic()
+
+    def write(self, result):
+        """checkpoint.pt, unless a weight is not finite. Collective."""
         norms = torch.stack(torch._foreach_norm(list(self.states["model"].parameters())))
         runs.stop_unless_finite(norms.isfinite().all(), "network", self.step, self.lr, self.args.amp)
         if self.rank == 0:

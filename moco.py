@@ -44,12 +44,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import common
 import data
 import optim
+import parallel
 import sets
 import training
 
@@ -271,10 +271,8 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        # No SyncBatchNorm: with global statistics, shuffling would have no effect. The queue is the same on every rank:
-        # DDP need not broadcast it before each step.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["queue", "pointer"])
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        # No SyncBatchNorm: with global statistics, shuffling would have no effect.
+        ddp = parallel.wrap(model, device)
     if args.bn_splits > 1 and not any(isinstance(m, SplitBatchNorm) for m in model.modules()):
         common.fail(f"--bn-splits {args.bn_splits}: {args.arch} has no BatchNorm2d to split")
     if args.compile:

@@ -1,6 +1,5 @@
 """Schedules, parameter groups and optimizers."""
 
-import functools
 import math
 
 import torch
@@ -70,5 +69,11 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(w, v, alpha=-outer)
 
 
+def of_torch(optimizer, **settings):
+    """An optimizer of torch's, on a GPU in the form that updates all tensors in one kernel."""
+    fused = lambda groups: groups[0]["params"][0].is_cuda or None
+    return lambda groups, **more: optimizer(groups, fused=fused(groups), **settings, **more)
+
+
 # What --optimizer chooses from.
-OPTIMIZERS = {"lars": LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": torch.optim.AdamW}
+OPTIMIZERS = {"lars": LARS, "sgd": of_torch(torch.optim.SGD, momentum=0.9), "adamw": of_torch(torch.optim.AdamW)}

@@ -38,13 +38,13 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import common
 import data
 import evaluate
 import optim
+import parallel
 import revisiting
 import sets
 import training
@@ -332,9 +332,7 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        # No SyncBatchNorm, as in the code. All ranks write the same bank: DDP need not broadcast it (ImageNet: 656 MB).
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["bank"])
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = parallel.wrap(model, device)  # no SyncBatchNorm, as in the code
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 

@@ -54,7 +54,6 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import checkpoints
@@ -62,6 +61,7 @@ import common
 import data
 import evaluate
 import optim
+import parallel
 import sets
 import training
 
@@ -562,8 +562,7 @@ def main(argv=None):
     f = checkpoints.as_trained(model.f, preprocess)  # for the probes
     ddp = model
     if world > 1:
-        # No SyncBatchNorm, as in the code.
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = parallel.wrap(model, device)  # no SyncBatchNorm, as in the code
     if args.compile:
         model.f.compile()  # in place: the names in state_dict() stay
 

@@ -47,7 +47,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import byol
@@ -55,6 +54,7 @@ import checkpoints
 import common
 import data
 import optim
+import parallel
 import runs
 import sets
 import training
@@ -425,11 +425,9 @@ def main(argv=None):
         evaluator.calibrate(next(data.batches(train, preprocess, 512, device, indices=some))[0])
     ddp = model
     if world > 1:
-        if device.type == "cuda":  # the paper's BatchNorm sees the global batch; there is no such layer for the CPU
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        ids = [device.index] if device.type == "cuda" else None
+        parallel.sync_batch_norm(model)  # statistics of the global batch, as in the paper
         # Stages of a trained evaluator that are not among --levels get no gradient.
-        ddp = DistributedDataParallel(model, device_ids=ids, find_unused_parameters=args.train_evaluator)
+        ddp = parallel.wrap(model, device, find_unused_parameters=args.train_evaluator)
     if args.compile:
         model.compile()  # in place: the names in state_dict() stay
 

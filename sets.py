@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
 from torchvision.io import ImageReadMode, decode_image
@@ -26,7 +25,7 @@ from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 import shapes
-from common import fail, rank
+from common import fail, in_turn, rank
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 # name: (class, arguments of the training split, of the test split, of all that may be trained on). Of two training
@@ -316,12 +315,9 @@ def _load(name, root, split, device, limit, seed, memory):
 
 
 def first_rank_first(make, name, otherwise):
-    """`make()` on local rank 0, which may download, then on the others. Collective."""
+    """`make()` on rank 0, which may download, then on the others. Collective."""
     try:
-        made = make() if os.environ.get("LOCAL_RANK", "0") == "0" else None
-        if dist.is_initialized():
-            dist.barrier()
-        return make() if made is None else made
+        return in_turn(make)
     except (RuntimeError, OSError, ImportError) as error:  # the last: some labels need scipy
         fail(f"{name} could not be loaded ({str(error).splitlines()[0]}); {otherwise}")
 

@@ -36,12 +36,12 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import common
 import data
 import optim
+import parallel
 import sets
 import training
 
@@ -267,11 +267,8 @@ def main(argv=None):
     model = model.to(device, memory_format=torch.channels_last)
     ddp = model
     if world > 1:
-        if device.type == "cuda":  # statistics of the global batch, as in the paper; no CPU version exists
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # The queue is the same on every rank: DDP need not broadcast it before each step.
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ["queue"])
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        parallel.sync_batch_norm(model)  # statistics of the global batch, as in the paper
+        ddp = parallel.wrap(model, device)
     if args.compile:
         model.f.compile()  # in place: keeps the names in state_dict()
 

@@ -188,9 +188,9 @@ class Run(loop.Loop):
             with contextlib.nullcontext() if micro == last or self.world == 1 else ddp.no_sync():
                 yield (self.step, micro), index, xs
 
-    def save(self, result=None):
+    def write(self, result):
         """The loop's, and backbone.pt. Collective."""
-        super().save(result)
+        super().write(result)
         if self.rank == 0:
             weights = {k: v.cpu() for k, v in self.model.f.state_dict().items()}
             about = {"method": self.method, "data": self.args.data, "command": self.command}

@@ -7,12 +7,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 import backbones
 import checkpoints
 import common
+import parallel
 
 
 def flags(doc, recipes):
@@ -66,13 +65,12 @@ def open_resnet(args, size):
     return net, preprocess, path and hashlib.sha1(path.read_bytes()).hexdigest()
 
 
-def parallel(model, device):
+def distributed(model, device):
     """The model for several processes: on GPUs with BatchNorm over all of them."""
     if common.world_size() == 1:
         return model
-    if device.type == "cuda":
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    parallel.sync_batch_norm(model)
+    return parallel.wrap(model, device)
 
 
 def same_norms(model):

@@ -255,7 +255,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # the same new layers on every rank
     model = build(net, preprocess, len(train.classes), args.head, args.mask, r).to(device)
     train_mode(model, net, args.frozen)
-    ddp = dense.parallel(model, device)
+    ddp = dense.distributed(model, device)
     optimizer = torch.optim.SGD(param_groups(model), args.lr, momentum=0.9)
 
     # ============ run: print the recipe, go on from a checkpoint ============

@@ -158,7 +158,7 @@ def main(argv=None):
 
     # ============ heads ============
     heads = Heads([net.dim for net in nets], evaluate.classes_of(train), len(args.lr)).to(device)
-    ddp = dense.parallel(heads, device)
+    ddp = dense.distributed(heads, device)
     rates = [lr * args.batch_size / 256 if r["scaled"] else lr for lr in args.lr]
     groups = [{"params": [p for own in heads.heads for p in own[i].parameters()]} for i in range(len(rates))]
     optimizer = torch.optim.SGD(groups, 0.0, momentum=0.9, nesterov=r["nesterov"], weight_decay=args.weight_decay)

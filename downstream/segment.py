@@ -166,7 +166,7 @@ def main(argv=None):
     torch.manual_seed(args.seed)  # the same new layers on every rank
     model = FCN(net, preprocess, classes, r["width"], r["dilation"]).to(device)
     train_mode(model, args.frozen)
-    ddp = dense.parallel(model, device)
+    ddp = dense.distributed(model, device)
     optimizer = OPTIMIZERS[r["optimizer"]]([p for p in model.parameters() if p.requires_grad], args.lr)
 
     # ============ run: print the recipe, go on from a checkpoint ============

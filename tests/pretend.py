@@ -177,17 +177,19 @@ def moved(x, *args, copy=False, **kwargs):
 def collectives(world):
     """What the project uses of torch.distributed, for tensors of the GPU (by NCCL) and of the host (by gloo)."""
 
-    def all_gather(parts, x):
-        if not x.is_contiguous() or any(type(part) is not type(x) for part in parts):
+    def all_gather(out, x):
+        if not x.is_contiguous() or type(out) is not type(x):
             raise Refused(f"all_gather of tensors that are not contiguous or of two devices, {place()[1]}")
-        for part in parts:
-            inner(part).copy_(inner(x).detach())
+        inner(out).view(world, *x.shape).copy_(inner(x).detach())
 
     all_gather_object = lambda parts, mine: parts.__setitem__(slice(None), [mine] * world)
     add = lambda x, op=None: inner(x).detach().mul_(1 if op else world)  # an op of its own: the maximum
     broadcast = lambda x, src: inner(x).zero_() if src else x  # what is another rank's is 0
-    return dict(all_gather=all_gather, all_reduce=add, broadcast=broadcast, all_gather_object=all_gather_object,
-                is_initialized=lambda: True, get_rank=lambda *_: 0, get_world_size=lambda *_: world)  # fmt: skip
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    return {name: all_gather} | dict(
+        all_reduce=add, broadcast=broadcast, all_gather_object=all_gather_object, barrier=lambda _: None,
+        is_initialized=lambda: True, get_rank=lambda *_: 0, get_world_size=lambda *_: world,
+    )  # fmt: skip
 
 
 def parallel(self, module, device_ids, **_):  # the __init__ of DistributedDataParallel
@@ -197,9 +199,46 @@ def parallel(self, module, device_ids, **_):  # the __init__ of DistributedDataP
         raise Refused("DistributedDataParallel of parameters that are not on this rank's GPU")
 
 
-def batch_norm(x, weight, bias, mean, var, eps, momentum, *_):
-    """SyncBatchNorm's, where all ranks have the same images. Its own wait, for their numbers, is left out."""
-    return torch.nn.functional.batch_norm(x, mean, var, weight, bias, True, momentum, eps)
+# The kernels of SyncBatchNorm, which torch has for CUDA alone: x [b, C, ...], over all but C.
+others = lambda x: [d for d in range(x.ndim) if d != 1]
+along = lambda t, x: t.view(-1, *[1] * (x.ndim - 2))
+
+
+def batch_norm_stats(x, eps):
+    var, mean = torch.var_mean(x.float() if x.dtype == torch.bfloat16 else x, others(x), correction=0)
+    return mean, (var + eps).rsqrt()
+
+
+def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+    n, share = counts.sum(), (counts / counts.sum())[:, None]
+    mean = (share * means).sum(0)
+    var = (share * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
+    if running_mean is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * n / (n - 1), momentum)
+    return mean, (var + eps).rsqrt()
+
+
+def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
+    y = (x - along(mean, x)) * along(invstd, x)
+    return (y if weight is None else y * along(weight, x) + along(bias, x)).to(x.dtype)
+
+
+def batch_norm_backward_reduce(dy, x, mean, invstd, weight, *wanted):
+    sum_dy, sum_dy_xmu = dy.sum(others(x), dtype=mean.dtype), (dy * (x - along(mean, x))).sum(others(x))
+    return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd if wanted[1] else None, sum_dy.clone() if wanted[2] else None
+
+
+def batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):
+    n, inv = counts.sum(), along(invstd, x)
+    dx = dy - along(sum_dy, x) / n - (x - along(mean, x)) * inv**2 * along(sum_dy_xmu, x) / n
+    return (dx * inv * (1 if weight is None else along(weight, x))).to(x.dtype)
+
+
+KERNELS = torch.library.Library("aten", "IMPL", "CPU")
+for kernel in (batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm_elemt, batch_norm_backward_reduce,
+               batch_norm_backward_elemt):  # fmt: skip
+    KERNELS.impl(kernel.__name__, kernel)
 
 
 @contextlib.contextmanager
@@ -229,7 +268,6 @@ def pretended(world=1):
             os.environ.update(RANK="0", WORLD_SIZE=str(world), LOCAL_RANK="0")
             replace(common, end_with_parent=lambda: None)
             replace(torch.distributed, **collectives(world))
-            replace(torch.nn.modules.batchnorm, sync_batch_norm=mock.Mock(apply=batch_norm))
             how = dict(forward=lambda ddp, *xs, **k: ddp.module(*xs, **k), no_sync=lambda _: contextlib.nullcontext())
             replace(torch.nn.parallel.DistributedDataParallel, __init__=parallel, **how)
         stack.enter_context(Asked())

@@ -101,8 +101,9 @@ def batch(n):
     return (views(n),)
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    check_two_processes(tiny_model, batch, tmp_path)
+@pytest.mark.parametrize("sync", [False, True])
+def test_two_processes_give_the_loss_and_gradients_of_one(sync, tmp_path):
+    check_two_processes(tiny_model, batch, tmp_path, sync=sync)
 
 
 def test_accumulated_gradients_are_those_of_the_mean():

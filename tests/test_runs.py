@@ -14,6 +14,7 @@ import random
 import signal
 import time
 import traceback
+import types
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,12 @@ from torchvision.io import write_png
 import backbones
 import common
 import data
+import loop
 import optim
 import runs
 import sets
 import shapes
+import training
 
 STEPS, PASSES, BATCH = 3, 2, 16  # updates an epoch, passes an update, images an update
 N = STEPS * BATCH
@@ -488,7 +491,10 @@ def test_other_settings_are_refused(finished, pictures):
 @pytest.mark.parametrize(
     ("update", "words"), [(4, "loss is not finite at step 5"), (6, "network is not finite at step 6")]
 )
-def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(update, words, pictures, tmp_path):
+def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
+    update, words, pictures, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "SAVE_AFTER", -1)
     spoil = lambda optimizer: optimizer.param_groups[0]["params"][0].data.fill_(math.nan)
     with pytest.raises(SystemExit) as stopped:
         main("byol", flags("byol", pictures, tmp_path / "byol"), update, spoil)
@@ -501,6 +507,21 @@ def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(upd
     assert "try --no-amp" in stopped.value.code
 
 
+@pytest.mark.parametrize(("after", "every", "saved"), [
+    (60, 0, [0, 6, 6]), (2.5, 0, [0, 9, 18, 18]), (60, 2, [0, 6, 12, 18, 18]), (-1, 0, [0, 3, 6, 6]),
+])  # fmt: skip
+def test_checkpoints_are_a_minute_or_an_epoch_apart(after, every, saved, pictures, tmp_path, monkeypatch):
+    """An epoch of three updates takes a second, by the clock of rank 0."""
+    steps, written = [], runs.save
+    monkeypatch.setattr(loop, "time", types.SimpleNamespace(monotonic=lambda: len(epochs)))
+    epochs, epoch = [], training.Run.epoch
+    monkeypatch.setattr(training.Run, "epoch", lambda run: (epochs.append(run), epoch(run))[1])
+    monkeypatch.setattr(loop, "SAVE_AFTER", after)
+    monkeypatch.setattr(runs, "save", lambda out, content: (steps.append(content["step"]), written(out, content)))
+    main("byol", [*flags("byol", pictures, tmp_path), "--epochs", str(saved[-1] // 3), "--eval-every", str(every)])
+    assert steps == saved and torch.load(tmp_path / "backbone.pt")["epoch"] == saved[-1] // 3
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_exactly(method, finished, pictures, tmp_path):
     argv = flags(method, pictures, tmp_path / method)
@@ -511,7 +532,8 @@ def test_a_run_that_is_stopped_in_an_epoch_goes_on_exactly(method, finished, pic
 
 
 @pytest.mark.parametrize("method", ["byol", "instdisc", "moco", "sage"])  # which keep different things
-def test_a_run_that_is_killed_goes_on_exactly(method, finished, pictures, tmp_path):
+def test_a_run_that_is_killed_goes_on_exactly(method, finished, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "SAVE_AFTER", -1)  # after each epoch
     out, chance = tmp_path / method, random.Random(method)
     command, log = [f"{method}.py", *flags(method, pictures, out)], out / "metrics.jsonl"
     process, lines = fork(*command), chance.randrange(1, 7)

@@ -243,8 +243,10 @@ def batch(n):
     return (views(n),)
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    check_two_processes(tiny_model, batch, tmp_path, atol=1e-5, rtol=1e-3)
+@pytest.mark.parametrize("sync", [False, True])
+def test_two_processes_give_the_loss_and_gradients_of_one(sync, tmp_path):
+    rtol = 0.02 if sync else 1e-3  # rounding turns signs in the gradient of |I - I'|, of which the decoder's is the sum
+    check_two_processes(tiny_model, batch, tmp_path, atol=1e-5, rtol=rtol, sync=sync)
 
 
 def test_accumulated_gradients_are_those_of_the_mean():

@@ -165,8 +165,9 @@ def batch(n):
     return (views(n),)
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    check_two_processes(seen_model, batch, tmp_path)
+@pytest.mark.parametrize("sync", [False, True])
+def test_two_processes_give_the_loss_and_gradients_of_one(sync, tmp_path):
+    check_two_processes(seen_model, batch, tmp_path, sync=sync)
 
 
 # ============ recipes ============

@@ -238,8 +238,9 @@ def test_queue_takes_the_newest_at_the_front_and_lets_the_oldest_go():
 # ============ one process with 2N images, two with N ============
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
-    check_two_processes(tiny_model, batch, tmp_path)
+@pytest.mark.parametrize("sync", [False, True])
+def test_two_processes_give_the_loss_and_gradients_of_one(sync, tmp_path):
+    check_two_processes(tiny_model, batch, tmp_path, sync=sync)
 
 
 def updated(model, rows):
