@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import step
 import timing
 
+import byol
 import common
 import data
 import evaluate
@@ -56,13 +57,15 @@ PROFILED = 5  # updates whose kernels are counted
 FULL = SimpleNamespace(
     sets={"cifar10": (50_000, 32, 4096), "imagenet": (5120, 256, 256)}, updates=80, skip=30,
     flags=["--log-every", "10"], features=[(50_000, 512, 10, 100), (1_281_167, 2048, 1000, 1)], queries=5000,
-    copy=2**30, product=8192, maps=512, pairs=512, repeats=5, seconds=0.3, cifar10=["--data", "cifar10"],
+    copy=2**30, product=8192, maps=512, pairs=512, recipe="cifar10", repeats=5, seconds=0.3,
+    cifar10=["--data", "cifar10"],
 )  # fmt: skip
 TINY = SimpleNamespace(
     sets={"cifar10": (16, 32, 4), "imagenet": (16, 40, 4)}, updates=4, skip=2,
     flags=["--log-every", "1", "--recipe", "shapes", "--size", "32"],
-    features=[(60, 16, 3, 2), (80, 32, 4, 1)], queries=10, copy=2**16, product=64, maps=1, pairs=2, repeats=1,
-    seconds=0.0, cifar10=["--data", "shapes", "--limit", "64", "--batch-size", "16", "--epochs", "2"],
+    features=[(60, 16, 3, 2), (80, 32, 4, 1)], queries=10, copy=2**16, product=64, maps=1, pairs=2,
+    recipe="shapes", repeats=1, seconds=0.0,
+    cifar10=["--data", "shapes", "--limit", "64", "--batch-size", "16", "--epochs", "2"],
 )  # fmt: skip
 
 STEPS = "network, px, batch, ms/step, images/s, spread %, views ms, views %, peak GiB"
@@ -297,10 +300,10 @@ def launches(bench, method, *flags):
 
 
 def peers(bench):
-    n, device = bench.sizes.pairs, bench.device
+    n, device, recipe = bench.sizes.pairs, bench.device, byol.RECIPES[bench.sizes.recipe]
     xs = [torch.randn(n, 3, step.SIZE, step.SIZE, device=device) for _ in range(2)]
-    made = {"ours bf16": step.Ours(device, True), "ours fp32": step.Ours(device, False)}
-    made["ours bf16 --compile"] = step.Ours(device, True, compiled=True)
+    kinds = {"ours bf16": (True,), "ours fp32": (False,), "ours bf16 --compile": (True, True)}
+    made = {name: step.Ours(device, *how, recipe=recipe) for name, how in kinds.items()}
     theirs = {"lightly as shipped": False, "lightly bf16": True}
     if step.NegativeCosineSimilarity:
         made |= {name: step.Lightly(device, amp) for name, amp in theirs.items()}
@@ -326,7 +329,7 @@ def resume(bench):
 def cifar10(bench):
     """A process of its own, stopped when time is over; the next call goes on. A call that is killed counts as if it had
     lasted until then."""
-    was, limit = bench.results.get("cifar10", {}).get("byol", {}), max(10.0, bench.end - time.monotonic())
+    was, limit = bench.results.get("cifar10", {}).get("byol", {}), max(1, bench.end - time.monotonic())
     calls, spent, started = was.get("calls", 0), was.get("minutes", 0.0), time.monotonic()
     result = {"unfinished": True, "calls": calls + 1, "command": f"byol.py {' '.join(bench.sizes.cifar10)}"}
     bench.put("cifar10", "byol", result | {"minutes": spent + limit / 60})
