@@ -37,7 +37,9 @@ Measured with this file (k-NN: 20 neighbors; protocols, curves and more in resul
     python -m experiments.ablate sage --epochs 8                             every row of tables 6-10
 """
 
+import argparse
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -48,6 +50,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import backbones
 import byol
@@ -94,6 +97,7 @@ RECIPES = {
         warmup_epochs=10, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,  # appendix B
         levels=[1, 2, 3], bottleneck=512, width=512, decoder_lr=0.003,  # sec. 4.1: 0.048 = 0.003 x 4096 / 256
         weight_pixel=0.1, weight_maps=0.1, weight_semantic=0.1,  # code: 1/10, 1/30 for each of three maps, 1/10
+        checkpoint_activations=True,  # for 8 GPUs of 80 GB; the paper has 32 GPUs
         views=[  # appendix B: as BYOL's but for mean and std
             dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=1.0, solarize=0.0, **SIGNED),
             dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.1, solarize=0.2, **SIGNED),
@@ -128,6 +132,8 @@ def parse_args(argv=None):
     p.add_argument("--weight-pixel", type=float, help="lambda of L_MSE (eq. 4)")
     p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
+    p.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+                   help="run a frozen evaluator on recovered views once more in backward, and keep less until then")
     p.add_argument("--classifier", help="marks recovered images that it recognizes (from downstream.finetune --save)")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "hidden", "dim", "bottleneck", "width", "evaluator_epochs")
@@ -247,7 +253,7 @@ class SaGe(nn.Module):
     are means over the two views.
     """
 
-    def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None):
+    def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None, recompute=False):
         super().__init__()
         self.f = backbone
         self.g = mlp(backbone.dim, hidden, dim)
@@ -257,6 +263,13 @@ class SaGe(nn.Module):
         if not weights["d"]:
             self.g.requires_grad_(False), self.q.requires_grad_(False)
         self.bottleneck, self.decoder, self.h = bottleneck, decoder, evaluator
+        self.recompute = recompute
+
+    def compare(self, x_, semantic, *maps):
+        """Mean squared errors of the evaluator's maps (averaged) and of its 1x1 feature, of x~ against those of x."""
+        maps_, semantic_ = self.h(x_)
+        mse = [F.mse_loss(m_.float(), m.float()) for m, m_ in zip(maps, maps_, strict=True)]
+        return sum(mse) / len(mse), F.mse_loss(semantic_.float(), semantic.float())
 
     def forward(self, views):
         v1, v2 = views
@@ -280,9 +293,10 @@ class SaGe(nn.Module):
             if self.h:
                 with torch.set_grad_enabled(not self.h.frozen and torch.is_grad_enabled()):
                     maps, semantic = self.h(x)
-                maps_, semantic_ = self.h(x_)
-                mse = [F.mse_loss(m_.float(), m.float()) for m, m_ in zip(maps, maps_, strict=True)]
-                terms |= {"maps": sum(mse) / len(mse), "semantic": F.mse_loss(semantic_.float(), semantic.float())}
+                compare = self.compare
+                if self.recompute and self.h.frozen:  # in eval mode: a second pass updates no BatchNorm averages
+                    compare = functools.partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
+                terms["maps"], terms["semantic"] = compare(x_, semantic, *maps)
             # eq. 4, summed over the two views: twice the mean over 2B
             loss = loss + 2 * sum(self.weights[k] * term for k, term in terms.items() if self.weights[k])
             self.parts |= {k: term.detach() for k, term in terms.items()}
@@ -418,7 +432,9 @@ def main(argv=None):
     if uses_decoder:
         decoder = build_decoder(backbone, args.size, args.bottleneck, args.width, args.pool)
         nn.ModuleList(decoder).requires_grad_(not args.freeze_decoder)
-    model = SaGe(backbone, args.hidden, args.dim, weights, *decoder, evaluator=evaluator)
+    model = SaGe(
+        backbone, args.hidden, args.dim, weights, *decoder, evaluator=evaluator, recompute=args.checkpoint_activations
+    )
     model.to(device, memory_format=torch.channels_last)
     if uses_evaluator and source.startswith("random:"):
         some = torch.randperm(len(train), generator=data.generator(args.seed, "calibrate"))[:512]

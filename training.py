@@ -3,9 +3,15 @@ calls a script, computes a loss or steps an optimizer. Whoever skips it still un
 
 import argparse
 import contextlib
+import copy
 import os
 import sys
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import backbones
 import common
@@ -126,6 +132,52 @@ def images_per_pass(args, world, images):
     return args.batch_size // parts
 
 
+# ============ memory ============
+
+GIB = 2**30
+
+
+def bytes_kept(model, views, images, amp, forward=lambda model, xs: model(xs)):
+    """Bytes that `forward(model, xs)` of `images` images keeps for the backward pass: each storage once, parameters,
+    buffers and the views xs aside. On fake tensors, which have all but values, so nothing is computed or changed; bf16
+    is cast to by the rules of a CPU's autocast."""
+    mode, like = FakeTensorMode(allow_non_fake_inputs=True), {}
+    fake = lambda t: FakeTensor(mode, torch.empty_like(t, device="meta"), torch.device("cpu"))
+    for t in [*model.parameters(), *model.buffers()]:
+        like[id(t)] = nn.Parameter(fake(t), t.requires_grad) if isinstance(t, nn.Parameter) else fake(t)
+    twin = copy.deepcopy(model, like.copy())  # with these in place of its tensors
+    for m in twin.modules():
+        if isinstance(m, nn.modules.batchnorm._BatchNorm):
+            m.eval()  # keeps the same, is traced faster, and needs no other rank
+    shapes = [torch.empty(images, 3, v["size"], v["size"], device="meta") for v in views]
+    xs = [fake(x.contiguous(memory_format=torch.channels_last)) for x in shapes]
+    known, kept = {t.untyped_storage()._cdata for t in [*like.values(), *xs]}, {}
+
+    def keep(t):  # holds t, so that no other storage gets its address
+        if (address := t.untyped_storage()._cdata) not in known:
+            kept[address] = t
+        return t
+
+    collectives = dist.all_gather, dist.all_reduce
+    dist.all_gather = dist.all_reduce = lambda *_, **__: None  # they write values
+    try:
+        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t)
+        with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            forward(twin, xs)
+    finally:
+        dist.all_gather, dist.all_reduce = collectives
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def bytes_held(model, optimizers, world):
+    """Bytes of parameters and buffers, gradients (with DDP twice), and what optimizers remember of each parameter."""
+    total = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
+    gradients = total(p for p in model.parameters() if p.requires_grad) * (2 if world > 1 else 1)
+    states = [total(p for group in o.param_groups for p in group["params"])
+              * (2 if isinstance(o, (torch.optim.Adam, torch.optim.AdamW)) else 1) for o in optimizers]  # fmt: skip
+    return total([*model.parameters(), *model.buffers()]) + gradients + sum(states)
+
+
 # ============ a run ============
 
 
@@ -148,8 +200,9 @@ class Run(loop.Loop):
         self.probed = labelled, test, preprocess, device  # what every probe takes
         self.warmup = min(round(args.warmup_epochs * self.steps), self.total // 2)  # at most half of a short run
 
-    def describe(self, *lines):
-        """Print what is going to be trained: what all methods have in common, then the method's own `lines`."""
+    def describe(self, *lines, **forward):
+        """Print what is going to be trained: what all methods have in common, then the method's own `lines`, then what
+        memory it needs; `forward`: how `bytes_kept` calls the model, where views are not all that it takes."""
         a, train, size = self.args, self.loader.data, self.views[0]["size"]
         recipe, precision = f"recipe {a.recipe} ({a.why}), seed {a.seed}", "bf16" if a.amp else "fp32"
         parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
@@ -157,6 +210,29 @@ class Run(loop.Loop):
         self.say(backbones.describe(self.model.f, self.arch))
         self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
         self.say("\n".join(lines))
+        if self.rank == 0 and (a.dry_run or self.device.type == "cuda"):
+            self.check_memory(**forward)
+
+    def check_memory(self, **forward):
+        """Print the memory that a GPU needs; refuse a batch that this one cannot hold, with the --accumulate that fits.
+        Rank 0 only."""
+        a, images = self.args, self.loader.batch_size
+        optimizers = [state for name, state in self.states.items() if name != "model"]
+        held = bytes_held(self.model, optimizers, self.world)
+        amp = a.amp if self.device.type == "cuda" else "no_amp" not in a.given  # for a GPU, whatever this CPU has
+        kept = bytes_kept(self.model, self.views, images, amp, **forward)
+        per_pass = kept + 12 * images * sum(v["size"] ** 2 for v in self.views)
+        self.say(f"memory: about {(held + per_pass) / GIB:.1f} GiB a GPU; {kept / GIB:.1f} of it kept for backward, "
+                 f"{kept / images / 2**20:.1f} MiB an image")  # fmt: skip
+        if self.device.type != "cuda" or a.compile:  # compiled networks keep less
+            return
+        has = torch.cuda.get_device_properties(self.device).total_memory
+        most = a.batch_size // self.world // 2  # BatchNorm needs two images
+        fits = (n for n in range(a.accumulate, most + 1)
+                if a.batch_size % (self.world * n) == 0 and held + per_pass * a.accumulate / n <= has)  # fmt: skip
+        if (n := next(fits, None)) != a.accumulate:
+            way = f"--accumulate {n} fits" if n else "lower --size, or choose a smaller --arch"
+            common.fail(f"{(held + per_pass) / GIB:.1f} GiB do not fit this GPU's {has / GIB:.1f}: {way}")
 
     def begin(self):
         """The loop's, which remembers the views, too. Collective."""
