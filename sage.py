@@ -133,7 +133,7 @@ def parse_args(argv=None):
     p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
     p.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
-                   help="run a frozen evaluator on recovered views once more in backward, and keep less until then")
+                   help="recompute the frozen evaluator's maps of recovered views: less memory, more time")  # fmt: skip
     p.add_argument("--classifier", help="marks recovered images that it recognizes (from downstream.finetune --save)")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "hidden", "dim", "bottleneck", "width", "evaluator_epochs")
@@ -220,11 +220,13 @@ class Evaluator(nn.Module):
     """h_G (appendix A): images in [-1, 1] -> (the maps of the stages `levels`, the 1x1 feature [B, d]).
 
     Frozen: no gradients for its weights and always in eval mode, but gradients pass through it to its input. The input
-    is renormalized with the mean and std of `preprocess`, those it was trained with.
+    is renormalized with the mean and std of `preprocess`, those it was trained with. `recompute`: its maps of recovered
+    views are not kept for the backward pass but computed once more.
     """
 
-    def __init__(self, backbone, preprocess, levels, projector=None, frozen=True):
+    def __init__(self, backbone, preprocess, levels, projector=None, frozen=True, recompute=False):
         super().__init__()
+        self.recompute = recompute and frozen  # otherwise BatchNorm's averages would see each batch twice
         self.net, self.projector, self.levels, self.frozen = backbone, projector, levels, frozen
         mean, std = (torch.tensor(preprocess[k]).view(3, 1, 1) for k in ("mean", "std"))
         self.register_buffer("scale", 0.5 / std)  # (x / 2 + 1 / 2 - mean) / std
@@ -253,7 +255,7 @@ class SaGe(nn.Module):
     are means over the two views.
     """
 
-    def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None, recompute=False):
+    def __init__(self, backbone, hidden, dim, weights, bottleneck=None, decoder=None, evaluator=None):
         super().__init__()
         self.f = backbone
         self.g = mlp(backbone.dim, hidden, dim)
@@ -263,7 +265,6 @@ class SaGe(nn.Module):
         if not weights["d"]:
             self.g.requires_grad_(False), self.q.requires_grad_(False)
         self.bottleneck, self.decoder, self.h = bottleneck, decoder, evaluator
-        self.recompute = recompute
 
     def compare(self, x_, semantic, *maps):
         """Mean squared errors of the evaluator's maps (averaged) and of its 1x1 feature, of x~ against those of x."""
@@ -293,9 +294,8 @@ class SaGe(nn.Module):
             if self.h:
                 with torch.set_grad_enabled(not self.h.frozen and torch.is_grad_enabled()):
                     maps, semantic = self.h(x)
-                compare = self.compare
-                if self.recompute and self.h.frozen:  # in eval mode: a second pass updates no BatchNorm averages
-                    compare = functools.partial(checkpoint, compare, use_reentrant=False, preserve_rng_state=False)
+                again = functools.partial(checkpoint, self.compare, use_reentrant=False, preserve_rng_state=False)
+                compare = again if self.h.recompute else self.compare
                 terms["maps"], terms["semantic"] = compare(x_, semantic, *maps)
             # eq. 4, summed over the two views: twice the mean over 2B
             loss = loss + 2 * sum(self.weights[k] * term for k, term in terms.items() if self.weights[k])
@@ -374,7 +374,8 @@ def open_evaluator(args, name):
         projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
         projector.load_state_dict(weights)
     description = f"{name}: {about['arch']}, BYOL for {about['epoch']} epochs" if path else name
-    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator), description
+    frozen, recompute = not args.train_evaluator, args.checkpoint_activations
+    return Evaluator(backbone, preprocess, args.levels, projector, frozen, recompute), description
 
 
 def autoencoder(folder):
@@ -432,9 +433,7 @@ def main(argv=None):
     if uses_decoder:
         decoder = build_decoder(backbone, args.size, args.bottleneck, args.width, args.pool)
         nn.ModuleList(decoder).requires_grad_(not args.freeze_decoder)
-    model = SaGe(
-        backbone, args.hidden, args.dim, weights, *decoder, evaluator=evaluator, recompute=args.checkpoint_activations
-    )
+    model = SaGe(backbone, args.hidden, args.dim, weights, *decoder, evaluator=evaluator)
     model.to(device, memory_format=torch.channels_last)
     if uses_evaluator and source.startswith("random:"):
         some = torch.randperm(len(train), generator=data.generator(args.seed, "calibrate"))[:512]

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import os
 import sys
+import types
 from collections import Counter
 from unittest import mock
 
@@ -203,8 +204,9 @@ def batch_norm(x, weight, bias, mean, var, eps, momentum, *_):
 
 
 @contextlib.contextmanager
-def pretended(world=1):
-    """One GPU for each of `world` ranks, of which this process is the first; yields the Record. All is put back."""
+def pretended(world=1, memory=80 * 2**30):
+    """One GPU with so many bytes for each of `world` ranks, of which this process is the first; yields the Record. All
+    is put back."""
     backward, autocast = torch.autograd._engine_run_backward, torch.autocast
 
     def run_backward(*args, **kwargs):
@@ -217,6 +219,7 @@ def pretended(world=1):
             torch.cuda, is_available=lambda: True, device_count=lambda: world, set_device=lambda _: None,
             is_bf16_supported=lambda **_: True, synchronize=lambda *_: record.wait("synchronize"),
             get_rng_state=lambda _: None, set_rng_state=lambda *_: None, is_current_stream_capturing=lambda: False,
+            get_device_properties=lambda _: types.SimpleNamespace(total_memory=memory),
         )  # fmt: skip
         replace(torch.accelerator, is_available=lambda: False)  # it would start a driver
         replace(torch, autocast=lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))
