@@ -138,9 +138,9 @@ GIB = 2**30
 
 
 def bytes_kept(model, views, images, amp, forward=lambda model, xs: model(xs)):
-    """Bytes that `forward(model, xs)` of `images` images keeps for the backward pass: each storage once, parameters,
-    buffers and the views xs aside. On fake tensors, which have all but values, so nothing is computed or changed; bf16
-    is cast to by the rules of a CPU's autocast."""
+    """Bytes that `forward(model, xs)`, with xs one [images, 3, size, size] for each of `views`, keeps for the backward
+    pass: each storage once, without parameters, buffers and xs. On fake tensors, which have no values, so nothing is
+    computed or changed; with `amp`, CPU autocast decides what is bf16."""
     mode, like = FakeTensorMode(allow_non_fake_inputs=True), {}
     fake = lambda t: FakeTensor(mode, torch.empty_like(t, device="meta"), torch.device("cpu"))
     for t in [*model.parameters(), *model.buffers()]:
@@ -220,7 +220,10 @@ class Run(loop.Loop):
         optimizers = [state for name, state in self.states.items() if name != "model"]
         held = bytes_held(self.model, optimizers, self.world)
         amp = a.amp if self.device.type == "cuda" else "no_amp" not in a.given  # for a GPU, whatever this CPU has
-        kept = bytes_kept(self.model, self.views, images, amp, **forward)
+        try:
+            kept = bytes_kept(self.model, self.views, images, amp, **forward)
+        except Exception as error:  # your own network may need values: it trains without an estimate
+            return self.say(f"memory: not known ({runs.reason(error)})")
         per_pass = kept + 12 * images * sum(v["size"] ** 2 for v in self.views)
         self.say(f"memory: about {(held + per_pass) / GIB:.1f} GiB a GPU; {kept / GIB:.1f} of it kept for backward, "
                  f"{kept / images / 2**20:.1f} MiB an image")  # fmt: skip

@@ -94,6 +94,12 @@ def test_a_cpu_says_it_before_a_run_on_gpus_only(few_shapes, tmp_path, capsys):
     assert "memory" not in capsys.readouterr().out
 
 
+def test_a_network_that_needs_values_trains_without_an_estimate(few_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(byol.BYOL, "forward", lambda self, views: views[0][views[0] > 0].sum())
+    byol.main(["--device", "cpu", "--dry-run", "--out", str(tmp_path), "--limit", "64"])
+    assert "memory: not known (" in capsys.readouterr().out
+
+
 # ============ what does not fit ============
 
 
