@@ -274,6 +274,7 @@ def main(argv=None):
         f"{len(model.g)} banks {n} x {args.dim}, {size:.1f} MB a rank; {args.contrast}, {args.negatives} negatives, "
         f"tau {args.temperature:g}",
         f"views of {args.split}, {args.graph} graph: {len(model.directions)} directions; chance-level loss {start:.2f}",
+        forward=lambda m, xs: m(xs, torch.arange(per_pass), torch.arange(args.negatives)),
     )
     if not run.begin():
         return

@@ -115,7 +115,7 @@ def run(main):
 
 LACKS = {  # what torch says where the machine lacks something, and what to do about it
     r"can't allocate|not enough memory|out of memory|MemoryError|calculation overflowed":
-        "memory ran out: lower --batch-size or --size, try --accumulate 2, or a smaller --arch",
+        "memory ran out: lower --batch-size or --size, try --accumulate {}, or a smaller --arch",
     r"unable to \w+ shared memory|Bus error":
         "/dev/shm is too small for the loader workers: --workers 0, or docker run --shm-size 8g",
     r"DataLoader worker \(pid": "a loader worker was killed, as happens where memory runs out: lower --workers",
@@ -128,9 +128,11 @@ def explained(advice):
     try:
         yield
     except (RuntimeError, MemoryError) as error:
+        passes = re.findall(r"--accumulate[ =](\d+)", " ".join(sys.argv)) or [1]
         for pattern, sentence in LACKS.items():
             if re.search(pattern, f"{type(error).__name__} {error}"):
-                fail(f"{sentence} ({(str(error) or 'MemoryError').splitlines()[0][:200]}); {advice}")
+                said = (str(error) or "MemoryError").splitlines()[0][:200]
+                fail(f"{sentence.format(2 * int(passes[-1]))} ({said}); {advice}")
         raise
 
 

@@ -339,6 +339,7 @@ def main(argv=None):
         f"{args.optimizer}: {optim.count(optimizer)}",
         *bank,
         f"chance-level loss {start:.2f}",
+        forward=lambda m, xs: m(xs, torch.arange(per_pass), torch.arange(args.negatives)),
     )
     if not run.begin():
         return

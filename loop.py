@@ -12,7 +12,7 @@ import runs
 
 # Settings that may differ when a run goes on.
 MAY_DIFFER = ("out", "root", "workers", "eval_every", "log_every", "device", "fresh", "dry_run", "probes",
-              "classifier", "changed_data", "given", "why")  # fmt: skip
+              "classifier", "changed_data", "checkpoint_activations", "given", "why")  # fmt: skip
 
 SAVE_AFTER = 60  # seconds
 

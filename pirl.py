@@ -356,7 +356,11 @@ def main(argv=None):
         f"{args.transform}: {head_g.description}",
         f"bank {n} x {args.dim}, {size:.1f} MB a rank; {args.nce} at tau {args.temperature:g}",
         f"{args.negatives} negatives; lambda {args.lam:g}; chance-level loss {start:.2f}",
-    )
+        forward=lambda m, xs: m(
+            xs[:1], m.head_g.transform(xs[1], *m.head_g.draw(per_pass, data.generator("memory"))),
+            torch.arange(per_pass), torch.arange(args.negatives),
+        ),
+    )  # fmt: skip
     if not run.begin():
         return
 

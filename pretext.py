@@ -588,6 +588,7 @@ def main(argv=None):
         f"lr {args.lr:g} x {args.batch_size} / 256 = {lr:.4g}, {run.warmup} steps of warm-up, {drops}",
         f"{args.optimizer}: {optim.count(optimizer)}",
         f"chance-level loss {loss:.2f}, accuracy {accuracy:.3g} %",
+        forward=lambda m, xs: m(xs, *m.task.draw(per_pass, data.generator("memory"))),
     )
     if not run.begin():
         return

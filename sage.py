@@ -37,7 +37,9 @@ Measured with this file (k-NN: 20 neighbors; protocols, curves and more in resul
     python -m experiments.ablate sage --epochs 8                             every row of tables 6-10
 """
 
+import argparse
 import copy
+import functools
 import gc
 import itertools
 import math
@@ -47,6 +49,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import backbones
 import byol
@@ -94,6 +97,7 @@ RECIPES = {
         warmup_epochs=10, hidden=4096, dim=256, predictor_lr=1.0, eval_every=10,  # appendix B
         levels=[1, 2, 3], bottleneck=512, width=512, decoder_lr=0.003,  # sec. 4.1: 0.048 = 0.003 x 4096 / 256
         weight_pixel=0.1, weight_maps=0.1, weight_semantic=0.1,  # code: 1/10, 1/30 for each of three maps, 1/10
+        checkpoint_activations=True,  # for 8 GPUs of 80 GB; the paper has 32 GPUs
         views=[  # appendix B: as BYOL's but for mean and std
             dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=1.0, solarize=0.0, **SIGNED),
             dict(jitter=(0.4, 0.4, 0.2, 0.1), jitter_p=0.8, gray=0.2, blur=0.1, solarize=0.2, **SIGNED),
@@ -128,6 +132,8 @@ def parse_args(argv=None):
     p.add_argument("--weight-pixel", type=float, help="lambda of L_MSE (eq. 4)")
     p.add_argument("--weight-maps", type=float, help="lambda of the mean over --levels (eq. 4)")
     p.add_argument("--weight-semantic", type=float, help="lambda of the 1x1 feature (eq. 4)")
+    p.add_argument("--checkpoint-activations", action=argparse.BooleanOptionalAction, default=False,
+                   help="recompute the frozen evaluator's maps of recovered views: less memory, more time")  # fmt: skip
     p.add_argument("--classifier", help="marks recovered images that it recognizes (from downstream.finetune --save)")
     args = training.parse(p, METHOD, RECIPES[known.recipe], argv)
     common.at_least(1, args, "hidden", "dim", "bottleneck", "width", "evaluator_epochs")
@@ -214,11 +220,13 @@ class Evaluator(nn.Module):
     """h_G (appendix A): images in [-1, 1] -> (the maps of the stages `levels`, the 1x1 feature [B, d]).
 
     Frozen: no gradients for its weights and always in eval mode, but gradients pass through it to its input. The input
-    is renormalized with the mean and std of `preprocess`, those it was trained with.
+    is renormalized with the mean and std of `preprocess`, those it was trained with. `recompute`: its maps of recovered
+    views are not kept for the backward pass but computed once more.
     """
 
-    def __init__(self, backbone, preprocess, levels, projector=None, frozen=True):
+    def __init__(self, backbone, preprocess, levels, projector=None, frozen=True, recompute=False):
         super().__init__()
+        self.recompute = recompute and frozen  # otherwise BatchNorm's averages would see each batch twice
         self.net, self.projector, self.levels, self.frozen = backbone, projector, levels, frozen
         mean, std = (torch.tensor(preprocess[k]).view(3, 1, 1) for k in ("mean", "std"))
         self.register_buffer("scale", 0.5 / std)  # (x / 2 + 1 / 2 - mean) / std
@@ -258,6 +266,12 @@ class SaGe(nn.Module):
             self.g.requires_grad_(False), self.q.requires_grad_(False)
         self.bottleneck, self.decoder, self.h = bottleneck, decoder, evaluator
 
+    def compare(self, x_, semantic, *maps):
+        """Mean squared errors of the evaluator's maps (averaged) and of its 1x1 feature, of x~ against those of x."""
+        maps_, semantic_ = self.h(x_)
+        mse = [F.mse_loss(m_.float(), m.float()) for m, m_ in zip(maps, maps_, strict=True)]
+        return sum(mse) / len(mse), F.mse_loss(semantic_.float(), semantic.float())
+
     def forward(self, views):
         v1, v2 = views
         # One forward per view, so that BatchNorm takes its statistics per view, as in the official code.
@@ -280,9 +294,9 @@ class SaGe(nn.Module):
             if self.h:
                 with torch.set_grad_enabled(not self.h.frozen and torch.is_grad_enabled()):
                     maps, semantic = self.h(x)
-                maps_, semantic_ = self.h(x_)
-                mse = [F.mse_loss(m_.float(), m.float()) for m, m_ in zip(maps, maps_, strict=True)]
-                terms |= {"maps": sum(mse) / len(mse), "semantic": F.mse_loss(semantic_.float(), semantic.float())}
+                again = functools.partial(checkpoint, self.compare, use_reentrant=False, preserve_rng_state=False)
+                compare = again if self.h.recompute else self.compare
+                terms["maps"], terms["semantic"] = compare(x_, semantic, *maps)
             # eq. 4, summed over the two views: twice the mean over 2B
             loss = loss + 2 * sum(self.weights[k] * term for k, term in terms.items() if self.weights[k])
             self.parts |= {k: term.detach() for k, term in terms.items()}
@@ -360,7 +374,8 @@ def open_evaluator(args, name):
         projector = mlp(backbone.dim, len(weights["0.weight"]), len(weights["3.weight"]))
         projector.load_state_dict(weights)
     description = f"{name}: {about['arch']}, BYOL for {about['epoch']} epochs" if path else name
-    return Evaluator(backbone, preprocess, args.levels, projector, frozen=not args.train_evaluator), description
+    frozen, recompute = not args.train_evaluator, args.checkpoint_activations
+    return Evaluator(backbone, preprocess, args.levels, projector, frozen, recompute), description
 
 
 def autoencoder(folder):

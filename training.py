@@ -12,6 +12,7 @@ import common
 import data
 import evaluate
 import loop
+import memory
 import optim
 import runs
 import sets
@@ -148,8 +149,9 @@ class Run(loop.Loop):
         self.probed = labelled, test, preprocess, device  # what every probe takes
         self.warmup = min(round(args.warmup_epochs * self.steps), self.total // 2)  # at most half of a short run
 
-    def describe(self, *lines):
-        """Print what is going to be trained: what all methods have in common, then the method's own `lines`."""
+    def describe(self, *lines, **forward):
+        """Print what is going to be trained: what all methods have in common, then the method's own `lines`, then what
+        memory it needs; `forward`: how `memory.bytes_kept` calls the model, where views are not all that it takes."""
         a, train, size = self.args, self.loader.data, self.views[0]["size"]
         recipe, precision = f"recipe {a.recipe} ({a.why}), seed {a.seed}", "bf16" if a.amp else "fp32"
         parts = f"{self.world} {self.device.type} x {a.accumulate} x {self.loader.batch_size}"
@@ -157,6 +159,8 @@ class Run(loop.Loop):
         self.say(backbones.describe(self.model.f, self.arch))
         self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
         self.say("\n".join(lines))
+        if self.rank == 0 and (a.dry_run or self.device.type == "cuda"):
+            memory.check(self, **forward)
 
     def begin(self):
         """The loop's, which remembers the views, too. Collective."""

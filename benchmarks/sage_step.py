@@ -31,6 +31,7 @@ WEIGHTS = {
     "SaGe without L_G": NOTHING,
     "SaGe, pixels only": NOTHING | {"pixel": 0.1},
     "SaGe": NOTHING | {"pixel": 0.1, "maps": 0.1, "semantic": 0.1},
+    "SaGe, --checkpoint-activations": NOTHING | {"pixel": 0.1, "maps": 0.1, "semantic": 0.1, "recompute": True},
 }
 
 
@@ -45,7 +46,8 @@ class Step:
             painter = sage.build_decoder(backbone, r["size"], r["bottleneck"], r["width"], pool=False)
         if weights and weights["maps"]:
             preprocess = {"mean": data.MEAN, "std": data.STD}
-            evaluator = sage.Evaluator(backbones.build(r["arch"], r["size"]), preprocess, r["levels"])
+            recompute, h = "recompute" in weights, backbones.build(r["arch"], r["size"])
+            evaluator = sage.Evaluator(h, preprocess, r["levels"], recompute=recompute)
         if weights:
             model = sage.SaGe(backbone, r["hidden"], r["dim"], weights, *painter, evaluator=evaluator)
         else:

@@ -16,6 +16,7 @@ import contextlib
 import functools
 import os
 import sys
+import types
 from collections import Counter
 from unittest import mock
 
@@ -242,8 +243,9 @@ for kernel in (batch_norm_stats, batch_norm_gather_stats_with_counts, batch_norm
 
 
 @contextlib.contextmanager
-def pretended(world=1):
-    """One GPU for each of `world` ranks, of which this process is the first; yields the Record. All is put back."""
+def pretended(world=1, memory=80 * 2**30):
+    """One GPU with so many bytes for each of `world` ranks, of which this process is the first; yields the Record. All
+    is put back."""
     backward, autocast = torch.autograd._engine_run_backward, torch.autocast
 
     def run_backward(*args, **kwargs):
@@ -256,6 +258,7 @@ def pretended(world=1):
             torch.cuda, is_available=lambda: True, device_count=lambda: world, set_device=lambda _: None,
             is_bf16_supported=lambda **_: True, synchronize=lambda *_: record.wait("synchronize"),
             get_rng_state=lambda _: None, set_rng_state=lambda *_: None, is_current_stream_capturing=lambda: False,
+            get_device_properties=lambda _: types.SimpleNamespace(total_memory=memory),
         )  # fmt: skip
         replace(torch.accelerator, is_available=lambda: False)  # it would start a driver
         replace(torch, autocast=lambda device, *args, **kwargs: autocast("cpu", *args, **kwargs))

@@ -6,6 +6,7 @@ import os
 import pickle
 import resource
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -216,6 +217,20 @@ def test_what_the_machine_lacks_is_one_sentence(lack, words, capsys):
         common.run(lack)
     err = capsys.readouterr().err
     assert stop.value.code == 2 and words in err and len(err.splitlines()) == 1 and err.startswith("error: ")
+
+
+@pytest.mark.parametrize(("flags", "advice"), [
+    ("", "--accumulate 2,"), ("--accumulate 2", "--accumulate 4,"), ("--accumulate=8 --lr 1", "--accumulate 16,"),
+])  # fmt: skip
+def test_lack_of_memory_names_twice_the_passes(flags, advice, monkeypatch, capsys):
+    def lack():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(sys, "argv", ["byol.py", *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        common.run(lack)
+    err = capsys.readouterr().err
+    assert stop.value.code == 2 and advice in err and len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize("words", [

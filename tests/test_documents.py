@@ -2,7 +2,9 @@
 
 import ast
 import itertools
+import os
 import re
+import subprocess
 
 import pytest
 from helpers import ROOT
@@ -127,6 +129,28 @@ def test_links_and_anchors_resolve(page):
 def test_a_broken_link_is_found():
     text = "[a](README.md#tests) [b](README.md#no-such-heading) [c](no.md) [d](https://example.org) `[e](f)`\n"
     assert list(broken(ROOT / "README.md", text)) == ["README.md#no-such-heading", "no.md"]
+
+
+# ============ the SLURM script ============
+
+SRUN = (
+    """for i in $(seq 0 15); do SLURM_PROCID=$i SLURM_LOCALID=$((i % 8)) SLURM_NTASKS=16 "${@:2}"; done; exit $CODE"""
+)
+PYTHON = """echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> calls"""
+
+
+@pytest.mark.parametrize("code", [0, 1, 2, 85, 143])
+def test_the_slurm_script_starts_every_rank_and_requeues_after_85_alone(code, tmp_path):
+    script = re.search(r"^(#!/bin/bash.*?)^```", (ROOT / "docs/scale.md").read_text(), re.DOTALL | re.MULTILINE)[1]
+    for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", 'echo "host-$1"; echo "$*" >> slurm')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CODE": str(code)}
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env | {"SLURM_JOB_NODELIST": "n[1-2]"})
+    assert done.returncode == code
+    ranks = [f"{i} {i % 8} 16 host-show 29500 sage.py --data imagenet --root DIR" for i in range(16)]
+    assert (tmp_path / "calls").read_text().splitlines() == ranks
+    assert ("requeue 7" in (tmp_path / "slurm").read_text()) == (code == 85)
 
 
 # ============ lines ============

@@ -56,6 +56,7 @@ def small(monkeypatch, tmp_path):
     monkeypatch.setattr("downstream.annotated.SCENES", {"train": (16, 10), "test": (2, 11)})
     monkeypatch.setattr("runs.SummaryWriter", mock.MagicMock())
     monkeypatch.setattr("runs.write_picture", lambda *_: None)
+    monkeypatch.setattr("memory.bytes_kept", lambda *_, **__: 0)  # test_memory.py
     monkeypatch.chdir(tmp_path)
     state = lambda: (torch.cuda.is_available(), torch.distributed.get_rank, DistributedDataParallel.__init__,
                      torch.backends.cudnn.benchmark, torch.get_rng_state().tolist())  # fmt: skip

@@ -14,6 +14,7 @@ import byol
 import data
 import runs
 import sage
+import training
 
 SIZE, SIGNED = 32, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 WEIGHTS = {"d": 1.0, "pixel": 0.1, "maps": 0.1, "semantic": 0.1}
@@ -25,9 +26,9 @@ def views(n, seed=0):
     return [torch.rand(n, 3, SIZE, SIZE, generator=g) * 2 - 1 for _ in range(2)]
 
 
-def tiny_evaluator(seed=7, preprocess=SIGNED, frozen=True):
+def tiny_evaluator(seed=7, preprocess=SIGNED, **more):
     torch.manual_seed(seed)
-    h = sage.Evaluator(backbones.build("resnet10_16", SIZE), preprocess, [0, 1, 2], frozen=frozen)
+    h = sage.Evaluator(backbones.build("resnet10_16", SIZE), preprocess, [0, 1, 2], **more)
     h.calibrate(views(32, seed)[0])
     return h
 
@@ -204,6 +205,28 @@ def test_nothing_is_encoded_twice_and_originals_build_no_graph():
     assert seen == [("f", 4, True)] * 2 + [("target", 4, False)] * 2 + [("h", 8, False), ("h", 8, True)]
 
 
+@pytest.mark.parametrize("amp", [False, True])
+def test_recomputation_changes_no_bit_and_keeps_less(amp):
+    kept, grads, models = [], [], []
+    for recompute in (False, True):
+        model = tiny_model(recompute=recompute)
+        with torch.autocast("cpu", enabled=amp):
+            loss = model(views(16))
+        loss.backward()
+        kept.append(training.bytes_kept(model, [{"size": SIZE}] * 2, 16, amp))
+        grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss})
+        models.append(model.state_dict())
+    assert equal(*grads) and equal(*models) and len(grads[0]) > 50
+    assert kept[1] < 0.75 * kept[0]
+
+
+def test_an_evaluator_that_learns_is_not_recomputed():
+    """Its BatchNorm's averages would see each batch twice."""
+    model = tiny_model(frozen=False, recompute=True)
+    model(views(4)).backward()
+    assert model.h.net.bn1.num_batches_tracked == 3  # calibration, originals, recovered views
+
+
 def test_target_moves_as_eq_1():
     model = tiny_model()
     before = [p.clone() for p in model.target.parameters()]
@@ -348,7 +371,10 @@ def test_a_frozen_decoder_stays_as_it_is_drawn(tmp_path):
     assert torch.equal(b, drawn) and not torch.equal(a, drawn)
 
 
-@pytest.mark.parametrize("flags", [["--pool"], ["--train-evaluator"], ["--weight-pixel", "0"], ["--weight-d", "0"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--pool"], ["--train-evaluator"], ["--checkpoint-activations"], ["--weight-pixel", "0"], ["--weight-d", "0"]],
+)
 def test_other_forms_run(tmp_path, flags):
     out = quick(tmp_path, "--evaluator", "random:resnet10_16", *flags)
     assert isinstance(sage.autoencoder(out).bottleneck, nn.AdaptiveAvgPool2d) == ("--pool" in flags)
