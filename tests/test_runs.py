@@ -453,6 +453,7 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     made = [line for line in lines if "loss" in line]
     assert [line["step"] for line in made] == list(range(1, 7)) and made[0]["lr"] == 0
     assert {"epoch", "images_per_second", "data_wait", "memory_mb"} <= set(made[0])
+    assert not any(line["data_wait"] for line in made) and "loader: about" not in printed  # in memory
     assert "knn20" in lines[0] and lines[0]["step"] == 0  # the random network
     for file in out.glob("*.pt"):
         torch.load(file, weights_only=True)
