@@ -53,8 +53,14 @@ def keep_freed_memory():
 
 
 def cores():
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    """CPU cores for this process, at least one: its share among the processes that torchrun started on the machine."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_workers():
+    """Loader workers of this process, at most 16: one a core, less one where there are more than four."""
+    return min(16, cores() - (cores() > 4))
 
 
 MEETING = [None]  # the group of `meet`

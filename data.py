@@ -2,6 +2,7 @@
 
     python data.py show shapes --method cmc     a PNG of images and of what a method's network sees of them
     python data.py check DIR                    lists the images that do not decode
+    python data.py shrink DIR OUT               copies of a folder's images, smaller, which decode faster
 
 Two paths, one augmentation code. Small sets live in memory as one uint8 tensor on the training device and a batch is
 an index. Folders are decoded by workers, which also cut the random crops (uint8, at the output size); everything after
@@ -18,16 +19,20 @@ import importlib
 import math
 import os
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms.v2 import functional as tvf
 from torchvision.utils import make_grid
 from tqdm import tqdm
 
+import common
+import runs
 import sets
 from common import at_least, fail
 from sets import generator
@@ -260,15 +265,16 @@ class Loader:
 
     Every rank draws the same permutation of the set per epoch and takes its own slice of each batch; a ragged tail is
     dropped, so that all ranks make the same `steps`. Crops have the channels of the set's images, and
-    `augment(crops, view, g)` makes views of them.
+    `augment(crops, view, g)` makes views of them. `waited`: seconds that the workers' batches were waited for.
     """
 
     def __init__(self, data, views, batch_size, seed, rank=0, world=1, workers=0, device="cpu", augment=augment):
         self.data, self.views, self.batch_size, self.seed, self.augment = data, views, batch_size, seed, augment
         self.rank, self.world, self.device = rank, world, torch.device(device)
-        self.steps = len(data) // (batch_size * world)
+        self.steps, self.waited = len(data) // (batch_size * world), 0.0
         if isinstance(data, sets.Files):
             check_shared_memory(workers, batch_size * data.channels * sum(v["size"] ** 2 for v in views))
+            self.late, self.advised = 0.0, False  # share of the last epoch that went by waiting
             self.keys = []  # the batches of an epoch; the list stays the same, so that workers can live for all epochs
             self.loader = DataLoader(
                 Crops(data, views, seed), batch_sampler=self.keys, collate_fn=Crops.collate, num_workers=workers,
@@ -292,11 +298,45 @@ class Loader:
 
     def decode(self, order, epoch):
         """(index, crops in [0, 1]) of each batch, as the workers cut them."""
+        if self.late > 0.1 and not self.advised:
+            self.advised = True
+            if self.rank == 0:
+                tqdm.write(f"data wait was {self.late:.0%} of an epoch: python data.py shrink makes files that decode "
+                           f"faster; more --workers than {self.loader.num_workers} help where cores are idle, "
+                           "--in-memory where all images have one small size")  # fmt: skip
         self.keys[:] = [[(epoch, i) for i in batch] for batch in order.tolist()]
-        for index, crops, said in self.loader:
+        start = None
+        for index, crops, said in timed(self, self.loader):
+            start = start or (time.perf_counter(), self.waited)  # after the first batch, for which workers also start
             self.data.report(said, "another image takes its place")
             crops = [c.to(self.device, non_blocking=True).float().div_(255) for c in crops]
             yield index.to(self.device, non_blocking=True), crops
+            self.late = (self.waited - start[1]) / (time.perf_counter() - start[0])
+
+    def decodes(self):
+        """Images per second that the workers of all ranks can decode and crop, from up to a second of it in this
+        process: 64 files spread over the set, on one thread as in a worker. No more workers count than there are cores.
+        """
+        files, threads = self.loader.dataset, torch.get_num_threads()
+        torch.set_num_threads(1)
+        files[0, 0]  # the first use of a decoder takes longer
+        done, start = 0, time.perf_counter()
+        for i in range(0, len(self.data), math.ceil(len(self.data) / 64)):
+            files[0, i]
+            done, seconds = done + 1, time.perf_counter() - start
+            if seconds > 0.8:
+                break
+        torch.set_num_threads(threads)
+        return self.world * max(1, min(self.loader.num_workers, common.cores())) * done / seconds
+
+
+def timed(loader, batches):
+    """`batches` as they come; the seconds that each is waited for are added to loader.waited."""
+    asked = time.perf_counter()
+    for batch in batches:
+        loader.waited += time.perf_counter() - asked
+        yield batch
+        asked = time.perf_counter()
 
 
 def check_shared_memory(workers, batch):
@@ -304,11 +344,12 @@ def check_shared_memory(workers, batch):
     these do not fit, torch would wait for ever."""
     if not workers or not os.path.isdir("/dev/shm"):  # Windows and macOS have other ways
         return
-    found = os.statvfs("/dev/shm")
-    needed = (2 * workers + 1) * batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if needed > found.f_bavail * found.f_frsize:
-        fail(f"/dev/shm is too small for the batches of {workers} workers, {needed / 1e6:.1f} MB: lower --workers "
-             "(0 needs none), or give it more (docker run --shm-size 8g)")  # fmt: skip
+    found, batch = os.statvfs("/dev/shm"), batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    needed, free = (2 * workers + 1) * batch, found.f_bavail * found.f_frsize
+    if needed > free:
+        fits, give = max(0, (free // batch - 1) // 2), f"docker run --shm-size {needed // 10**9 + 1}g"
+        fail(f"/dev/shm is too small for the batches of {workers} workers, {needed / 1e6:.1f} MB: --workers {fits} "
+             f"at most, or give it more ({give})")  # fmt: skip
 
 
 def outlive_signals(_):
@@ -376,6 +417,7 @@ def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=N
             labels = torch.full((len(index),), -1) if data.labels is None else data.labels[index]
             yield normalize(x.float() / 255, preprocess["mean"], preprocess["std"]), labels
         return
+    workers = min(workers, math.ceil(len(indices) / batch_size))  # each makes whole batches
     check_shared_memory(workers, min(batch_size, len(indices)) * 3 * size**2)
     loader = DataLoader(
         Subset(Plain(data, size, interpolation, short), indices.tolist()), batch_size, collate_fn=Crops.collate,
@@ -417,7 +459,7 @@ def show(args, rest):
     methods = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if "\nRECIPES = " in path.read_text())
     if args.method not in methods:
         fail(f"--method {args.method}: it must be one of {', '.join(methods)}")
-    script, pictures, runs = (importlib.import_module(name) for name in (args.method, "analysis.pictures", "runs"))
+    script, pictures = (importlib.import_module(name) for name in (args.method, "analysis.pictures"))
     flags = script.parse_args(["--data", args.data, *rest])
     at_least(1, args, "n", most=64)
     at_least(8, flags, "size", most=1024)
@@ -439,13 +481,17 @@ def show(args, rest):
     print(f"{args.out}: {n} images of {dataset.name} and what the network of {args.method}.py sees: {', '.join(rows)}")
 
 
-def check(folder):
-    """List the images of a folder that do not decode; returns the exit code."""
+def items_of(folder):
+    """The (path, label) pairs of a folder that must have images."""
     if not os.path.isdir(folder):
         fail(f"{folder}: no such folder")
     items, _ = sets.list_folder(folder)
-    if not items:
-        fail(f"no images in {folder} (looked for {' '.join(sorted(sets.SUFFIXES))})")
+    return items or fail(f"no images in {folder} (looked for {' '.join(sorted(sets.SUFFIXES))})")
+
+
+def check(folder):
+    """List the images of a folder that do not decode; returns the exit code."""
+    items = items_of(folder)
     files, found = sets.Files(folder, items), [{} for _ in items]
     with ThreadPoolExecutor() as pool:  # decoders let go of Python's lock
         reads = pool.map(lambda i: read(files, i, found[i]) is None, range(len(files)))
@@ -453,6 +499,80 @@ def check(folder):
     for sentence in (sentence for said in found for sentence in said.values()):
         print(sentence)
     print(f"{len(files)} images, {bad} do not decode")
+    return 1 if bad else 0
+
+
+class Copies(Dataset):
+    """What a worker of `shrink` does: write a copy, unless it is there. (why the image does not decode, why its copy
+    cannot be written), each None if all is well."""
+
+    def __init__(self, pairs, short, quality):
+        self.pairs, self.short, self.quality = pairs, short, quality
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, i):
+        path, copy = self.pairs[i]
+        if os.path.exists(copy):
+            return None, None
+        try:
+            image = sets.decode(path)
+        except OSError as error:
+            return str(error), None
+        try:
+            os.makedirs(os.path.dirname(copy), exist_ok=True)
+            runs.replace(copy, lambda f: self.write(path, image, f), sync=False)  # of many
+        except OSError as error:
+            return None, f"{copy}: {runs.reason(error)}"
+        return None, None
+
+    def write(self, path, image, f):
+        """The smaller image in the format of its file. The EXIF orientation, which no decoder here turns images by,
+        stays as it is: the copy differs from the image in nothing but its size."""
+        with Image.open(path) as old:
+            kind, exif = "JPEG" if old.format == "MPO" else old.format, Image.Exif()
+            if turned := old.getexif().get(sets.ORIENTATION):
+                exif[sets.ORIENTATION] = turned
+        if min(image.shape[1:]) <= self.short or kind not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"):
+            f.write(Path(path).read_bytes())
+        else:
+            small = tvf.resize(image, [self.short], tvf.InterpolationMode.BICUBIC, antialias=True)
+            tvf.to_pil_image(small).save(f, kind, quality=self.quality, exif=exif)
+
+
+def shrink(args):
+    """Write smaller copies of a folder's images; returns the exit code."""
+    at_least(8, args, "short")
+    at_least(1, args, "quality", most=100)
+    at_least(0, args, "workers")
+    folder, out = Path(args.folder), Path(args.out)
+    items, ways = items_of(folder), [folder.resolve(), out.resolve()]
+    if os.path.commonpath(ways) in map(str, ways):
+        fail(f"{out} and {folder}: neither may lie in the other")
+    note, kind = out / "shrink.txt", f"short side {args.short} px, quality {args.quality}\n"
+    was = note.read_text() if note.is_file() else "other files\n" if out.is_dir() and any(out.iterdir()) else kind
+    if was != kind:
+        fail(f"{out} holds {was.strip()}: choose another folder for copies of {kind.strip()}")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"{out}: no folder can be made there ({runs.reason(error)})")
+    runs.write_text(note, kind)
+    common.end_at_signals()
+    pairs = [(path, os.path.join(out, path.removeprefix(f"{folder}{os.sep}"))) for path, _ in items]
+    copies, bad = Copies(pairs, args.short, args.quality), 0
+    how = dict(batch_size=16, collate_fn=list, num_workers=args.workers, worker_init_fn=outlive_signals)
+    with tqdm(total=len(pairs), desc="shrink", unit="img", disable=None) as bar:
+        for batch in DataLoader(copies, **how):
+            for undecoded, unwritten in batch:
+                if unwritten:
+                    fail(f"could not write {unwritten}; the same command goes on from here")
+                if undecoded:
+                    tqdm.write(undecoded)
+                    bad += 1
+            bar.update(len(batch))
+    print(f"{out}: copies of {len(pairs) - bad} images, {bad} do not decode")
     return 1 if bad else 0
 
 
@@ -469,10 +589,18 @@ def main(argv=None):
     s.add_argument("--out", default="show.png", help="the file to write")
     c = commands.add_parser("check", help="list the images of a folder that do not decode; exit code 1 if any")
     c.add_argument("folder")
+    s = commands.add_parser("shrink", help="write copies that decode faster; exit code 1 if some images do not decode")
+    s.add_argument("folder", help="the images; what is below it keeps its place and name")
+    s.add_argument("out", help="the folder for the copies; those that it has stay")
+    s.add_argument("--short", type=int, default=256, help="px of the short side; images of fewer are copied (256)")
+    s.add_argument("--quality", type=int, default=90, help="of JPEG and WebP; other formats lose nothing (90)")
+    s.add_argument("--workers", type=int, default=common.cores(), help="processes (default: one a core)")
     args, rest = p.parse_known_args(argv)
     if args.command == "show":
         return show(args, rest)
-    return check(args.folder) if not rest else p.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        p.error(f"unrecognized arguments: {' '.join(rest)}")
+    return check(args.folder) if args.command == "check" else shrink(args)
 
 
 if __name__ == "__main__":

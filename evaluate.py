@@ -488,7 +488,7 @@ def flags(doc, several=False):
     p.add_argument("--arch", help="the architecture of a plain state dict")
     p.add_argument("--size", type=int, default=0, help="image size in px (default: the checkpoint's, else 224)")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
-    p.add_argument("--workers", type=int, default=min(2, common.cores()), help="loader workers, for folders")
+    p.add_argument("--workers", type=int, default=common.default_workers(), help="loader workers, for folders")
     p.add_argument("--seed", type=int, default=0, help="of held-out tenth, shares, batches, pictures, random:ARCH")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
     p.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bf16 (default: where it is fast)")

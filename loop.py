@@ -23,7 +23,7 @@ class Loop:
 
         method      name of the script
         states      {name in checkpoint.pt: model or optimizer}
-        loader      has `data`, `rank`, `world`, `steps` and `epoch(epoch, start)`, as data.Loader
+        loader      has `data`, `rank`, `world`, `steps`, `epoch(epoch, start)` and `waited`, as data.Loader
         total       updates to make (default: those of --epochs)
         accumulate  batches of the loader per update
     """
@@ -80,6 +80,7 @@ class Loop:
         epoch = self.step // self.steps
         self.batches = self.loader.epoch(epoch, self.step % self.steps * self.accumulate)
         self.log.start_interval(self.step)
+        self.waited = self.loader.waited
         while self.step < min((epoch + 1) * self.steps, self.total) and not self.stopped:
             yield self.step
 
@@ -88,7 +89,8 @@ class Loop:
         self.step, self.lr = self.step + 1, lr
         self.stopped = common.any_rank(self.caught)
         if self.step % self.args.log_every == 0 or self.step % self.steps == 0 or self.stopped:
-            self.log.train(self.step, lr, self.args.amp, epoch=self.step / self.steps, **numbers)
+            waited, self.waited = self.loader.waited - self.waited, self.loader.waited
+            self.log.train(self.step, lr, self.args.amp, waited, epoch=self.step / self.steps, **numbers)
 
     def probe_is_due(self):
         """Whether a probe comes before the next update."""

@@ -44,9 +44,9 @@ def reason(error):
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def put(path, write_to, sync=True):
+def replace(path, write_to, sync=True):
     """Let `write_to(f)` write a binary file beside `path`, then rename it: `path` is the whole old or the whole new
-    file whenever the process dies (with `sync`: or the machine). A full disk ends the program with exit code 2."""
+    file whenever the process dies (with `sync`: or the machine). OSError for a full disk, say."""
     aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as f:
@@ -61,7 +61,15 @@ def put(path, write_to, sync=True):
             raise
         with contextlib.suppress(OSError):
             aside.unlink()
-        fail(f"could not write {path} ({reason(cause)}); what was there before is intact")
+        raise cause from None
+
+
+def put(path, write_to, sync=True):
+    """`replace`; where that fails the program ends with exit code 2."""
+    try:
+        replace(path, write_to, sync)
+    except OSError as error:
+        fail(f"could not write {path} ({reason(error)}); what was there before is intact")
 
 
 def write(path, content):
@@ -226,22 +234,15 @@ class Log:
 
     def start_interval(self, step):
         """What `train` logs is summed up, and timed, from here on."""
-        self.loss, self.step, self.wait, self.clock = 0.0, step, 0.0, time.perf_counter()
+        self.loss, self.step, self.clock = 0.0, step, time.perf_counter()
 
-    def next(self, batches):
-        """The next one of `batches`; the wait for it counts as data wait."""
-        asked = time.perf_counter()
-        batch = next(batches)
-        self.wait += time.perf_counter() - asked
-        return batch
-
-    def train(self, step, lr, amp, **numbers):
-        """Log the steps since the last call; stops a run whose loss is not finite. The only synchronization with the
-        device in a step. Collective."""
+    def train(self, step, lr, amp, waited, **numbers):
+        """Log the steps since the last call, which waited so many seconds for data; stops a run whose loss is not
+        finite. The only synchronization with the device in a step. Collective."""
         numbers = {k: float(v) for k, v in numbers.items()}
         loss, seconds = float(self.loss) / (step - self.step), time.perf_counter() - self.clock
         stop_unless_finite(math.isfinite(loss), "loss", step, lr, amp)
-        rate, wait = self.batch_size * (step - self.step) / seconds, self.wait / seconds
+        rate, wait = self.batch_size * (step - self.step) / seconds, waited / seconds
         line = f"loss {loss:.3f}, {rate:.0f} img/s, data wait {wait:.0%}"
         self.bar.set_postfix_str(line)
         self.bar.update(step - self.bar.n)

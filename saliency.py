@@ -35,7 +35,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision.io import encode_png
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
@@ -516,7 +515,7 @@ def main(argv=None):
     p.add_argument("--split", choices=("pretrain", "train", "test"), default="pretrain", help="which images of the set")
     p.add_argument("--size", type=int, default=64, help="px, height and width of a mask, whatever the image's")
     p.add_argument("--batch-size", type=int, default=64, help="images at a time")
-    p.add_argument("--workers", type=int, default=min(4, common.cores()), help="loader workers")
+    p.add_argument("--workers", type=int, default=common.default_workers(), help="loader workers")
     p.add_argument("--limit", type=int, default=0, help="N images, the same as a training script's --limit N (0: all)")
     p.add_argument("--seed", type=int, default=0, help="which ones --limit takes")
     p.add_argument("--device", choices=("cuda", "mps", "cpu"), help="default: cuda, else mps, else cpu")
@@ -549,7 +548,7 @@ def main(argv=None):
             else:
                 file = Path(out, f"{keys[i]}.png")
                 make_folder(file.parent)
-                runs.put(file, lambda f, m=m: f.write(encode_png(m[None]).numpy().tobytes()), sync=False)  # of many
+                runs.put(file, lambda f, m=m: tvf.to_pil_image(m).save(f, "PNG"), sync=False)  # of many
         bar.update(len(index))
     bar.close()
     done, seconds = len(todo) - broken, time.perf_counter() - start

@@ -20,12 +20,22 @@ from pathlib import Path
 import torch
 from PIL import Image, UnidentifiedImageError
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms.v2 import functional as tvf
 from tqdm import tqdm
 
 import shapes
 from common import fail, in_turn, rank
+
+TURNS = False  # whether decode_image turns images by their EXIF orientation, as nothing else here does
+try:
+    from torchvision.io import decode_image
+except ImportError:  # torchvision will lose it to torchcodec
+    try:
+        from torchcodec.decoders import decode_image
+
+        TURNS = True
+    except (ImportError, OSError, RuntimeError):  # the last two: of its shared libraries
+        decode_image = None
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".gif"}
 # name: (class, arguments of the training split, of the test split, of all that may be trained on). Of two training
@@ -52,8 +62,10 @@ NAMES = [*DRAWN, *TORCHVISION]
 LIKE = dict(cifar10="cifar10", cifar100="cifar10", svhn="cifar10", imagenet="imagenet", places365="imagenet")
 LIKE |= dict.fromkeys(DRAWN, "shapes")
 LARGE = 200_000  # images from which on a folder gets the recipe of the paper
+ORIENTATION = 274  # the tag of EXIF
 # Pillow refuses an image of more than 178,956,970 pixels by its header; of more than half as many it would only warn.
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", "The image decoding and encoding", DeprecationWarning)  # torchvision's, of each image
 
 
 def recipe_for(name, recipes):
@@ -156,7 +168,7 @@ def size_and_time(path):
 
 
 def decode(path):
-    """The image in a file as uint8 [3, H, W]; of an animation the first frame.
+    """The image in a file as uint8 [3, H, W], as stored: not turned by EXIF; of an animation the first frame.
 
     OSError with path and reason for what is no image, has more than 178,956,970 pixels, or would lose something unseen:
     a TIFF of several pages or of more than 3 channels (4 with alpha), more than 8 bits a channel except in a PNG.
@@ -171,10 +183,12 @@ def decode(path):
                 return (tvf.pil_to_tensor(image).int() // 257).byte().repeat(3, 1, 1)
             if image.mode[0] in "IF":
                 raise OSError("more than 8 bits a channel")
-            # By torchvision where it is faster. Not a PNG: its decoder ends the process at damaged data.
-            if image.format in ("JPEG", "MPO", "WEBP"):
-                with contextlib.suppress(RuntimeError):  # for an animation
-                    return decode_image(str(path), ImageReadMode.RGB)
+            # By torchvision or torchcodec where they are faster. Not a PNG: torchvision's ends the process at damage.
+            fast = decode_image and image.format in ("JPEG", "MPO", "WEBP")
+            if fast and not (TURNS and image.getexif().get(ORIENTATION, 1) > 1):
+                with contextlib.suppress(RuntimeError):  # torchvision's, for an animation
+                    if (found := decode_image(str(path), mode="RGB")).ndim == 3:  # torchcodec gives all frames
+                        return found
             return tvf.pil_to_tensor(image.convert("RGB"))
     except UnidentifiedImageError:
         raise OSError(f"{path}: no image of a kind that Pillow reads") from None

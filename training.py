@@ -40,7 +40,7 @@ def flags(method, doc, recipes, argv, early=None, dataset=lambda known: "shapes"
     p.add_argument("--root", default="datasets", help="where named sets live; they are downloaded into it")
     p.add_argument("--in-memory", action="store_true", help="decode a folder of equally sized small images once")
     p.add_argument("--limit", type=int, default=0, help="use N training images (0: all)")
-    p.add_argument("--workers", type=int, default=4, help="loader workers per rank, for folders")
+    p.add_argument("--workers", type=int, default=common.default_workers(), help="per rank, for folders")
     p.add_argument("--out", help="run folder (default: runs/METHOD-DATA)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")
     p.add_argument("--changed-data", action="store_true", help="go on although the training images have changed")
@@ -81,8 +81,6 @@ def parse(p, method, recipe, argv):
     args.out = args.out or f"runs/{method}-{name_of(args.data)}"
     words = sys.argv[1:] if argv is None else argv  # what is given on the command line
     args.given = {word.split("=")[0][2:].replace("-", "_") for word in words if word.startswith("--")}
-    if "workers" not in args.given:
-        args.workers = min(args.workers, max(1, common.cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     args.why = "as asked for" if "recipe" in args.given else "by --data"
     if args.recipe == "folder" and (images := sets.count(args.data)):
         size_folder(args, min(images, args.limit or images))
@@ -158,6 +156,8 @@ class Run(loop.Loop):
         self.say(f"{self.title} on {train.name}: {len(train)} images at {size} px, {recipe}")
         self.say(backbones.describe(self.model.f, self.arch))
         self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
+        if isinstance(train, sets.Files) and not a.dry_run and self.rank == 0:
+            self.say(f"loader: about {self.loader.decodes():,.0f} images/s with --workers {a.workers}, measured here")
         self.say("\n".join(lines))
         if self.rank == 0 and (a.dry_run or self.device.type == "cuda"):
             memory.check(self, **forward)
@@ -186,7 +186,7 @@ class Run(loop.Loop):
         is what a method's random numbers depend on. Gradients are all-reduced in the last pass."""
         last = self.accumulate
         for micro in range(1, last + 1):
-            index, xs = self.log.next(self.batches)
+            index, xs = next(self.batches)
             if picture and (self.step, micro) == (0, 1):
                 self.log.image("views", data.picture(xs, self.views))
             with contextlib.nullcontext() if micro == last or self.world == 1 else ddp.no_sync():

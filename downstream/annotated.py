@@ -437,7 +437,7 @@ class Loader:
         self.batch_size, self.steps = batch_size // self.world, len(images) // batch_size
         if not self.steps:
             common.fail(f"--batch-size {batch_size}: there are {len(images)} images to train on")
-        self.workers, self.pin = workers, torch.device(device).type == "cuda"
+        self.workers, self.pin, self.waited = workers, torch.device(device).type == "cuda", 0.0
 
     def epoch(self, epoch, start=0):
         order = torch.randperm(len(self.data), generator=sets.generator(self.seed, "order", epoch)).tolist()
@@ -445,7 +445,7 @@ class Loader:
         for step in range(start, self.steps):
             at = (step * self.world + self.rank) * self.batch_size
             keys.append([(epoch, i) for i in order[at : at + self.batch_size]])
-        return read(self.data, keys, self.workers, self.seed, self.change, self.pin)
+        return data.timed(self, read(self.data, keys, self.workers, self.seed, self.change, self.pin))
 
 
 def test_batches(images, batch_size, workers):

@@ -28,7 +28,7 @@ def flags(doc, recipes):
     p.add_argument("--updates", type=int, help="the schedule stretches with it")
     p.add_argument("--batch-size", type=int, help="images per update, over all ranks")
     p.add_argument("--lr", type=float, help="learning rate")
-    p.add_argument("--workers", type=int, default=min(4, common.cores()), help="loader workers per rank, for files")
+    p.add_argument("--workers", type=int, default=common.default_workers(), help="loader workers per rank")
     p.add_argument("--seed", type=int, default=0, help="of the new layers, the order, and what is drawn in training")
     p.add_argument("--out", help="run folder (default: runs/COMMAND-NAME)")
     p.add_argument("--fresh", action="store_true", help="delete the run in --out and start over")

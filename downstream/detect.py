@@ -273,7 +273,7 @@ def main(argv=None):
             lr_now = optim.rate(step, run.total, args.lr, min(r["warmup"], run.total // 2), r["drop_at"])
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            batch = prepared(run.log.next(run.batches), args.mask, device)
+            batch = prepared(next(run.batches), args.mask, device)
             g = sets.generator(args.seed, step, rank)
             torch.manual_seed(g.initial_seed())  # of the sampling of anchors and RoIs, and of sizes
             losses = ddp(*batch)

@@ -182,7 +182,7 @@ def main(argv=None):
             factor = optim.rate(step, run.total, 1.0, 0, r["drop_at"])
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr * factor
-            index, (x,) = run.log.next(run.batches)
+            index, (x,) = next(run.batches)
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=args.amp):
                 features = [net(x).float() / norm for net, norm in zip(nets, norms, strict=True)]
             losses = ddp(features, y[index])

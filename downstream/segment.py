@@ -183,7 +183,7 @@ def main(argv=None):
             lr_now = optim.rate(step, run.total, args.lr, min(r["warmup"], run.total // 2), r["drop_at"])
             for group in optimizer.param_groups:
                 group["lr"] = lr_now
-            images, targets = zip(*run.log.next(run.batches), strict=True)
+            images, targets = zip(*next(run.batches), strict=True)
             there = lambda xs: torch.stack([x.to(device, non_blocking=True) for x in xs])
             logits = ddp(there(images) / 255)
             loss = pixel_loss(logits, there([target["semantic"] for target in targets]))

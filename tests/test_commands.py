@@ -55,6 +55,7 @@ def check(script, words, monkeypatch):
             runs = [seeds[0] for seeds in module.jobs_of(module.parse_args(words)).values()]
         patch.setattr(argparse.ArgumentParser, "parse_args", parse_args)
         patch.setattr("data.check", parsed)
+        patch.setattr("data.shrink", parsed)
         if not compares:
             with pytest.raises(Parsed):
                 module.main()

@@ -16,13 +16,30 @@ from helpers import METHODS, ROOT, equal
 from torch import nn
 
 import common
+import evaluate
 import optim
 import runs
+from downstream import dense
 
 
 def small():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.Linear(3, 2))
+
+
+# ============ workers ============
+
+
+@pytest.mark.parametrize(("cores", "processes", "workers"), [
+    (1, 1, 1), (2, 1, 2), (4, 1, 4), (5, 1, 4), (8, 1, 7), (64, 1, 16), (2, 8, 1), (96, 8, 11), (192, 8, 16),
+])  # fmt: skip
+def test_loader_workers_leave_a_core_where_there_are_many(cores, processes, workers, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert common.default_workers() == workers
+    parsed = [importlib.import_module("byol").parse_args([]), evaluate.flags("").parse_args(["x"]),
+              dense.flags("", {}).parse_args(["x"])]  # fmt: skip
+    assert [args.workers for args in parsed] == [workers] * 3
 
 
 # ============ LARS and schedules ============

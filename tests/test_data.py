@@ -1,18 +1,25 @@
 import contextlib
 import importlib
 import json
+import multiprocessing as mp
 import os
+import shutil
+import signal
+import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import run
-from torchvision.io import write_png
+from helpers import in_process, run
+from PIL import Image
+from torchvision.io import write_jpeg, write_png
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as tvf
 
 import byol
+import common
 import data
 import instdisc
 import sets
@@ -308,6 +315,227 @@ def test_workers_change_nothing(folder):
         assert torch.equal(i, j) and all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
+# ============ waiting for data ============
+
+
+class Clock:
+    """time, as data.py sees it: it goes on only where it is told to."""
+
+    now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class Slow(sets.Files):
+    """A folder whose images take 10 ms each."""
+
+    def __init__(self, folder, clock):
+        super().__init__("slow", sets.list_folder(folder)[0])
+        self.clock = clock
+
+    def read(self, i):
+        self.clock.sleep(0.01)
+        return torch.zeros(3, 32, 32, dtype=torch.uint8), 0
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    monkeypatch.setattr(data, "time", Clock())
+    return data.time
+
+
+def test_the_wait_for_data_is_that_for_the_workers_alone(folder, clock):
+    def augment(x, view, g):
+        clock.sleep(0.05)
+        return x
+
+    for dataset, waited in ((Slow(folder, clock), 3 * 8 * 0.01), (sets.load("shapes", limit=24), 0.0)):
+        loader = data.Loader(dataset, [data.view(8)], 8, 0, augment=augment)
+        batches, start = loader.epoch(0), clock.now
+        for _ in range(3):
+            next(batches), clock.sleep(0.03)
+        assert loader.waited == pytest.approx(waited) and clock.now - start == pytest.approx(waited + 3 * 0.08)
+
+
+def test_long_waits_for_files_are_explained_once(folder, clock, capsys):
+    def epochs(step, rank=0):
+        """What is said before the batches of each epoch, each of which takes 40 ms, and each step `step` seconds."""
+        made = data.Loader(Slow(folder, clock), [data.view(8)], 4, 0, rank, 2)
+        for epoch in range(4):
+            for _ in zip(range(6), made.epoch(epoch), strict=False):  # not to its end, as a run that is stopped
+                clock.sleep(step)
+            yield capsys.readouterr().out
+
+    assert not any(epochs(0.38)) and not any(epochs(0.02, rank=1))
+    before, said, *after = epochs(0.02)
+    assert not before and not any(after)
+    assert "data wait was 62% of" in said  # after the first batch, for which workers start: 4 x 40 of 4 x 40 + 5 x 20
+    assert "data.py shrink" in said and "--workers than 0" in said and "--in-memory" in said
+
+
+def test_what_the_workers_can_decode_is_measured_on_one_thread(folder, clock, monkeypatch):
+    threads = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    for workers, parallel in ((0, 1), (3, 3), (16, 4)):
+        made = data.Loader(Slow(folder, clock), [data.view(8)] * 2, 8, 0, 0, 2, workers)
+        assert made.decodes() == pytest.approx(100 * parallel * 2)
+        assert threads == [1, torch.get_num_threads()] and not threads.clear()
+    assert 3 * 64 * 0.01 < clock.now < 3 * 66 * 0.01
+    made.data.clock = SimpleNamespace(sleep=lambda _: clock.sleep(0.3))
+    start = clock.now
+    made.decodes()  # from a disk that is slow
+    assert clock.now - start == pytest.approx(1.2)
+
+
+# ============ smaller copies ============
+
+
+def shrink(*words, code=0):
+    with in_process():
+        found = data.main(["shrink", *map(str, words), "--short", "64"])
+    assert found == code
+
+
+def write_kinds(folder):
+    """Large images of all kinds, one with an orientation, and small ones."""
+    small = torch.rand(1, 3, 15, 20, generator=torch.Generator().manual_seed(0))
+    image, exif = tvf.to_pil_image(tvf.resize(small, [150, 200], antialias=True)[0]), Image.Exif()
+    exif[sets.ORIENTATION] = 6
+    for name in ("a/1.jpg", "a/2.JPEG", "a/deep/3.png", "b/4.webp", "b/5.bmp", "b/6.tif", "b/7.ppm", "b/8.gif"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / name)
+    image.save(folder / "a/turned.jpg", exif=exif)
+    image.save(folder / "a/two.mpo.jpg", "MPO", save_all=True, append_images=[image])
+    image.convert("P").save(folder / "b/palette.png")
+    image.convert("CMYK").save(folder / "b/ink.jpg")
+    Image.fromarray(torch.linspace(0, 65535, 150 * 200).view(150, 200).numpy().astype("uint16")).save(
+        folder / "b/d.png"
+    )
+    image.resize((90, 64)).save(folder / "a/small.jpg", quality=50)
+    image.resize((30, 20)).save(folder / "b/small.png")
+    return folder
+
+
+def test_copies_are_the_images_at_another_size(tmp_path, capsys):
+    source, out = write_kinds(tmp_path / "images"), tmp_path / "out"
+    (source / "list.txt").write_text("1.jpg\n")
+    shrink(source, out, "--workers", 2)
+    assert f"{out}: copies of 15 images, 0 do not decode" in capsys.readouterr().out
+    before, after = sets.Files("a", *sets.list_folder(source), source), sets.Files("b", *sets.list_folder(out), out)
+    names = [str(Path(path).relative_to(source)) for path, _ in before.items]
+    assert names == [str(Path(path).relative_to(out)) for path, _ in after.items] and before.classes == after.classes
+    for i, name in enumerate(names):
+        image, copy = before.read(i)[0], after.read(i)[0]
+        if "small" in name or name.endswith(".gif"):
+            assert Path(after.path(i)).read_bytes() == Path(before.path(i)).read_bytes()
+            continue
+        expected = tvf.resize(image, [64], tvf.InterpolationMode.BICUBIC, antialias=True)
+        lossy = name.endswith(("jpg", "JPEG", "webp"))
+        assert copy.shape == expected.shape == (3, 64, 85), name
+        assert (copy.int() - expected.int()).abs().float().mean() <= 8 * lossy, name
+        with Image.open(before.path(i)) as old, Image.open(after.path(i)) as new:
+            assert new.format == old.format.replace("MPO", "JPEG")
+            assert new.getexif().get(sets.ORIENTATION) == (6 if "turned" in name else None)
+    times = [path.stat().st_mtime_ns for path in sorted(out.rglob("*.*"))[1:]]
+    (out / "a/1.jpg").unlink()
+    shrink(source, out, "--workers", 0)
+    assert sum(path.stat().st_mtime_ns not in times for path in out.rglob("*.*") if path.suffix != ".txt") == 1
+
+
+def test_a_copy_of_better_quality_is_larger(folder, tmp_path):
+    sizes = []
+    for quality in (50, 90):
+        with in_process():
+            data.main(["shrink", str(folder), str(tmp_path / f"{quality}"), "--short", "30", "--quality", f"{quality}"])
+        sizes.append(sum(path.stat().st_size for path in (tmp_path / f"{quality}").rglob("*.jpg")))
+    assert sizes[1] > 1.3 * sizes[0]
+
+
+def test_what_does_not_decode_is_named_and_has_no_copy(folder, tmp_path, capsys):
+    bad = sorted(folder.rglob("*.jpg"))[:2]
+    for path in bad:  # small ones, which need no decoding to be copied
+        path.write_bytes(path.read_bytes()[:200])
+    for _ in range(2):
+        shrink(folder, tmp_path / "out", "--workers", 0, code=1)
+        said = capsys.readouterr().out
+        assert all(f"{path}: " in said for path in bad) and "copies of 62 images, 2 do not decode" in said
+    assert len(list((tmp_path / "out").rglob("*.jpg"))) == 62 and not list((tmp_path / "out").rglob("*.tmp"))
+
+
+def test_copies_that_a_killed_process_leaves_are_whole(tmp_path, monkeypatch, capsys):
+    image = torch.randint(256, (3, 700, 700), dtype=torch.uint8)
+    (tmp_path / "images").mkdir()
+    for i in range(40):
+        write_jpeg(image, str(tmp_path / f"images/{i}.jpg"))
+    words, copies = (
+        ["shrink", str(tmp_path / "images"), str(tmp_path / "out"), "--workers", "0"],
+        lambda: list((tmp_path / "out").rglob("*.jpg")),
+    )
+    process = mp.get_context("fork").Process(target=data.main, args=(words,))
+    process.start()
+    while len(copies()) < 5:
+        time.sleep(0.001)
+    process.kill()
+    process.join()
+    found = copies()
+    assert 5 <= len(found) < 40 and all(sets.decode(path).shape == (3, 256, 256) for path in found)
+    reads, decode = [], sets.decode
+
+    def stop_at_third(path):
+        reads.append(path)
+        if len(reads) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return decode(path)
+
+    monkeypatch.setattr(sets, "decode", stop_at_third)
+    for code in (common.STOPPED, 0):
+        with in_process(), pytest.raises(SystemExit) if code else contextlib.nullcontext() as stopped:
+            data.main(words)
+        assert not code or (stopped.value.code == code and "the same command goes on" in capsys.readouterr().err)
+    assert len(reads) == 40 - len(found) + 1  # none of those that were there; the one at the signal twice
+    assert len(copies()) == 40 and len({path.read_bytes() for path in copies()}) == 1
+
+
+def test_what_shrink_refuses(folder, tmp_path, refused):
+    def refuse(*words, **more):
+        return refused(lambda: shrink(*words, **more))
+
+    for out in (folder, folder / "out", tmp_path, tmp_path / "images" / ".." / "images" / "x"):
+        assert "neither may lie in the other" in refuse(folder, out)
+    (tmp_path / "link").symlink_to(folder)
+    assert "neither may lie" in refuse(folder, tmp_path / "link" / "x") and not (folder / "x").exists()
+    assert "no such folder" in refuse(tmp_path / "none", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    assert "no images in" in refuse(tmp_path / "empty", tmp_path / "out")
+    for words in (("--quality", 0), ("--quality", 101), ("--workers", -1)):
+        assert words[0] in refuse(folder, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "file").touch()
+    assert "no folder can be made there" in refuse(folder, tmp_path / "file" / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "000.jpg").touch()
+    assert "holds other files" in refuse(folder, tmp_path / "out")
+    (tmp_path / "out" / "000.jpg").unlink()
+    shrink(folder, tmp_path / "out")
+    said = refuse(folder, tmp_path / "out", "--quality", 91)
+    assert (
+        "holds short side 64 px, quality 90: choose another folder for copies of short side 64 px, quality 91" in said
+    )
+    for workers in (0, 1):  # where a copy cannot be written
+        shutil.rmtree(tmp_path / "out" / "class1")
+        (tmp_path / "out" / "class1").touch()
+        said = refuse(folder, tmp_path / "out", "--workers", workers)
+        assert "could not write" in said and "class1" in said and "the same command goes on" in said
+        (tmp_path / "out" / "class1").unlink()
+        (tmp_path / "out" / "class1").mkdir()
+
+
 # ============ show and check ============
 
 
@@ -446,7 +674,10 @@ def test_workers_whose_batches_do_not_fit_shared_memory_are_refused(folder, monk
         data.Loader(files, views, 8, seed=0)  # without workers nothing is needed
         with pytest.raises(SystemExit) if ends else contextlib.nullcontext() as stop:
             data.Loader(files, views, 8, seed=0, workers=2)
-        assert not ends or (stop.value.code == 2 and "/dev/shm is too small" in capsys.readouterr().err)
+        assert not ends or (stop.value.code == 2 and "/dev/shm is too small" in (said := capsys.readouterr().err))
+    assert "of 2 workers, 0.2 MB: --workers 1 at most" in said and "--shm-size 1g" in said
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=3 * 64 * 3 * 32**2, f_frsize=1))
+    assert len(list(data.batches(files, data.view(32), workers=8))) == 1  # and one worker, for one batch
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=99, f_frsize=1))
     with pytest.raises(SystemExit):
         next(data.batches(files, data.view(32), workers=1))

@@ -1,6 +1,7 @@
 """What every script's `main` does, compared with the loop of its paper written out here, in one process and in two;
 what a run leaves; runs that are stopped and killed and go on."""
 
+import argparse
 import contextlib
 import datetime
 import functools
@@ -456,6 +457,7 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     made = [line for line in lines if "loss" in line]
     assert [line["step"] for line in made] == list(range(1, 7)) and made[0]["lr"] == 0
     assert {"epoch", "images_per_second", "data_wait", "memory_mb"} <= set(made[0])
+    assert not any(line["data_wait"] for line in made) and "loader: about" not in printed  # in memory
     assert "knn20" in lines[0] and lines[0]["step"] == 0  # the random network
     for file in out.glob("*.pt"):
         torch.load(file, weights_only=True)
@@ -470,6 +472,27 @@ def test_a_run_writes_what_it_promises(method, finished, pictures):
     before = (out / "checkpoint.pt").read_bytes()
     again = main(method, flags(method, pictures, out))
     assert "is finished" in again and again.splitlines()[-1] == last and (out / "checkpoint.pt").read_bytes() == before
+
+
+def test_data_wait_is_the_loaders_in_the_steps_of_a_line(tmp_path, monkeypatch):
+    """Steps of one second; every other one waits for half of it. A line every third step and at the end of an epoch."""
+    clock = types.SimpleNamespace(now=0.0, perf_counter=lambda: clock.now)
+    monkeypatch.setattr(runs, "time", clock)
+    images = sets.Images("x", torch.zeros(4, 3, 2, 2, dtype=torch.uint8))
+    loader = types.SimpleNamespace(data=images, rank=0, world=1, steps=4, waited=7.0, epoch=lambda *_: None)
+    args = argparse.Namespace(out=tmp_path, epochs=2, batch_size=1, log_every=3, amp=False, dry_run=False, fresh=False,
+                              changed_data=False)  # fmt: skip
+    made = loop.Loop("toy", args, {"model": torch.nn.Linear(1, 1)}, loader)
+    assert made.begin()
+    while made.is_training():
+        for step in made.epoch():
+            clock.now, loader.waited = clock.now + 1, loader.waited + step % 2 / 2
+            made.end_step(0.1)
+        clock.now, loader.waited = clock.now + 9, loader.waited + 9  # a probe, say
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], round(line["data_wait"], 3)) for line in lines] == [
+        (3, round(0.5 / 3, 3)), (4, 0.5), (6, 0.25), (8, 0.25),
+    ]  # fmt: skip
 
 
 def test_tensorboard_has_scalars_text_views_and_projector(finished):

@@ -1,16 +1,22 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import struct
+import sys
+import types
+import warnings
 import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from helpers import write_images
-from PIL import Image
+from PIL import Image, ImageOps, ImageSequence
+from torchvision import io
 from torchvision.io import write_jpeg, write_png
+from torchvision.transforms.v2 import functional as tvf
 
 import data
 import evaluate
@@ -403,7 +409,7 @@ ODD = {  # how to make what is no image, and what is said of it
 def test_what_is_no_image_is_refused(kind, tmp_path, monkeypatch):
     make, words = ODD[kind]
     make(tmp_path / "odd.png")
-    monkeypatch.setattr(sets, "decode_image", lambda *_: pytest.fail("it was decoded"))
+    monkeypatch.setattr(sets, "decode_image", lambda *_, **__: pytest.fail("it was decoded"))
     with pytest.raises(OSError, match=words):
         sets.decode(tmp_path / "odd.png")
     with pytest.raises(OSError, match=words) as error:
@@ -495,6 +501,72 @@ def test_a_missing_folder_is_a_sentence(tmp_path, capsys):
             call()
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.startswith("error: ") and missing in err and len(err.splitlines()) == 1
+
+
+# ============ decoders ============
+
+
+def photograph(height=60, width=100):
+    small = torch.rand(1, 3, height // 6, width // 6, generator=torch.Generator().manual_seed(0))
+    return tvf.to_pil_image(tvf.resize(small, [height, width], antialias=True)[0])
+
+
+def write_photographs(folder):
+    """Files of every kind that goes by the fast decoder; turned.jpg is to be turned by 90 degrees."""
+    image, exif = photograph(), Image.Exif()
+    exif[sets.ORIENTATION] = 6
+    for mode in ("L", "CMYK", "RGB"):
+        image.convert(mode).save(folder / f"{mode}.jpg", quality=90)
+    image.save(folder / "progressive.jpg", progressive=True, subsampling=0)
+    image.save(folder / "turned.jpg", exif=exif)
+    image.save(folder / "turned.webp", exif=exif, lossless=True)
+    image.save(folder / "moving.webp", save_all=True, append_images=[image.rotate(180)], lossless=True)
+    return sorted(folder.iterdir())
+
+
+def of_torchcodec(path, mode):
+    """What matters of torchcodec's decode_image: images turned by EXIF, all frames [N, 3, H, W] of an animation."""
+    assert mode == "RGB"
+    with Image.open(path) as image:
+        frames = [tvf.pil_to_tensor(ImageOps.exif_transpose(f).convert("RGB")) for f in ImageSequence.Iterator(image)]
+    return frames[0] if len(frames) == 1 else torch.stack(frames)
+
+
+@pytest.mark.parametrize("decoder", ["torchvision", "torchcodec", "its imitation"])
+def test_decoders_give_the_image_that_pillow_gives(decoder, tmp_path, monkeypatch):
+    if decoder != "torchvision":
+        real = lambda: pytest.importorskip("torchcodec.decoders").decode_image
+        monkeypatch.setattr(sets, "decode_image", of_torchcodec if decoder == "its imitation" else real())
+        monkeypatch.setattr(sets, "TURNS", True)
+    paths = write_photographs(tmp_path)
+    assert len(paths) == 7
+    fast = [sets.decode(path) for path in paths]
+    monkeypatch.setattr(sets, "decode_image", None)
+    for path, image in zip(paths, fast, strict=True):
+        plain = sets.decode(path)
+        assert image.shape == plain.shape == (3, 60, 100) and image.dtype == plain.dtype == torch.uint8, path
+        assert (image.int() - plain.int()).abs().max() <= 2, path  # of IDCTs and of the colors of coarse chroma
+
+
+def test_the_fast_decoder_is_torchvisions_else_torchcodecs_else_none(monkeypatch):
+    made = lambda: runpy.run_path(sets.__file__)
+    assert made()["decode_image"] is io.decode_image and not made()["TURNS"]
+    monkeypatch.delattr(io, "decode_image")
+    module = types.SimpleNamespace(decode_image=of_torchcodec)
+    monkeypatch.setitem(sys.modules, "torchcodec", types.ModuleType("torchcodec"))
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", module)
+    assert made()["decode_image"] is of_torchcodec and made()["TURNS"]
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", types.SimpleNamespace())  # an old one
+    assert made()["decode_image"] is None and not made()["TURNS"]
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)  # as if it were not installed
+    assert made()["decode_image"] is None
+
+
+def test_no_word_of_deprecation_reaches_the_user(tmp_path):
+    path = write_photographs(tmp_path)[2]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # as python -W error: a warning in a decoder would count as a broken image
+        assert runpy.run_path(sets.__file__)["decode"](path).shape == (3, 60, 100)
 
 
 # ============ channels and pages ============
