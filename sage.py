@@ -435,7 +435,7 @@ def main(argv=None):
         nn.ModuleList(decoder).requires_grad_(not args.freeze_decoder)
     model = SaGe(backbone, args.hidden, args.dim, weights, *decoder, evaluator=evaluator)
     model.to(device, memory_format=torch.channels_last)
-    if uses_evaluator and source.startswith("random:"):
+    if uses_evaluator and source.startswith("random:") and not args.dry_run:
         some = torch.randperm(len(train), generator=data.generator(args.seed, "calibrate"))[:512]
         evaluator.calibrate(next(data.batches(train, preprocess, 512, device, indices=some))[0])
     ddp = model
