@@ -73,7 +73,8 @@ FLAGS = {"sage": ["--evaluator", "random:resnet10_16"], "pretext": ["--task", "j
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_says_what_it_needs(method, few_shapes, tmp_path, capsys):
+def test_every_method_says_what_it_needs(method, few_shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sage.Evaluator.calibrate", None)  # at 224 px gigabytes and minutes on a CPU
     flags = ["--device", "cuda", "--dry-run", "--limit", "64", "--data", "shapes", "--out", str(tmp_path / "run")]
     with pretended(8) as seen:
         importlib.import_module(method).main([*flags, *FLAGS.get(method, [])])
