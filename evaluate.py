@@ -33,6 +33,7 @@ import common
 import data
 import logistic
 import optim
+import parallel
 import runs
 import sets
 
@@ -71,9 +72,7 @@ def extract(backbone, dataset, preprocess, device, batch_size=512, workers=0, am
     if any(tuple(preprocess[k]) != tuple(v) for k, v in wanted.items()):
         common.fail("networks of color channels take images in [0, 1], not normalized ones: cmc.py trains them")
     rank, world = common.rank(), common.world_size()
-    if world > 1:  # without SyncBN the running averages differ by rank; those of rank 0 are the ones that are saved
-        for buffer in backbone.buffers():
-            dist.broadcast(buffer, 0)
+    parallel.same_buffers(backbone)
     share, start = math.ceil(len(dataset) / world), 0
     mine = torch.arange(rank * share, (rank + 1) * share) % len(dataset)  # the last share is filled up from the front
     features, labels = None, torch.empty(world, share, dtype=torch.int64, device=device)
@@ -394,9 +393,7 @@ def final_probes(backbone, train, test, preprocess, device, args, log, method, s
     """The end of a training run: what `report` does and returns, on rank 0; None on the others. Collective."""
     with common.explained(f"the run is safe: python evaluate.py {args.out} --device cpu repeats its probes"):
         pairs = [extract(backbone, s, preprocess, device, workers=args.workers, amp=args.amp) for s in (train, test)]
-        result = report(pairs, test, preprocess, args, log, method, step) if log.rank == 0 else None
-    common.meet()  # the other ranks wait here for rank 0
-    return result
+        return report(pairs, test, preprocess, args, log, method, step) if log.rank == 0 else None
 
 
 def report(pairs, test, preprocess, args, log, method, step):

@@ -98,7 +98,9 @@ class Loop:
 
     def save(self, result=None):
         """Write the checkpoint: at the start and the end, at a stop, before a probe, and otherwise when a minute has
-        passed since the last one, by the clock of rank 0, as epochs may take a second. Collective."""
+        passed since the last one, by the clock of rank 0: epochs may take a second. Collective."""
+        if self.step == self.total:
+            common.meet()  # of the last test rank 0 has its share alone
         due = self.step in (0, self.total) or self.stopped or self.probe_is_due()
         if due or common.any_rank(self.rank == 0 and time.monotonic() > self.saved_at + SAVE_AFTER):
             self.write(result)

@@ -16,7 +16,7 @@ GIB = 2**30
 def bytes_kept(model, views, images, amp, forward=lambda model, xs: model(xs)):
     """Bytes that `forward(model, xs)`, with xs one [images, 3, size, size] for each of `views`, keeps for the backward
     pass: each storage once, without parameters, buffers and xs. On fake tensors, which have no values, so nothing is
-    computed or changed; with `amp`, CPU autocast decides what is bf16."""
+    computed or changed; with `amp` in bf16 what is bf16 on a GPU."""
     mode, like = FakeTensorMode(allow_non_fake_inputs=True), {}
     fake = lambda t: FakeTensor(mode, torch.empty_like(t, device="meta"), torch.device("cpu"))
     for t in [*model.parameters(), *model.buffers()]:
@@ -25,6 +25,8 @@ def bytes_kept(model, views, images, amp, forward=lambda model, xs: model(xs)):
     for m in twin.modules():
         if isinstance(m, nn.modules.batchnorm._BatchNorm):
             m.eval()  # keeps the same, is traced faster, and needs no other rank
+        elif amp and isinstance(m, (nn.GroupNorm, nn.LayerNorm)):  # of fp32 in CUDA's autocast, not in the CPU's
+            m.register_forward_pre_hook(lambda _, x: x[0].float())
     shapes = [torch.empty(images, 3, v["size"], v["size"], device="meta") for v in views]
     xs = [fake(x.contiguous(memory_format=torch.channels_last)) for x in shapes]
     known, kept = {t.untyped_storage()._cdata for t in [*like.values(), *xs]}, {}

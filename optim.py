@@ -1,5 +1,6 @@
 """Schedules, parameter groups and optimizers."""
 
+import functools
 import math
 
 import torch
@@ -69,11 +70,11 @@ class LARS(torch.optim.Optimizer):
             torch._foreach_add_(w, v, alpha=-outer)
 
 
-def of_torch(optimizer, **settings):
-    """An optimizer of torch's, on a GPU in the form that updates all tensors in one kernel."""
-    fused = lambda groups: groups[0]["params"][0].is_cuda or None
-    return lambda groups, **more: optimizer(groups, fused=fused(groups), **settings, **more)
+def adamw(groups, **settings):
+    """torch's, on a GPU in one kernel for all tensors. (Its SGD in one kernel fails where a tensor, once frozen, has no
+    momentum yet.)"""
+    return torch.optim.AdamW(groups, fused=groups[0]["params"][0].is_cuda or None, **settings)
 
 
 # What --optimizer chooses from.
-OPTIMIZERS = {"lars": LARS, "sgd": of_torch(torch.optim.SGD, momentum=0.9), "adamw": of_torch(torch.optim.AdamW)}
+OPTIMIZERS = {"lars": LARS, "sgd": functools.partial(torch.optim.SGD, momentum=0.9), "adamw": adamw}

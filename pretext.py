@@ -510,6 +510,7 @@ def draw_share(task, n, rank, world, device, *key):
 def pretext_accuracy(model, loader, draw, device, amp):
     """Accuracy in per cent in eval mode, over one epoch of a loader of augmented test images. Collective."""
     accuracies = []
+    parallel.same_buffers(model)
     with evaluate.in_eval(model):
         for step, (_, xs) in enumerate(loader.epoch(0)):
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):

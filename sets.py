@@ -330,10 +330,14 @@ def _load(name, root, split, device, limit, seed, memory):
 
 def first_rank_first(make, name, otherwise):
     """`make()` on rank 0, which may download, then on the others. Collective."""
-    try:
-        return in_turn(make)
-    except (RuntimeError, OSError, ImportError) as error:  # the last: some labels need scipy
-        fail(f"{name} could not be loaded ({str(error).splitlines()[0]}); {otherwise}")
+
+    def tried():
+        try:
+            return make()
+        except (RuntimeError, OSError, ImportError) as error:  # the last: some labels need scipy
+            fail(f"{name} could not be loaded ({str(error).splitlines()[0]}); {otherwise}")
+
+    return in_turn(tried)
 
 
 def of_sun397(root, split):

@@ -5,7 +5,6 @@ import hashlib
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 
 import backbones
@@ -71,12 +70,6 @@ def distributed(model, device):
         return model
     parallel.sync_batch_norm(model)
     return parallel.wrap(model, device)
-
-
-def same_norms(model):
-    """BatchNorm's averages of rank 0, which are in the checkpoint, on all ranks. Collective."""
-    for buffer in model.buffers() if dist.is_initialized() else ():
-        dist.broadcast(buffer, 0)
 
 
 def millions(model):

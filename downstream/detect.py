@@ -46,6 +46,7 @@ import common
 import evaluate
 import loop
 import optim
+import parallel
 import sets
 from downstream import annotated, dense, metrics
 
@@ -219,7 +220,7 @@ def detect(model, test, batch_size, workers, device, rules, kinds, collect):
     """What `metrics.matched` says of each image, for each of the `kinds`, [{kind: ...}]; the first eight of rank 0 for
     the picture; COCO's results, if these are to be collected. Collective: each rank looks at its share."""
     model.eval()
-    dense.same_norms(model)
+    parallel.same_buffers(model)
     matches, shown, results = [], [], []
     for places, batch in annotated.test_batches(test, batch_size, workers):
         answers = model([image.to(device) / 255 for image, _ in batch])

@@ -30,6 +30,7 @@ import data
 import evaluate
 import loop
 import optim
+import parallel
 from downstream import annotated, dense, metrics
 
 METHOD = "segment"
@@ -137,7 +138,7 @@ def picture(shown, classes, side=160):
 def test_model(model, test, classes, workers, device):
     """(confusion matrix of all test images, the first eight of rank 0 for the picture). Collective."""
     model.eval()
-    dense.same_norms(model)
+    parallel.same_buffers(model)
     matrix, shown = torch.zeros(classes, classes, dtype=torch.int64, device=device), []
     for _, [(image, target)] in annotated.test_batches(test, 1, workers):  # of their own sizes
         predicted = model(image[None].to(device) / 255).argmax(1)[0]

@@ -211,6 +211,8 @@ def batch_norm_stats(x, eps):
 
 
 def batch_norm_gather_stats_with_counts(x, means, invstds, running_mean, running_var, momentum, eps, counts):
+    if counts.dtype != (x if running_mean is None else running_mean).dtype:
+        raise Refused(f"counts of {counts.dtype}")
     n, share = counts.sum(), (counts / counts.sum())[:, None]
     mean = (share * means).sum(0)
     var = (share * (invstds**-2 - eps + (means - mean) ** 2)).sum(0)
@@ -227,7 +229,8 @@ def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
 
 def batch_norm_backward_reduce(dy, x, mean, invstd, weight, *wanted):
     sum_dy, sum_dy_xmu = dy.sum(others(x), dtype=mean.dtype), (dy * (x - along(mean, x))).sum(others(x))
-    return sum_dy, sum_dy_xmu, sum_dy_xmu * invstd if wanted[1] else None, sum_dy.clone() if wanted[2] else None
+    dw, db = sum_dy_xmu * invstd if wanted[1] else None, sum_dy.clone() if wanted[2] else None
+    return (sum_dy, sum_dy_xmu, dw, db) if wanted[0] else (None, None, dw, db)
 
 
 def batch_norm_backward_elemt(dy, x, mean, invstd, weight, sum_dy, sum_dy_xmu, counts):

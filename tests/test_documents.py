@@ -133,9 +133,8 @@ def test_a_broken_link_is_found():
 
 # ============ the SLURM script ============
 
-SRUN = (
-    """for i in $(seq 0 15); do SLURM_PROCID=$i SLURM_LOCALID=$((i % 8)) SLURM_NTASKS=16 "${@:2}"; done; exit $CODE"""
-)
+SRUN = """for i in $(seq 0 15); do SLURM_PROCID=$i SLURM_LOCALID=$((i % 8)) SLURM_NTASKS=16 "${@:3}"; done
+[ $2 = --cpus-per-task=4 ] && exit $CODE"""
 PYTHON = """echo "$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT $*" >> calls"""
 
 
@@ -145,8 +144,13 @@ def test_the_slurm_script_starts_every_rank_and_requeues_after_85_alone(code, tm
     for name, text in (("srun", SRUN), ("python", PYTHON), ("scontrol", 'echo "host-$1"; echo "$*" >> slurm')):
         (tmp_path / name).write_text(f"#!/bin/bash\n{text}\n")
         (tmp_path / name).chmod(0o755)
-    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "SLURM_JOB_ID": "7", "CODE": str(code)}
-    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env | {"SLURM_JOB_NODELIST": "n[1-2]"})
+    env = {
+        "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}",
+        "SLURM_JOB_ID": "7",
+        "CODE": str(code),
+        "SLURM_CPUS_PER_TASK": "4",
+    }
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env)
     assert done.returncode == code
     ranks = [f"{i} {i % 8} 16 host-show 29500 sage.py --data imagenet --root DIR" for i in range(16)]
     assert (tmp_path / "calls").read_text().splitlines() == ranks

@@ -5,6 +5,7 @@ import random
 from datetime import timedelta
 
 import pretend
+import pytest
 import torch
 import torch.multiprocessing as mp
 from helpers import synchronized
@@ -47,7 +48,7 @@ def half(rank, port, folder):
     for shape in SHAPES:
         for affine in (True, False):
             norm, x, dy = example(shape, affine)
-            x, dy = (t.detach().chunk(2)[rank] for t in (x, dy))
+            x, dy = (t.detach().split([4, 2])[rank] for t in (x, dy))  # shares of two sizes
             ours = passes(synchronized(norm), x.clone().requires_grad_(), dy)
             norm, _, _ = example(shape, affine)
             given = norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, norm.momentum
@@ -71,6 +72,31 @@ def test_two_processes_normalize_as_one(tmp_path):
                 assert torch.allclose(first + second, one)
             for one, first, second in zip(rest[parameters:], rest0[parameters:], rest1[parameters:], strict=True):
                 assert torch.equal(first, second) and torch.allclose(first, one)
+
+
+@pytest.mark.parametrize("averages", [True, False])
+def test_mixed_precision(averages, monkeypatch):
+    """bf16 images, fp32 weights, and no averages where a RevNet recomputes; all as in fp32 but for bf16's digits."""
+    monkeypatch.setattr(parallel, "all_gather", lambda x: x[None])
+    norm, x, dy = example((64, 5, 4, 3), True)
+    norm, x, dy = norm.float(), x.detach().float(), dy.float()
+    norm.track_running_stats = averages
+    expected = passes(norm, x.clone().requires_grad_(), dy)
+    norm.zero_grad()
+    norm.reset_running_stats()
+    found = passes(synchronized(norm), x.bfloat16().requires_grad_(), dy.bfloat16())
+    assert found[0].dtype == found[1].dtype == torch.bfloat16 and found[2].dtype == torch.float32
+    for ours, theirs in zip(found[:4], expected, strict=False):
+        assert (ours.float() - theirs).norm() < 0.03 * theirs.norm()
+    assert norm.num_batches_tracked == averages
+
+
+def test_no_gradient_for_an_input_that_wants_none(monkeypatch):
+    monkeypatch.setattr(parallel, "all_gather", lambda x: x[None])
+    norm, x, dy = example(SHAPES[0], True)
+    expected = passes(norm, x, dy)[2:4]
+    norm.zero_grad()
+    assert all(map(torch.allclose, passes(synchronized(norm), x.detach(), dy)[2:4], expected))
 
 
 def test_batchnorms_of_a_gpu_are_synchronized_and_no_others():

@@ -20,16 +20,17 @@ pytestmark = pytest.mark.filterwarnings("ignore:'pin_memory' argument is set:Use
 # Kernels of a quiet step of a command, alone and, if there is a second number, as one of eight ranks. Lower a number
 # when you make a step cheaper; raise one for a reason alone.
 LAUNCHES = {
-    "byol --optimizer lars": (799, 1017), "byol --amp": (846,), "byol --data images --recipe shapes": (670,),
-    "simclr": (462, 534), "moco --queue 16": (524, 526), "moco --v 1 --queue 16": (516,),
-    "swav --queue-length 16 --queue-epoch 0": (945, 1077), "sage --evaluator random:resnet10_16": (1074, 1342),
+    "byol --optimizer lars": (799, 1125), "byol --amp": (846,), "byol --data images --recipe shapes": (670,),
+    "simclr": (462, 562), "moco --queue 16": (524, 526), "moco --v 1 --queue 16": (516,),
+    "swav --queue-length 16 --queue-epoch 0": (945, 1127), "sage --evaluator random:resnet10_16": (1074, 1470),
+    "swav --optimizer sgd --freeze-epochs 0.6": (1027, 1205), "byol --arch revnet14_k1 --amp": (1057, 1545),
     "instdisc --loss softmax": (315,), "instdisc --negatives 8 --copy-paste 0.5 --masks exact": (319, 321),
     "pirl --negatives 8": (648, 650), "cmc --negatives 8": (482, 484),
     "cpc --v 1": (432, 434), "cpc --v 2": (537, 539), "pretext --task rotation": (268, 268),
     "pretext --task exemplar --copies 2": (487, 489), "pretext --task jigsaw --permutations 2": (207, 207),
     "pretext --task relative": (212, 212), "pretext --task colorization": (236, 236),
-    "downstream.detect --head c4": (417, 482), "downstream.detect --head fpn": (648, 748),
-    "downstream.segment": (129, 199), "downstream.linear": (157, 156),
+    "downstream.detect --head c4": (417, 508), "downstream.detect --head fpn": (648, 788),
+    "downstream.segment": (129, 227), "downstream.linear": (157, 156),
     "downstream.linear --protocol swav --lr 0.3": (113,),
     "downstream.finetune --labels 100": (159,), "downstream.transfer --how frozen finetuned": (176,),
 }  # fmt: skip
