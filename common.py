@@ -52,6 +52,12 @@ def keep_freed_memory():
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: keep the top of the heap
 
 
+def local_processes():
+    """Processes on this machine, started by torchrun or by srun."""
+    by_srun = os.environ.get("SLURM_NTASKS_PER_NODE", 1) if "RANK" in os.environ else 1
+    return int(os.environ.get("LOCAL_WORLD_SIZE", by_srun))
+
+
 def cores():
     """CPU cores for this process, at least one: its share among the processes that torchrun started on the machine."""
     found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS lacks it

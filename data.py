@@ -153,8 +153,8 @@ def hue(x, shift):
 
 
 def jitter(x, factors, order):
-    """Color jitter. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the CPU: which operation
-    an image meets first, second, third, fourth; 4 stands for none.
+    """Color jitter; returns new images. factors [B, 4]: of brightness, contrast, saturation, hue. order [B, 4], on the
+    CPU: which operation an image meets first, second, third, fourth; a row of 4s: no jitter.
 
     All but hue are blends, so with the images sorted by the place of their hue each slot is one blend of neighbors:
     first of the images whose hue comes later, then, after all hues at once, of those whose hue came before. That is
@@ -344,7 +344,7 @@ def check_shared_memory(workers, batch):
     these do not fit, torch would wait for ever."""
     if not workers or not os.path.isdir("/dev/shm"):  # Windows and macOS have other ways
         return
-    found, batch = os.statvfs("/dev/shm"), batch * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    found, batch = os.statvfs("/dev/shm"), batch * common.local_processes()
     needed, free = (2 * workers + 1) * batch, found.f_bavail * found.f_frsize
     if needed > free:
         fits, give = max(0, (free // batch - 1) // 2), f"docker run --shm-size {needed // 10**9 + 1}g"
@@ -514,7 +514,7 @@ class Copies(Dataset):
 
     def __getitem__(self, i):
         path, copy = self.pairs[i]
-        if os.path.exists(copy):
+        if os.path.exists(copy) and os.path.getsize(copy):
             return None, None
         try:
             image = sets.decode(path)
@@ -528,11 +528,11 @@ class Copies(Dataset):
         return None, None
 
     def write(self, path, image, f):
-        """The smaller image in the format of its file. The EXIF orientation, which no decoder here turns images by,
-        stays as it is: the copy differs from the image in nothing but its size."""
+        """The smaller image in the format of its file, as training sees it: RGB of 8 bits, not turned; the orientation
+        stays as EXIF's tag."""
         with Image.open(path) as old:
             kind, exif = "JPEG" if old.format == "MPO" else old.format, Image.Exif()
-            if turned := old.getexif().get(sets.ORIENTATION):
+            if kind != "TIFF" and (turned := sets.orientation(old)):  # Pillow turns a TIFF as it reads it
                 exif[sets.ORIENTATION] = turned
         if min(image.shape[1:]) <= self.short or kind not in ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM"):
             f.write(Path(path).read_bytes())
@@ -550,7 +550,7 @@ def shrink(args):
     items, ways = items_of(folder), [folder.resolve(), out.resolve()]
     if os.path.commonpath(ways) in map(str, ways):
         fail(f"{out} and {folder}: neither may lie in the other")
-    note, kind = out / "shrink.txt", f"short side {args.short} px, quality {args.quality}\n"
+    note, kind = out / "shrink.txt", f"{ways[0]}, short side {args.short} px, quality {args.quality}\n"
     was = note.read_text() if note.is_file() else "other files\n" if out.is_dir() and any(out.iterdir()) else kind
     if was != kind:
         fail(f"{out} holds {was.strip()}: choose another folder for copies of {kind.strip()}")
@@ -606,4 +606,4 @@ def main(argv=None):
 if __name__ == "__main__":
     import data  # the scripts import this file, too: its classes must be the same
 
-    raise SystemExit(data.main())
+    common.run(data.main)

@@ -167,6 +167,14 @@ def size_and_time(path):
         return -1, -1
 
 
+def orientation(image):
+    """The EXIF orientation of a Pillow image, 2 to 8, or 0 for one that is upright or damaged."""
+    with contextlib.suppress(Exception), warnings.catch_warnings(action="ignore"):
+        if (found := image.getexif().get(ORIENTATION)) in range(2, 9):
+            return int(found)
+    return 0
+
+
 def decode(path):
     """The image in a file as uint8 [3, H, W], as stored: not turned by EXIF; of an animation the first frame.
 
@@ -185,7 +193,7 @@ def decode(path):
                 raise OSError("more than 8 bits a channel")
             # By torchvision or torchcodec where they are faster. Not a PNG: torchvision's ends the process at damage.
             fast = decode_image and image.format in ("JPEG", "MPO", "WEBP")
-            if fast and not (TURNS and image.getexif().get(ORIENTATION, 1) > 1):
+            if fast and not (TURNS and orientation(image)):
                 with contextlib.suppress(RuntimeError):  # torchvision's, for an animation
                     if (found := decode_image(str(path), mode="RGB")).ndim == 3:  # torchcodec gives all frames
                         return found

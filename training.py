@@ -157,7 +157,7 @@ class Run(loop.Loop):
         self.say(backbones.describe(self.model.f, self.arch))
         self.say(f"batch {a.batch_size} = {parts}; {a.epochs} epochs x {self.steps} steps; {precision}")
         if isinstance(train, sets.Files) and not a.dry_run and self.rank == 0:
-            self.say(f"loader: about {self.loader.decodes():,.0f} images/s with --workers {a.workers}, measured here")
+            self.say(f"loader: at most {self.loader.decodes():,.0f} images/s with --workers {a.workers}, measured here")
         self.say("\n".join(lines))
         if self.rank == 0 and (a.dry_run or self.device.type == "cuda"):
             memory.check(self, **forward)

@@ -50,8 +50,9 @@ def main():
         items = data.items_of(args.folder)
         items = items[:: -(-len(items) // args.images)]
         pairs = [(path, f"{out}/{i}{Path(path).suffix}") for i, (path, _) in enumerate(items)]
-        copies, everyone = data.Copies(pairs, args.short, args.quality), range(len(pairs))
-        making = milliseconds(copies.__getitem__, everyone)
+        making = milliseconds(data.Copies(pairs, args.short, args.quality).__getitem__, range(len(pairs)))
+        pairs = [pair for pair in pairs if Path(pair[1]).exists()]  # without images that do not decode
+        everyone = range(len(pairs))
         found = {"as they are": [path for path, _ in pairs], "copies": [copy for _, copy in pairs]}
         views = augment.views_of("imagenet", 224)
         files = {name: sets.Files(name, [(path, -1) for path in paths]) for name, paths in found.items()}
