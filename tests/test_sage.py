@@ -12,9 +12,9 @@ from torchvision.io import decode_image
 import backbones
 import byol
 import data
+import memory
 import runs
 import sage
-import training
 
 SIZE, SIGNED = 32, {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 WEIGHTS = {"d": 1.0, "pixel": 0.1, "maps": 0.1, "semantic": 0.1}
@@ -213,7 +213,7 @@ def test_recomputation_changes_no_bit_and_keeps_less(amp):
         with torch.autocast("cpu", enabled=amp):
             loss = model(views(16))
         loss.backward()
-        kept.append(training.bytes_kept(model, [{"size": SIZE}] * 2, 16, amp))
+        kept.append(memory.bytes_kept(model, [{"size": SIZE}] * 2, 16, amp))
         grads.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None} | {"loss": loss})
         models.append(model.state_dict())
     assert equal(*grads) and equal(*models) and len(grads[0]) > 50
