@@ -434,7 +434,7 @@ def batches(data, preprocess, batch_size=512, device="cpu", workers=0, indices=N
 
 def pixels(x, view):
     """Images [B, 3, H, W] of a view with the normalization undone: in [0, 1]."""
-    mean, std = (torch.tensor(view[k], device=x.device).view(-1, 1, 1) for k in ("mean", "std"))
+    mean, std = (per_channel(tuple(view[k]), x.device) for k in ("mean", "std"))
     return x.float() * std + mean
 
 

@@ -66,14 +66,10 @@ def main():
                     decode[name].append(one), whole[name].append(both)
         rows = []
         for name, paths in found.items():
-            times, kib = (
-                [part[name] for part in (decode, whole)],
-                sum(Path(path).stat().st_size for path in paths) / len(paths) / 1024,
-            )
-            rows.append([name, f"{kib:.0f}", *(f"{statistics.median(t):.2f}" for t in times)])
-            rows[-1] += [timing.ratio(part, name, "as they are") for part in (decode, whole)] + [
-                timing.spread(times[1])
-            ]
+            kib = sum(Path(path).stat().st_size for path in paths) / len(paths) / 1024
+            medians = [f"{statistics.median(part[name]):.2f}" for part in (decode, whole)]
+            ratios = [timing.ratio(part, name, "as they are") for part in (decode, whole)]
+            rows.append([name, f"{kib:.0f}", *medians, *ratios, timing.spread(whole[name])])
     head = ["", "KiB", "ms, decoded", "ms, and two crops", "decoding", "both", "spread"]
     timing.table(f"{len(pairs)} images, short side {args.short} px, quality {args.quality}", head, rows)
     print(f"making a copy: {making:.2f} ms")
